@@ -1,0 +1,34 @@
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+here = Path(__file__).parent
+version = re.search(r'^__version__ = "(.+)"', (here / "multilora_fast/__init__.py").read_text(), re.M).group(1)
+
+demo = ["accelerate>=1.1", "gguf>=0.10", "datasets>=3", "matplotlib>=3.8"]
+bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
+dev = [*bench, "hypothesis>=6", "ruff>=0.9", "build>=1.2"]
+
+setup(
+    name="multilora-fast",
+    version=version,
+    description="MultiLoRA (parallel LoRA branches with learned scales) at the cost of LoRA, in Triton and PyTorch",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["multilora_fast", "multilora_fast.kernels", "multilora_fast.demo"],
+    package_data={"multilora_fast": ["py.typed"], "multilora_fast.kernels": ["README.md"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; sys_platform == 'linux'",
+        "transformers>=5.0",
+        "peft>=0.19",
+        "safetensors>=0.4",
+        "typer>=0.12",
+        "tqdm>=4.60",
+    ],
+    extras_require={"demo": demo, "bench": bench, "dev": dev, "all": [*demo, *dev]},
+    entry_points={"console_scripts": ["multilora-fast = multilora_fast.cli:main"]},
+)
