@@ -1,0 +1,120 @@
+"""Which tile each kernel runs: data by kernel, tokens, rank, dtype and architecture.
+
+Nothing here needs a GPU. `ROWS` holds the default, small enough for any GPU and right in the interpreter, and what an
+architecture does better with; `bench.tune` prints rows to paste here.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from triton import knobs
+
+MAX_RANK_TILE = 256
+DECODE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tile of BLOCK_M tokens by BLOCK_D features.
+
+    min_steps is the least number of tiles a split of the summed axis gets; pack builds c·s⊙w once in the dtype of the
+    product instead of on every tile.
+    """
+
+    BLOCK_M: int
+    BLOCK_D: int
+    num_warps: int
+    num_stages: int
+    min_steps: int = 4
+    pack: bool = False
+
+
+def size_class(M: int) -> str:
+    return "decode" if M <= DECODE_TOKENS else "tokens"
+
+
+def rank_class(R: int) -> int:
+    """The rank tile's size, at most 64, 128 or 256; a larger R runs in chunks of 256."""
+    return 64 if R <= 64 else 128 if R <= 128 else MAX_RANK_TILE
+
+
+def dtype_class(dtype: torch.dtype) -> str:
+    return "half" if dtype in (torch.float16, torch.bfloat16) else "float"
+
+
+# (kernel, size class, dtype class, architecture, rank class). LARGE serves the architectures with 160 KB of shared memory
+# or more; what is right for 64 KB is right anywhere. A missing row is served by the next wider rank, then by "tokens".
+DEFAULT, LARGE = "default", "large"
+ARCHITECTURES = {"sm_80": LARGE, "sm_90": LARGE, "sm_100": LARGE}
+ROWS = {
+    ("shrink", "tokens", "half", DEFAULT, 128): Config(64, 64, 4, 3, pack=True),
+    ("shrink", "tokens", "half", DEFAULT, 256): Config(64, 64, 8, 2, pack=True),
+    ("shrink", "tokens", "half", LARGE, 128): Config(128, 64, 8, 4, pack=True),
+    ("shrink", "tokens", "half", LARGE, 256): Config(128, 64, 8, 3, pack=True),
+    ("shrink", "tokens", "float", DEFAULT, 256): Config(64, 32, 8, 2, pack=True),
+    ("shrink", "decode", "half", DEFAULT, 256): Config(64, 32, 8, 2, min_steps=4),
+    ("shrink", "decode", "float", DEFAULT, 256): Config(32, 32, 4, 2, min_steps=4, pack=True),
+    ("expand", "tokens", "half", DEFAULT, 256): Config(64, 64, 4, 2),
+    ("expand", "tokens", "half", LARGE, 256): Config(128, 64, 8, 3),
+    ("expand", "tokens", "float", DEFAULT, 256): Config(32, 64, 4, 2),
+    ("expand", "decode", "half", DEFAULT, 256): Config(64, 32, 4, 2),
+    ("reduce", "tokens", "half", DEFAULT, 128): Config(64, 64, 4, 3),
+    ("reduce", "tokens", "half", DEFAULT, 256): Config(64, 64, 8, 2),
+    ("reduce", "tokens", "half", LARGE, 128): Config(64, 128, 8, 4),
+    ("reduce", "tokens", "half", LARGE, 256): Config(64, 128, 8, 3),
+    ("reduce", "tokens", "float", DEFAULT, 256): Config(32, 64, 8, 2),
+}
+
+
+def find_row(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> tuple:
+    """The key in ROWS for a kernel over M tokens at total rank R: the architecture's own row, else its class's."""
+    kind = dtype_class(dtype)
+    for size in dict.fromkeys((size_class(M), "tokens")):
+        for architecture in (arch, ARCHITECTURES.get(arch, DEFAULT), DEFAULT):
+            for rank in (64, 128, MAX_RANK_TILE):
+                key = (kernel, size, kind, architecture, rank)
+                if rank >= rank_class(R) and key in ROWS:
+                    return key
+    raise AssertionError(f"configs.ROWS has no default for {kernel}, {kind}")
+
+
+def pick(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> Config:
+    return ROWS[find_row(kernel, M, R, dtype, arch)]
+
+
+@lru_cache
+def _device(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+def device_of(x: torch.Tensor) -> tuple[str, int]:
+    """(architecture, multiprocessors) of the device `x` is on; the interpreter counts as four."""
+    if x.is_cuda:
+        return _device(x.get_device())
+    return ("interpreter" if knobs.runtime.interpret else "cpu"), 4
+
+
+def rank_tiles(R: int) -> tuple[int, int]:
+    """R columns as a tile of a power of two and, where that pads less, a second one: 96 = 64 + 32, 160 = 128 + 32.
+
+    A second tile of 0 columns is none. More than 256 columns run as chunks of 256.
+    """
+    whole = min(max(16, triton.next_power_of_2(R)), MAX_RANK_TILE)
+    half = whole // 2
+    if half < 64 or R > half + half // 2:
+        return whole, 0
+    return half, max(16, triton.next_power_of_2(R - half))
+
+
+def split(tiles: int, steps: int, processors: int, min_steps: int) -> tuple[int, int]:
+    """(parts, steps per part) of a sum of `steps` tiles so that `tiles` programs a part fill the processors."""
+    parts = max(1, processors // max(1, tiles))
+    if 4 * parts * tiles < 3 * processors:
+        parts += 1
+    per_part = max(triton.cdiv(steps, parts), min_steps, 1)
+    return max(1, triton.cdiv(steps, per_part)), per_part

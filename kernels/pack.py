@@ -1,0 +1,53 @@
+"""B̃ once per call: c·s⊙w of every branch, stacked as (R, D) in the dtype of the product."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import check_weight, on_device
+
+
+@triton.jit
+def pack_kernel(
+    w_ptr, scale_ptr, out_ptr, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
+    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    num_d = tl.cdiv(D, BLOCK_D)
+    offs_c = (pid // num_d) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = ((pid % num_d) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
+    i, j = (offs_c // r).to(tl.int64), (offs_c % r).to(tl.int64)
+    mask_d = offs_d < D
+    mask = (offs_c < R)[:, None] & mask_d[None, :]
+    w_ptrs = w_ptr + i[:, None] * stride_wi + j[:, None] * stride_wj + offs_d[None, :] * stride_wd
+    w = tl.load(w_ptrs, mask=mask, other=0.0).to(ACC) * alpha
+    if HAS_SCALE:
+        s = tl.load(scale_ptr + i[:, None] * stride_si + offs_d[None, :] * stride_sd, mask=mask, other=0.0)
+        w *= s.to(ACC)
+    out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * D + offs_d[None, :]
+    tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def pack(w: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None, alpha: float = 1.0) -> torch.Tensor:
+    """alpha·scale⊙w as a contiguous (n·r, D) tensor in `dtype`, for w (n, r, D) and scale None or (n, D), any strides.
+
+    The product is taken in float32 and rounded once. Raises ValueError when the shapes do not agree.
+    """
+    n, r, D = w.shape
+    check_weight(w, scale, D)
+    out = torch.empty((n * r, D), dtype=dtype, device=w.device)
+    if out.numel() == 0 or out.is_meta:
+        return out
+    BLOCK_R, BLOCK_D = 32, 128
+    grid = (triton.cdiv(n * r, BLOCK_R) * triton.cdiv(D, BLOCK_D),)
+    acc = tl.float64 if dtype == torch.float64 else tl.float32
+    with on_device(w):
+        pack_kernel[grid](
+            w_ptr=w, scale_ptr=scale, out_ptr=out, D=D,
+            stride_wi=w.stride(0), stride_wj=w.stride(1), stride_wd=w.stride(2),
+            stride_si=scale.stride(0) if scale is not None else 0, stride_sd=scale.stride(1) if scale is not None else 0,
+            alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, ACC=acc,
+            BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
+        )  # fmt: skip
+    return out

@@ -1,0 +1,144 @@
+"""shrink: H = x̂ Ãᵀ forward, dH = dy B̃ backward.
+
+    H[m, i·r + j] = Σ_d x̂[m, d] · alpha · scale[i, d] · w[i, j, d]
+
+One program owns BLOCK_M tokens, all R columns (up to 256) and a part of D, so x is read once. With few tokens D is split
+over programs and a second pass adds the parts in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .configs import MAX_RANK_TILE, Config, device_of, pick, rank_tiles, split
+from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
+from .launch import TL_DTYPES, check_weight, dot_dtype, on_device, rows, sum_dtype
+from .pack import pack
+
+
+@triton.jit
+def weight_tile(
+    w_ptr, scale_ptr, offs_d, offs_c, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
+    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """alpha·scale⊙w (BLOCK_D, BLOCK_R), column c being row c mod r of branch c // r, multiplied before the cast."""
+    i, j = (offs_c // r).to(tl.int64), (offs_c % r).to(tl.int64)
+    mask = (offs_d < D)[:, None] & (offs_c < R)[None, :]
+    w_ptrs = w_ptr + offs_d.to(tl.int64)[:, None] * stride_wd + (i * stride_wi + j * stride_wj)[None, :]
+    w = tl.load(w_ptrs, mask=mask, other=0.0)
+    if HAS_SCALE:
+        s_ptrs = scale_ptr + offs_d.to(tl.int64)[:, None] * stride_sd + (i * stride_si)[None, :]
+        w = w.to(ACC) * (alpha * tl.load(s_ptrs, mask=mask, other=0.0).to(ACC))
+    elif alpha != 1.0:
+        w = w.to(ACC) * alpha
+    return w.to(DOT)
+
+
+@triton.jit(do_not_specialize=["M", "steps", "threshold"])
+def shrink_kernel(
+    x_ptr, w_ptr, scale_ptr, out_ptr, seed_ptr, M, D, steps, threshold,
+    stride_xm, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
+    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, DROPOUT: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R2: tl.constexpr,
+):  # fmt: skip
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_c = tl.program_id(1) * (BLOCK_R + BLOCK_R2)
+    part = tl.program_id(2)
+    offs_c = start_c + tl.arange(0, BLOCK_R)
+    mask_m = offs_m < M
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm
+    acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
+    if BLOCK_R2 > 0:
+        offs_c2 = start_c + BLOCK_R + tl.arange(0, BLOCK_R2)
+        acc2 = tl.zeros((BLOCK_M, BLOCK_R2), ACC)
+    first = part * steps * BLOCK_D
+    for start_d in range(first, min(first + steps * BLOCK_D, D), BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptrs + offs_d[None, :], mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0).to(DOT)
+        if DROPOUT:
+            keep = keep_tile(seed_ptr, offs_m, start_d, D, threshold, BLOCK_D)
+            x = tl.where(keep, x, 0.0).to(DOT)
+        w = weight_tile(
+            w_ptr, scale_ptr, offs_d, offs_c, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
+            alpha, r, R, HAS_SCALE, DOT, ACC,
+        )  # fmt: skip
+        acc = tl.dot(x, w, acc, input_precision="ieee", out_dtype=ACC)
+        if BLOCK_R2 > 0:
+            w2 = weight_tile(
+                w_ptr, scale_ptr, offs_d, offs_c2, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
+                alpha, r, R, HAS_SCALE, DOT, ACC,
+            )  # fmt: skip
+            acc2 = tl.dot(x, w2, acc2, input_precision="ieee", out_dtype=ACC)
+    if DROPOUT:
+        acc *= keep_inverse(threshold, ACC)
+    out_ptrs = out_ptr + (part * M.to(tl.int64) + offs_m)[:, None] * R
+    tl.store(out_ptrs + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_c < R)[None, :])
+    if BLOCK_R2 > 0:
+        if DROPOUT:
+            acc2 *= keep_inverse(threshold, ACC)
+        mask2 = mask_m[:, None] & (offs_c2 < R)[None, :]
+        tl.store(out_ptrs + offs_c2[None, :], acc2.to(out_ptr.dtype.element_ty), mask=mask2)
+
+
+@triton.jit(do_not_specialize=["size", "parts"])
+def sum_parts_kernel(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
+    """out[e] = Σ_s parts[s, e], in order."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    acc = tl.load(parts_ptr + offs, mask=mask, other=0.0)
+    for s in range(1, parts):
+        acc += tl.load(parts_ptr + s * size.to(tl.int64) + offs, mask=mask, other=0.0)
+    tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def shrink(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    alpha: float = 1.0,
+    seed: torch.Tensor | None = None,
+    p: float = 0.0,
+    config: Config | None = None,
+) -> torch.Tensor:
+    """H (M, n·r) in x's dtype, from x (M, D), w (n, r, D) and scale None or (n, D) of any strides.
+
+    Dropout of x is on when `seed` (int64, one element) is given and p > 0. Sums are float32, for float64 x float64.
+    Raises ValueError for shapes that do not agree, p outside [0, 1) or a seed that is not one int64 element.
+    """
+    x = rows("x", x)
+    M, D = x.shape
+    check_weight(w, scale, D)
+    dropout = check_seed(seed, p)
+    n, r, _ = w.shape
+    R = n * r
+    out = torch.empty((M, R), dtype=x.dtype, device=x.device)
+    if out.numel() == 0 or out.is_meta:
+        return out
+    arch, processors = device_of(x)
+    config = config or pick("shrink", M, R, x.dtype, arch)
+    if config.pack and (scale is not None or alpha != 1.0 or w.dtype != x.dtype or w.stride(2) != 1):
+        w, scale, alpha = pack(w, x.dtype, scale, alpha)[None], None, 1.0
+    if scale is None and w.stride(0) == w.shape[1] * w.stride(1):
+        w = w.reshape(1, R, D)
+    block_r, block_r2 = rank_tiles(R)
+    chunks = triton.cdiv(R, MAX_RANK_TILE)
+    tiles = triton.cdiv(M, config.BLOCK_M)
+    parts, steps = split(tiles * chunks, triton.cdiv(D, config.BLOCK_D), processors, config.min_steps)
+    sums = sum_dtype(x.dtype)
+    target = out if parts == 1 else torch.empty((parts, M, R), dtype=sums, device=x.device)
+    with on_device(x):
+        shrink_kernel[tiles, chunks, parts](
+            x_ptr=x, w_ptr=w, scale_ptr=scale, out_ptr=target, seed_ptr=seed if dropout else None,
+            M=M, D=D, steps=steps, threshold=drop_threshold(p), stride_xm=x.stride(0),
+            stride_wi=w.stride(0), stride_wj=w.stride(1), stride_wd=w.stride(2),
+            stride_si=scale.stride(0) if scale is not None else 0, stride_sd=scale.stride(1) if scale is not None else 0,
+            alpha=float(alpha), r=w.shape[1], R=R, HAS_SCALE=scale is not None, DROPOUT=dropout,
+            DOT=dot_dtype(x.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
+            BLOCK_R=block_r, BLOCK_R2=block_r2, num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if parts > 1:
+            sum_parts_kernel[triton.cdiv(M * R, 1024),](
+                parts_ptr=target, out_ptr=out, size=M * R, parts=parts, BLOCK=1024, num_warps=4
+            )
+    return out

@@ -1,0 +1,59 @@
+"""Which implementation of shrink, expand and reduce runs: the Triton kernels, or torch matmuls."""
+
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from multilora_fast import eager
+
+
+class Backend(NamedTuple):
+    """``draw(seed, M, K, p, dtype)`` gives what the three products take for dropout: the Triton kernels regenerate the
+    mask on the tile, from the seed; torch makes it once per forward and once per backward."""
+
+    draw: Callable
+    shrink: Callable
+    expand: Callable
+    reduce: Callable
+    reduce_scaled: Callable
+    dropout_mask: Callable
+
+
+def choose(name: str | None, device: torch.device) -> str:
+    """The backend called ``name``, or for None "triton" on a CUDA device and "torch" elsewhere.
+
+    Raises:
+        ValueError: an unknown name, or Triton asked for where it cannot run.
+    """
+    if name is None:
+        return "triton" if device.type == "cuda" else "torch"
+    if name not in ("triton", "torch"):
+        raise ValueError(f'backend must be "triton", "torch" or None, not {name!r}.')
+    if name == "triton" and device.type not in ("cuda", "meta") and not interpreted():
+        raise ValueError(
+            f'backend "triton" needs a CUDA device (or TRITON_INTERPRET=1), but x is on {device}: use backend="torch".'
+        )
+    return name
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def load(name: str) -> Backend:
+    """The functions of a backend that :func:`choose` named."""
+    if name == "torch":
+        return Backend(eager.draw, eager.shrink, eager.expand, eager.reduce, eager.reduce_scaled, eager.dropout_mask)
+    try:
+        from multilora_fast.kernels.dropout import dropout_mask
+        from multilora_fast.kernels.expand import expand
+        from multilora_fast.kernels.reduce import reduce, reduce_scaled
+        from multilora_fast.kernels.shrink import shrink
+    except ImportError as error:
+        raise ValueError(f'backend "triton" cannot be loaded ({error}): use backend="torch".') from error
+    return Backend(lambda seed, *_: seed, shrink, expand, reduce, reduce_scaled, dropout_mask)

@@ -1,0 +1,54 @@
+"""One-sentence errors for the caller's mistakes: the argument, what came, what was wanted."""
+
+import torch
+from torch import Tensor
+
+
+def check_hyperparameters(*, r: int, lora_num: int, lora_dropout: float, scaling: str = "vector") -> None:
+    for name, value in (("r", r), ("lora_num", lora_num)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
+    check_dropout("lora_dropout", lora_dropout)
+    if scaling not in ("vector", "scalar"):
+        raise ValueError(f'scaling must be "vector" or "scalar", not {scaling!r}.')
+
+
+def check_dropout(name: str, p: float) -> None:
+    if not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{name} must be a probability in [0, 1), not {p!r}.")
+
+
+def check_branches(x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tensor) -> None:
+    """x (…, K), lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1): floating point, on one device."""
+    named = {"x": x, "lora_A": lora_A, "lora_B": lora_B, "lora_scaling": lora_scaling}
+    for name, t in named.items():
+        if not t.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {t.dtype}.")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, but x is on {x.device}: put both on one device.")
+    if lora_A.dim() != 3 or 0 in lora_A.shape[:2]:
+        raise ValueError(f"lora_A must have shape (n, r, K) with n, r of at least 1, not {tuple(lora_A.shape)}.")
+    n, r, K = lora_A.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(f"x must have shape (..., {K}) to match lora_A's K, not {tuple(x.shape)}.")
+    if lora_B.dim() != 3 or lora_B.shape[0] != n or lora_B.shape[2] != r:
+        raise ValueError(f"lora_B must have shape ({n}, N, {r}) to match lora_A, not {tuple(lora_B.shape)}.")
+    N = lora_B.shape[1]
+    if tuple(lora_scaling.shape) not in {(n, N), (n, 1)}:
+        raise ValueError(f"lora_scaling must have shape ({n}, {N}) or ({n}, 1), not {tuple(lora_scaling.shape)}.")
+
+
+def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, N: int, dtype: torch.dtype) -> None:
+    """weight (N, K) and bias (N,), on x's device, in the dtype of the product unless autocast chose that one."""
+    K = x.shape[-1]
+    for name, t, shape in (("weight", weight, (N, K)), ("bias", bias, (N,))):
+        if t is None:
+            continue
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} to match lora_B and x, not {tuple(t.shape)}.")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, but x is on {x.device}: put both on one device.")
+        if t.dtype != x.dtype and x.dtype == dtype:
+            raise ValueError(f"{name} is {t.dtype}, but x is {x.dtype}: cast one of them, or use torch.autocast.")
+        if not t.is_floating_point():
+            raise ValueError(f"{name} must be floating point, not {t.dtype}.")

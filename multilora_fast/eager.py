@@ -1,0 +1,82 @@
+"""The three products of the op on torch matmuls, with the signatures of the Triton launchers in kernels/.
+
+M tokens, D columns (K or N), n branches of rank r, R = n·r. A branch tensor ``w`` is a view (n, r, D): lora_A as it
+is, or lora_B transposed. ``scale`` is a view (n, D); ``alpha`` a constant. Dropout is regenerated from ``seed``, an
+int64 tensor of one element on x's device, once in forward and once in backward: the mask is never kept.
+"""
+
+import torch
+from torch import Tensor
+
+# SplitMix64 (Steele, Lea, Flood 2014): one multiply-xorshift chain per 64-bit word, four 16-bit draws each.
+_GAMMA, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def threshold(p: float) -> int:
+    """Of 65536 equally likely 16-bit draws, those below this are dropped."""
+    return min(round(65536 * p), 65535)
+
+
+def inverse_keep(p: float) -> float:
+    """1/(1−p), of the probability as it is drawn."""
+    return 65536 / (65536 - threshold(p))
+
+
+def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """Keep-mask (M, K), bool: element m·K + k keeps when its 16-bit draw reaches ``threshold(p)``."""
+    z = torch.arange(1, (M * K + 3) // 4 + 1, device=seed.device).mul_(_GAMMA).add_(seed)
+    z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX1)
+    z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX2)
+    z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
+    return z.view(torch.int16)[: M * K].view(M, K) >= threshold(p) - 32768
+
+
+def draw(seed: Tensor | None, M: int, K: int, p: float, dtype: torch.dtype) -> Tensor | None:
+    """What the products below take as ``keep``: the mask, 0 or 1 in ``dtype``, for one forward or one backward."""
+    return None if threshold(p) == 0 else dropout_mask(seed, M, K, p).to(dtype)
+
+
+def shrink(x: Tensor, w: Tensor, scale: Tensor | None = None, alpha: float = 1.0, keep=None, p: float = 0.0) -> Tensor:
+    """dropout(x) (M, D) times (alpha·scale ⊙ w)ᵀ → (M, R) in x's dtype."""
+    if keep is not None:
+        x, alpha = x * keep, alpha * inverse_keep(p)
+    return x @ _stack(w, scale, alpha, x.dtype).t()
+
+
+def expand(
+    y: Tensor, h: Tensor, w: Tensor, scale: Tensor | None = None, alpha: float = 1.0, keep=None, p: float = 0.0
+) -> None:
+    """y (M, D) += mask/(1−p) ⊙ (h (M, R) times alpha·scale ⊙ w), in place."""
+    h = h.to(y.dtype)
+    if keep is None:
+        y.addmm_(h, _stack(w, scale, alpha, y.dtype))
+    else:
+        y.addcmul_(h @ _stack(w, scale, alpha * inverse_keep(p), y.dtype), keep)
+
+
+def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, keep=None, p: float = 0.0) -> Tensor:
+    """h (M, R) ᵀ times dropout(x) (M, D) → (n, r, D) in ``dtype``."""
+    if keep is not None:
+        return (h.t() @ (x * keep)).to(dtype).mul_(inverse_keep(p)).view(n, -1, x.shape[1])
+    return (h.t() @ x).to(dtype).view(n, -1, x.shape[1])
+
+
+def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """P = dyᵀ h (D, R), and from it the gradients of lora_B, (n, D, r), and of the vector scale, (n, D).
+
+    ``w`` is lora_B as a view (n, r, D). Both gradients come in w's and scale's dtypes.
+    """
+    n, r, D = w.shape
+    P = (dy.t() @ h).view(D, n, r).to(torch.promote_types(w.dtype, scale.dtype)).movedim(0, 1)
+    db = P * (alpha * scale).unsqueeze(2)
+    ds = torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)).mul_(alpha)
+    return db.to(w.dtype).contiguous(), ds.to(scale.dtype).contiguous()
+
+
+def _stack(w: Tensor, scale: Tensor | None, alpha: float, dtype: torch.dtype) -> Tensor:
+    """The branches below each other, (R, D), scaled in their own precision and then cast."""
+    if scale is not None:
+        w = w * (alpha * scale).unsqueeze(1)
+    elif alpha != 1.0:
+        w = w * alpha
+    return w.to(dtype).reshape(-1, w.shape[2])

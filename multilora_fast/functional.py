@@ -1,0 +1,130 @@
+"""The public functions: one linear layer with n LoRA branches, and the branches alone."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from multilora_fast.backends import choose, load
+from multilora_fast.checks import check_base, check_branches, check_dropout
+from multilora_fast.op import MultiLoRA, Settings, compiled
+
+Weight = Tensor | Callable[[], Tensor]
+
+
+def multilora_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_scaling: Tensor,
+    *,
+    scaling_factor: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear layer with n LoRA branches: x Wᵀ + b + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x).
+
+    Args:
+        x: (..., K).
+        weight: (N, K), frozen or trainable, or a function that returns it (a quantized base), which is called again
+            in backward and gets no gradient.
+        bias: (N,) or None.
+        lora_A, lora_B, lora_scaling: (n, r, K), (n, N, r) and (n, N), or (n, 1) for a scalar per branch. They may be
+            kept in another floating-point dtype than x; their gradients come in their own.
+        dropout_p: probability in [0, 1) of dropping an element of x before A, one mask for all branches.
+        training: dropout acts only when true.
+        seed: of the mask: an int, or an int64 tensor of one element on x's device; drawn from torch's generator of
+            that device when None.
+        backend: "triton", "torch", or None for Triton on a CUDA device and torch elsewhere.
+
+    Returns: (..., N), in x's dtype or autocast's. Its backward can be taken once: no double backward.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not agree, dropout_p outside [0, 1), a backend that cannot run.
+    """
+    settings, seed = _prepare(x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, seed, backend)
+    if isinstance(weight, Tensor):
+        check_base(x, weight, bias, lora_B.shape[1], settings.dtype)
+    return _apply(x, None, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
+
+
+def multilora_add(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_scaling: Tensor,
+    *,
+    scaling_factor: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x), for bases that bring their own forward and backward.
+
+    y (..., N) is left as it is; the result has its shape and dtype. Other arguments, limits and errors as
+    :func:`multilora_linear`.
+    """
+    settings, seed = _prepare(x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, seed, backend)
+    wanted = (*x.shape[:-1], lora_B.shape[1])
+    if tuple(y.shape) != wanted:
+        raise ValueError(f"y must have shape {wanted} to match x and lora_B, not {tuple(y.shape)}.")
+    if not y.is_floating_point():
+        raise ValueError(f"y must be floating point, not {y.dtype}.")
+    if y.device != x.device:
+        raise ValueError(f"y is on {y.device}, but x is on {x.device}: put both on one device.")
+    return _apply(x, y, None, None, lora_A, lora_B, lora_scaling, seed, settings)
+
+
+def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str | None = None) -> Tensor:
+    """The mask the op draws for x of M tokens and K features: bool (M, K), true where an element is kept.
+
+    Kept elements are multiplied by 65536 / (65536 − round(65536·p)), which is 1/(1−p) up to 2⁻¹⁷. The mask depends on
+    the backend and the seed alone.
+    """
+    check_dropout("p", p)
+    if not isinstance(seed, Tensor):
+        seed = _seed_tensor(seed, torch.device("cpu"))
+    return load(choose(backend, seed.device)).dropout_mask(seed, M, K, p)
+
+
+def _prepare(x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, seed, backend):
+    check_branches(x, lora_A, lora_B, lora_scaling)
+    check_dropout("dropout_p", dropout_p)
+    p = float(dropout_p) if training else 0.0
+    seed = _seed_tensor(seed, x.device) if p > 0.0 else None
+    kind = x.device.type
+    autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    return Settings(float(scaling_factor), p, dtype, choose(backend, x.device)), seed
+
+
+def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint((1 << 63) - 1, (1,), device=device)
+    if not isinstance(seed, Tensor):
+        if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"seed must be an int of 64 bits or an int64 tensor of one element, not {seed!r}.")
+        return torch.tensor([seed], device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(
+            f"seed must be an int64 tensor of one element on {device}, not {seed.dtype} {tuple(seed.shape)} "
+            f"on {seed.device}."
+        )
+    return seed.reshape(1)
+
+
+def _apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
+    if torch.compiler.is_compiling() and not callable(weight):
+        return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, *settings)[0]
+    return _eager(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
+
+
+@torch.compiler.disable
+def _eager(*arguments):
+    return MultiLoRA.apply(*arguments)

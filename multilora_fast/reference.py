@@ -1,0 +1,68 @@
+"""The MultiLoRA layer as people write it: a loop over branches, saving one activation per branch.
+
+It is the oracle of every test and the baseline of every bench. Initialisation after Wang et al. 2023
+(arXiv 2311.11501): A and B Kaiming-uniform, the learned scales zero, so a fresh layer answers as its base does.
+"""
+
+import math
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from multilora_fast.checks import check_hyperparameters
+
+
+class MultiLoRALinear(nn.Linear):
+    """y = W x + b + Σᵢ c·sᵢ ⊙ Bᵢ Aᵢ dropout(x), with c = lora_alpha / r and one dropout for all branches.
+
+    Holds the base layer's own ``weight`` (N, K) and ``bias`` (N,), and ``lora_A`` (n, r, K), ``lora_B`` (n, N, r),
+    ``lora_scaling`` (n, N), or (n, 1) with ``scaling="scalar"``. The base parameters keep their ``requires_grad``.
+
+    Raises:
+        ValueError: base is no nn.Linear, r or lora_num < 1, lora_dropout outside [0, 1), unknown scaling.
+    """
+
+    def __init__(
+        self,
+        base: nn.Linear,
+        *,
+        r: int,
+        lora_num: int,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        scaling: str = "vector",
+    ):
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"base must be an nn.Linear, not {type(base).__name__}.")
+        check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout, scaling=scaling)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.r, self.lora_num, self.scaling_factor = r, lora_num, (r if lora_alpha is None else lora_alpha) / r
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+        new = base.weight.new_empty
+        self.lora_A = nn.Parameter(new(lora_num, r, self.in_features))
+        self.lora_B = nn.Parameter(new(lora_num, self.out_features, r))
+        self.lora_scaling = nn.Parameter(new(lora_num, self.out_features if scaling == "vector" else 1))
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.train(base.training)
+        self.reset_branches()
+
+    def reset_branches(self) -> None:
+        """Draw A and B anew (Kaiming-uniform, a = √5, each branch on its own) and set the scales to zero."""
+        for branch in (*self.lora_A, *self.lora_B):
+            nn.init.kaiming_uniform_(branch, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        x = self.lora_dropout(x)
+        for A, B, s in zip(self.lora_A, self.lora_B, self.lora_scaling, strict=True):
+            y += F.linear(F.linear(x, A), B) * (self.scaling_factor * s)
+        return y
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"lora_num={self.lora_num}, r={self.r}, scaling_factor={self.scaling_factor:g}"
+        )

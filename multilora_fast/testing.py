@@ -1,0 +1,125 @@
+"""How exactness is judged: against the reference loop in float64, by the error PyTorch makes itself.
+
+The 2× rule, for the output and every gradient, same dropout mask, Frobenius norms:
+‖error‖ ≤ 2·‖error of the reference in that dtype‖ + eps·‖the same formula on absolute values‖.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from multilora_fast.reference import MultiLoRALinear
+
+NAMES = ("weight", "bias", "lora_A", "lora_B", "lora_scaling")
+
+
+@dataclass
+class Case:
+    """Inputs of the op: x (..., K), the gradient of its output dy (..., N), parameters by name, and the rest."""
+
+    x: Tensor
+    dy: Tensor
+    parameters: dict[str, Tensor]  # by NAMES; bias may be missing
+    scaling_factor: float = 1.0
+    factor: Tensor | None = None  # (M, K): mask/(1−p), what dropout multiplies x by
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> "Case":
+        parameters = {k: f(v) for k, v in self.parameters.items()}
+        return Case(f(self.x), f(self.dy), parameters, self.scaling_factor, self.factor)
+
+
+def random_case(
+    shape: tuple[int, ...], N: int, n: int, r: int, *, dtype=torch.float32, adapter_dtype=None, bias=True,
+    scaling="vector", scaling_factor=2.0, seed=0, device="cpu",
+) -> Case:  # fmt: skip
+    """A case with x of ``shape`` (..., K), non-zero scales, and everything drawn in float64 and then rounded."""
+    g = torch.Generator().manual_seed(seed)
+    K = shape[-1]
+
+    def draw(*size, scale=1.0, to=dtype):
+        return (torch.randn(*size, generator=g, dtype=torch.float64) * scale).to(device, to)
+
+    own = adapter_dtype or dtype
+    parameters = {
+        "weight": draw(N, K, scale=K**-0.5),
+        "lora_A": draw(n, r, K, scale=K**-0.5, to=own),
+        "lora_B": draw(n, N, r, scale=r**-0.5, to=own),
+        "lora_scaling": draw(n, N if scaling == "vector" else 1, to=own),
+    }
+    if bias:
+        parameters["bias"] = draw(N)
+    return Case(draw(*shape), draw(*shape[:-1], N), parameters, scaling_factor)
+
+
+def run(op: Callable[..., Tensor], case: Case) -> dict[str, Tensor]:
+    """The output of ``op(x, **parameters)`` and the gradients of x and every parameter, as float64."""
+    x = case.x.detach().requires_grad_()
+    parameters = {k: v.detach().requires_grad_() for k, v in case.parameters.items()}
+    out = op(x, **parameters)
+    grads = torch.autograd.grad(out, [x, *parameters.values()], case.dy.to(out.dtype))
+    named = dict(zip(["out", "x", *parameters], [out.detach(), *grads], strict=True))
+    return {k: v.double() for k, v in named.items()}
+
+
+def reference_op(case: Case) -> Callable[..., Tensor]:
+    """The reference module's forward as a function of x and the parameters, with the case's dropout."""
+
+    def op(x, weight, lora_A, lora_B, lora_scaling, bias=None):
+        n, r, _ = lora_A.shape
+        base = nn.Linear(1, 1, bias=False)
+        layer = MultiLoRALinear(base, r=r, lora_num=n, lora_alpha=r * case.scaling_factor)
+        if case.factor is not None:
+            layer.lora_dropout = _Multiply(case.factor)
+        layer._parameters = {  # the caller's own tensors, so that their gradients are asked for
+            "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "lora_scaling": lora_scaling,
+        }  # fmt: skip
+        return layer(x)
+
+    return op
+
+
+def truth(case: Case) -> dict[str, Tensor]:
+    """What the reference computes in float64 from the case's values."""
+    return run(reference_op(case), case.map(Tensor.double))
+
+
+def two_times_rule(op: Callable[..., Tensor], case: Case, *, autocast: torch.dtype | None = None) -> dict[str, tuple]:
+    """(error, bound) of ``op`` for the output and every gradient. The reference runs in the case's dtype, or under
+    autocast where its dtypes are mixed or ``autocast`` names one; ``op`` under autocast only where it is named."""
+    device = case.x.device.type
+    mixed = case.x.dtype if case.parameters["lora_A"].dtype != case.x.dtype else None
+    exact = truth(case)
+    absolute = run(reference_op(case), case.map(lambda t: t.double().abs()))
+
+    def under(dtype):
+        return nullcontext() if dtype is None else torch.autocast(device, dtype)
+
+    with under(autocast or mixed):
+        pytorch = run(reference_op(case), case)
+    with under(autocast):
+        ours = run(op, case)
+    eps = torch.finfo(autocast or case.x.dtype).eps
+    return {
+        k: ((ours[k] - exact[k]).norm().item(), (2 * (pytorch[k] - exact[k]).norm() + eps * absolute[k].norm()).item())
+        for k in exact
+    }
+
+
+def assert_two_times_rule(op: Callable[..., Tensor], case: Case, *, autocast: torch.dtype | None = None) -> None:
+    """Raise AssertionError naming what breaks the 2× rule, with its error and bound."""
+    broken = {
+        k: f"{e:.3e} > {b:.3e}" for k, (e, b) in two_times_rule(op, case, autocast=autocast).items() if not e <= b
+    }
+    assert not broken, f"error beyond the 2x rule: {broken}"
+
+
+class _Multiply(nn.Module):
+    def __init__(self, factor: Tensor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor.to(x.dtype).view(x.shape)
