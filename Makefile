@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 # A CUDA build of torch where there is an NVIDIA GPU, the CPU build where there is none.
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test gpu lint bench clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -14,6 +14,9 @@ demo: $(VENV)/demo-data ## Fine-tune a real model on a mixture of tasks, and com
 
 test: $(VENV)/installed ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
+
+gpu: $(VENV)/installed ## On a machine with a GPU: the tests of the kernels and of the op
+	$(BIN)/python -m pytest -q tests/test_gpu.py tests/test_selfcheck.py tests/test_op.py tests/test_compile.py $(ARGS)
 
 lint: $(VENV)/installed ## Check style and imports
 	$(BIN)/ruff check .

@@ -22,20 +22,22 @@ class Backend(NamedTuple):
     dropout_mask: Callable
 
 
-def choose(name: str | None, device: torch.device) -> str:
+def choose(name: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> str:
     """The backend called ``name``, or for None "triton" on a CUDA device and "torch" elsewhere.
 
     Raises:
-        ValueError: an unknown name, or Triton asked for where it cannot run.
+        ValueError: an unknown name, or Triton where it cannot run or compute in ``dtype``.
     """
     if name is None:
-        return "triton" if device.type == "cuda" else "torch"
+        name = "triton" if device.type == "cuda" else "torch"
     if name not in ("triton", "torch"):
         raise ValueError(f'backend must be "triton", "torch" or None, not {name!r}.')
     if name == "triton" and device.type not in ("cuda", "meta") and not interpreted():
         raise ValueError(
             f'backend "triton" needs a CUDA device (or TRITON_INTERPRET=1), but x is on {device}: use backend="torch".'
         )
+    if name == "triton" and dtype == torch.float64 and device.type == "cuda":
+        raise ValueError('backend "triton" does not compute in torch.float64 on a GPU: use backend="torch".')
     return name
 
 

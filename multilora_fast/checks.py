@@ -22,6 +22,8 @@ def check_branches(x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tens
     """x (…, K), lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1): floating point, on one device."""
     named = {"x": x, "lora_A": lora_A, "lora_B": lora_B, "lora_scaling": lora_scaling}
     for name, t in named.items():
+        if hasattr(t, "device_mesh"):
+            raise ValueError(f"{name} is a DTensor, which the op does not take: pass the full tensor, as FSDP2 does.")
         if not t.is_floating_point():
             raise ValueError(f"{name} must be floating point, not {t.dtype}.")
         if t.device != x.device:

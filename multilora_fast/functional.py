@@ -101,7 +101,7 @@ def _prepare(x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, trainin
     kind = x.device.type
     autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-    return Settings(float(scaling_factor), p, dtype, choose(backend, x.device)), seed
+    return Settings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype)), seed
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:

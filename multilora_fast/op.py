@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from multilora_fast import selfcheck
 from multilora_fast.backends import load
 
 
@@ -57,6 +58,8 @@ def forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings: Se
     ops = load(backend)
     x = x.to(dtype)
     tokens = _tokens(x)
+    if backend == "triton" and x.is_cuda:
+        selfcheck.check("forward", x, lora_A, settings, tokens.shape[0])
     H = ops.shrink(tokens, lora_A, None, 1.0, ops.draw(seed, *tokens.shape, p, dtype), p)
     if y is None:
         y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -78,6 +81,8 @@ def backward(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, settings: Set
     tokens = _tokens(dy.to(dtype))
     if x is not None:
         x = _tokens(x.to(dtype))
+    if backend == "triton" and dy.is_cuda:
+        selfcheck.check("backward", dy, lora_A, settings, tokens.shape[0])
 
     dx = dw = db = dA = dB = ds = None
     if needs.lora_B or needs.lora_scaling:

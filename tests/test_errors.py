@@ -101,3 +101,16 @@ def test_triton_asked_for_where_it_cannot_run_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match='backend "triton" needs a CUDA device'):
         multilora_linear(**GOOD, backend="triton")
+
+
+def test_dtensors_are_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        lora_A = distribute_tensor(GOOD["lora_A"], init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="lora_A is a DTensor"):
+            multilora_linear(**{**GOOD, "lora_A": lora_A})
+    finally:
+        dist.destroy_process_group()
