@@ -18,6 +18,9 @@ test: $(VENV)/installed ## Run the tests
 gpu: $(VENV)/installed ## On a machine with a GPU: the tests of the kernels and of the op
 	$(BIN)/python -m pytest -q tests/test_gpu.py tests/test_selfcheck.py tests/test_op.py tests/test_compile.py $(ARGS)
 
+compat: $(VENV)/installed ## Run the tests of the PEFT method on older versions of PEFT
+	tests/compat.sh $(ARGS)
+
 lint: $(VENV)/installed ## Check style and imports
 	$(BIN)/ruff check .
 
@@ -25,7 +28,7 @@ bench: $(VENV)/installed ## Time one layer beside the frozen base, the naive loo
 	$(BIN)/python -m bench.layer $(ARGS)
 
 clean: ## Remove the virtual environment and what was built
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .compat build dist *.egg-info demo-output .pytest_cache .ruff_cache
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)

@@ -8,7 +8,7 @@ version = re.search(r'^__version__ = "(.+)"', (here / "multilora_fast/__init__.p
 
 demo = ["accelerate>=1.1", "gguf>=0.10", "datasets>=3", "matplotlib>=3.8"]
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
-dev = [*bench, "hypothesis>=6", "ruff>=0.9", "build>=1.2"]
+dev = [*bench, "bitsandbytes>=0.49; sys_platform == 'linux'", "hypothesis>=6", "ruff>=0.9", "build>=1.2"]
 
 setup(
     name="multilora-fast",
@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["multilora_fast", "multilora_fast.kernels", "multilora_fast.demo"],
+    packages=["multilora_fast", "multilora_fast.kernels", "multilora_fast.peft", "multilora_fast.demo"],
     package_data={"multilora_fast": ["py.typed"], "multilora_fast.kernels": ["README.md"]},
     install_requires=[
         "torch>=2.11",

@@ -1,55 +1,51 @@
-"""Adapters as files: the branches of a model's MultiLoRA layers in safetensors, with a config in JSON beside them.
+"""Adapters as files: branches in safetensors, with a config in JSON beside them.
 
 The directory is laid out as a PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``, with keys
-``base_model.model.<module path>.multilora_branches.lora_A | lora_B | lora_scaling``.
+``base_model.model.<module path>.multilora_branches.lora_A | lora_B | lora_scaling``. What is saved here loads with
+PeftModel.from_pretrained, and what a PeftModel saved loads here, on nn.Linear modules.
 """
 
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from multilora_fast.branches import CONTAINER, NAMES, Branches, collect, describe, shape_options, targets
+from multilora_fast.checks import check_hyperparameters
 from multilora_fast.layers import FusedMultiLoRALinear
 from multilora_fast.reference import MultiLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX, _SUFFIX = "base_model.model.", ".multilora_branches."
-_BRANCHES = ("lora_A", "lora_B", "lora_scaling")
+PREFIX = "base_model.model."
+_SUFFIX = f".{CONTAINER}."
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the branches of every MultiLoRA layer of ``model``, in their own dtypes, into ``directory``.
 
-    Each file is complete or not there: a failed save leaves what stood there before.
+    A failed save leaves what stood there before.
 
     Raises:
-        ValueError: the model holds no MultiLoRA layer, or layers that differ in r, lora_num, scaling_factor, kind of
-            scale or dropout, which one config cannot describe.
+        ValueError: the model holds no MultiLoRA layer, or layers that differ in kind of scale or dropout, which one
+            config cannot describe.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, MultiLoRALinear)}
+    layers = {name: m for name, m in collect(model).items() if isinstance(m, MultiLoRALinear)}
     if not layers:
         raise ValueError("model holds no MultiLoRA layer to save.")
-    configs = {name: _config(layer) for name, layer in layers.items()}
-    first = next(iter(configs.values()))
-    for name, config in configs.items():
-        if config != first:
-            raise ValueError(f"model must have the same r, lora_num and options in all layers, but {name} differs.")
-    config = {"peft_type": "MULTILORA", **first, "target_modules": sorted(layers)}
-    tensors = {
-        f"{_PREFIX}{name}{_SUFFIX}{key}": getattr(layer, key).detach().cpu().contiguous()
-        for name, layer in layers.items()
-        for key in _BRANCHES
-    }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    replace_file(directory / CONFIG, lambda path: Path(path).write_text(json.dumps(config, indent=2) + "\n"))
+    options = {name: _options(layer) for name, layer in layers.items()}
+    first = next(iter(options.values()))
+    for name, other in options.items():
+        if other != first:
+            raise ValueError(f"model must have one lora_dropout and kind of scale in all layers, but {name} differs.")
+    modules = {name: Branches.of(layer) for name, layer in layers.items()}
+    chosen = targets(layers, [name for name, _ in model.named_modules()])
+    write_multilora(directory, modules, {**first, "target_modules": chosen})
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
@@ -60,23 +56,22 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     Raises:
         ValueError: a file that is missing, damaged or foreign, or that does not fit this model.
     """
-    config, tensors = _read(Path(directory))
+    config, modules = read_multilora(directory)
     layers: dict[str, FusedMultiLoRALinear] = {}
-    for name, branches in tensors.items():
+    for name, branches in modules.items():
         try:
             base = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"{directory} adapts {name}, which the model does not have.") from None
         if not isinstance(base, nn.Linear) or isinstance(base, MultiLoRALinear):
             raise ValueError(f"{directory} adapts {name}, which is a {type(base).__name__}, not an nn.Linear.")
-        options = {k: config[k] for k in ("r", "lora_num", "lora_alpha", "lora_dropout", "scaling")}
+        _check_shapes(directory, config, name, branches, base.in_features, base.out_features)
+        options = {k: config[k] for k in ("lora_dropout", "scaling")}
         with torch.device("meta"):
-            layer = FusedMultiLoRALinear(nn.Linear(base.in_features, base.out_features), **options)
-        for key in _BRANCHES:
-            wanted, came = tuple(getattr(layer, key).shape), tuple(branches[key].shape)
-            if wanted != came:
-                raise ValueError(f"{directory} holds {key} of shape {came} for {name}, which needs {wanted}.")
-            setattr(layer, key, nn.Parameter(branches[key].to(base.weight.device)))
+            bare = nn.Linear(base.in_features, base.out_features)
+            layer = FusedMultiLoRALinear(bare, **shape_options(config, name), **options)
+        for key in NAMES:
+            setattr(layer, key, nn.Parameter(getattr(branches, key).to(base.weight.device)))
         layer.weight = base.weight
         layer.register_parameter("bias", base.bias)
         layers[name] = layer.train(base.training)
@@ -85,54 +80,93 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     return list(layers)
 
 
-def replace_file(path: Path, write: Callable[[str], None]) -> None:
-    """``write`` a new file beside ``path`` and put it in its place once it is complete."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+def write_multilora(directory: str | os.PathLike, modules: Mapping[str, Branches], config: dict) -> None:
+    """An adapter with the branches of ``modules``, by module path; ``config`` holds what the branches do not say."""
+    tensors = {f"{PREFIX}{name}{_SUFFIX}{key}": getattr(b, key) for name, b in modules.items() for key in NAMES}
+    write_files(directory, {"peft_type": "MULTILORA", **describe(modules), **config}, tensors)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _config(layer: MultiLoRALinear) -> dict:
-    return {
-        "r": layer.r,
-        "lora_num": layer.lora_num,
-        "lora_alpha": layer.scaling_factor * layer.r,
-        "lora_dropout": layer.lora_dropout.p,
-        "scaling": "scalar" if layer.lora_scaling.shape[1] == 1 else "vector",
-    }
-
-
-def _read(directory: Path) -> tuple[dict, dict[str, dict[str, torch.Tensor]]]:
-    """The config, and the branch tensors by module name."""
-    try:
-        config = json.loads((directory / CONFIG).read_text())
-        tensors = load_file(directory / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{directory} is no readable MultiLoRA adapter: {error}.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "MULTILORA":
+def read_multilora(directory: str | os.PathLike) -> tuple[dict, dict[str, Branches]]:
+    """The config, and the branches by module path."""
+    directory = Path(directory)
+    config, tensors = read_files(directory, "MultiLoRA")
+    if config.get("peft_type") != "MULTILORA":
         raise ValueError(f"{directory / CONFIG} does not describe a MultiLoRA adapter.")
     missing = {"r", "lora_num", "lora_alpha", "lora_dropout", "scaling"} - set(config)
     if missing:
         raise ValueError(f"{directory / CONFIG} lacks {', '.join(sorted(missing))}.")
-    modules: dict[str, dict[str, torch.Tensor]] = {}
+    try:
+        for r in (config["r"], *(config.get("rank_pattern") or {}).values()):
+            check_hyperparameters(r=r, **{k: config[k] for k in ("lora_num", "lora_dropout", "scaling")})
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG} is wrong: {error}") from None
+    found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        name, suffix, branch = key.removeprefix(_PREFIX).rpartition(_SUFFIX)
-        if not key.startswith(_PREFIX) or not suffix or branch not in _BRANCHES:
+        name, suffix, branch = key.removeprefix(PREFIX).rpartition(_SUFFIX)
+        if branch.partition(".")[2] in NAMES:  # PEFT before 0.20 puts a model's other adapters here too, by name
+            continue
+        if not key.startswith(PREFIX) or not suffix or branch not in NAMES:
             raise ValueError(f"{directory / WEIGHTS} holds {key}, which is no MultiLoRA tensor.")
-        modules.setdefault(name, {})[branch] = tensor
-    for name, branches in modules.items():
-        lacking = sorted(set(_BRANCHES) - set(branches))
+        found.setdefault(name, {})[branch] = tensor
+    if not found:
+        raise ValueError(f"{directory / WEIGHTS} holds no MultiLoRA tensor.")
+    modules = {}
+    for name, branches in found.items():
+        lacking = sorted(set(NAMES) - set(branches))
         if lacking:
             raise ValueError(f"{directory / WEIGHTS} lacks {', '.join(lacking)} of {name}.")
+        options = shape_options(config, name)
+        modules[name] = Branches(*(branches[key] for key in NAMES), options["lora_alpha"] / options["r"])
+        K, N = branches["lora_A"].shape[-1:], branches["lora_B"].shape[1:2]
+        _check_shapes(directory, config, name, modules[name], *K, *N)
     return config, modules
+
+
+def read_files(directory: str | os.PathLike, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """The config and the tensors of an adapter of any method."""
+    try:
+        config = json.loads((Path(directory) / CONFIG).read_text())
+        tensors = load_file(Path(directory) / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{directory} is no readable {kind} adapter: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{Path(directory) / CONFIG} does not describe a {kind} adapter.")
+    return config, tensors
+
+
+def write_files(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> None:
+    """Both files of an adapter, put in their places once both are complete; on an error nothing has changed."""
+    directory = Path(directory)
+    new = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as temporary:
+            weights, text = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
+            save_file(tensors, weights, metadata={"format": "pt"})
+            text.write_text(json.dumps(config, indent=2) + "\n")
+            os.chmod(weights, text.stat().st_mode)
+            os.replace(weights, directory / WEIGHTS)
+            os.replace(text, directory / CONFIG)
+    except BaseException:
+        if new:
+            directory.rmdir()
+        raise
+
+
+def _check_shapes(directory, config: dict, name: str, branches: Branches, K: int, N: int) -> None:
+    options = shape_options(config, name)
+    n, r = options["lora_num"], options["r"]
+    shapes = ((n, r, K), (n, N, r), (n, N if config["scaling"] == "vector" else 1))
+    for key, tensor, wanted in zip(NAMES, branches[:3], shapes, strict=True):
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"{directory} holds {key} of shape {tuple(tensor.shape)} for {name}, which needs {wanted}."
+            )
+
+
+def _options(layer: MultiLoRALinear) -> dict:
+    return {
+        "lora_dropout": layer.lora_dropout.p,
+        "scaling": "scalar" if layer.lora_scaling.shape[1] == 1 else "vector",
+    }

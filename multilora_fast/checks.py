@@ -1,6 +1,5 @@
 """One-sentence errors for the caller's mistakes: the argument, what came, what was wanted."""
 
-import torch
 from torch import Tensor
 
 
@@ -40,8 +39,8 @@ def check_branches(x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tens
         raise ValueError(f"lora_scaling must have shape ({n}, {N}) or ({n}, 1), not {tuple(lora_scaling.shape)}.")
 
 
-def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, N: int, dtype: torch.dtype) -> None:
-    """weight (N, K) and bias (N,), on x's device, in the dtype of the product unless autocast chose that one."""
+def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, N: int, *, autocast: bool) -> None:
+    """weight (N, K) and bias (N,), on x's device, in x's dtype unless autocast casts them all."""
     K = x.shape[-1]
     for name, t, shape in (("weight", weight, (N, K)), ("bias", bias, (N,))):
         if t is None:
@@ -50,7 +49,7 @@ def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, N: int, dtype: to
             raise ValueError(f"{name} must have shape {shape} to match lora_B and x, not {tuple(t.shape)}.")
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}, but x is on {x.device}: put both on one device.")
-        if t.dtype != x.dtype and x.dtype == dtype:
-            raise ValueError(f"{name} is {t.dtype}, but x is {x.dtype}: cast one of them, or use torch.autocast.")
         if not t.is_floating_point():
             raise ValueError(f"{name} must be floating point, not {t.dtype}.")
+        if t.dtype != x.dtype and not autocast:
+            raise ValueError(f"{name} is {t.dtype}, but x is {x.dtype}: cast one of them, or use torch.autocast.")

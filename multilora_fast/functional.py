@@ -48,7 +48,7 @@ def multilora_linear(
     """
     settings, seed = _prepare(x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, seed, backend)
     if isinstance(weight, Tensor):
-        check_base(x, weight, bias, lora_B.shape[1], settings.dtype)
+        check_base(x, weight, bias, lora_B.shape[1], autocast=_autocast(x))
     return _apply(x, None, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
 
 
@@ -98,10 +98,14 @@ def _prepare(x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, trainin
     check_dropout("dropout_p", dropout_p)
     p = float(dropout_p) if training else 0.0
     seed = _seed_tensor(seed, x.device) if p > 0.0 else None
-    kind = x.device.type
-    autocast = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+    dtype = torch.get_autocast_dtype(x.device.type) if _autocast(x) else x.dtype
     return Settings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype)), seed
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of x's products; it leaves float64 alone."""
+    kind = x.device.type
+    return kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
@@ -120,11 +124,8 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
 
 
 def _apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
-    if torch.compiler.is_compiling() and not callable(weight):
-        return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, *settings)[0]
-    return _eager(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
-
-
-@torch.compiler.disable
-def _eager(*arguments):
-    return MultiLoRA.apply(*arguments)
+    if not torch.compiler.is_compiling():
+        return MultiLoRA.apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
+    if callable(weight):
+        raise ValueError("weight as a function cannot be compiled: compile the base layer alone and use multilora_add.")
+    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, *settings)[0]

@@ -77,6 +77,21 @@ def test_one_mask_in_forward_recomputation_and_backward(checkpointed, device):
     assert not torch.equal(*masks)
 
 
+@needs_compiler
+def test_a_weight_from_a_function_runs_outside_the_graph(device):
+    case = random_case((2, 9, 24), 16, 2, 4, device=device)
+    weight = case.parameters.pop("weight")
+
+    def op(x, **parameters):
+        return multilora_linear(x, lambda: weight, **parameters)
+
+    wanted = op(case.x, **case.parameters)
+    torch.testing.assert_close(torch.compile(op)(case.x, **case.parameters), wanted)
+    torch.compiler.reset()
+    with pytest.raises((torch._dynamo.exc.Unsupported, ValueError)):
+        torch.compile(op, fullgraph=True)(case.x, **case.parameters)
+
+
 def test_double_backward_is_refused(device):
     case = random_case((3, 8), 4, 2, 2, device=device)
     x = case.x.requires_grad_()

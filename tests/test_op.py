@@ -91,6 +91,12 @@ def test_two_times_rule_under_autocast(dtype, p, device):
     assert_two_times_rule(op_for(case, p, None), case, autocast=dtype)
 
 
+def test_autocast_casts_whatever_dtypes_meet(device):
+    case = random_case((2, 33, 72), 48, 3, 12, device=device)
+    case.x = case.x.to(torch.bfloat16)  # another layer's output
+    assert_two_times_rule(op_for(case, 0.0, None), case, autocast=torch.bfloat16)
+
+
 def test_gradients_come_in_the_parameters_dtypes(device):
     case = random_case((4, 16), 8, 2, 4, dtype=torch.bfloat16, adapter_dtype=torch.float32, device=device)
     leaves = {k: v.requires_grad_() for k, v in case.parameters.items()}

@@ -1,0 +1,14 @@
+"""MultiLoRA as a PEFT method: importing this package makes it known to PEFT.
+
+``get_peft_model(model, MultiLoraConfig(...))`` then works as with LoraConfig, and so do save_pretrained,
+PeftModel.from_pretrained, AutoPeftModel and transformers' load_adapter.
+"""
+
+from multilora_fast.peft.config import MultiLoraConfig
+from multilora_fast.peft.layer import MultiLoraLinear
+from multilora_fast.peft.model import MultiLoraModel
+from multilora_fast.peft.register import register
+
+register(MultiLoraConfig, MultiLoraModel)
+
+__all__ = ["MultiLoraConfig", "MultiLoraLinear", "MultiLoraModel"]

@@ -1,0 +1,85 @@
+"""The configuration of a MultiLoRA adapter in PEFT."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from peft import PeftConfig
+
+from multilora_fast.checks import check_hyperparameters
+from multilora_fast.peft.register import peft_type
+
+
+@dataclass
+class MultiLoraConfig(PeftConfig):
+    """``lora_num`` parallel LoRA branches of rank ``r`` with learned scales, on every target module.
+
+    Fields that are not listed are PEFT's own, and mean what they mean in peft.LoraConfig.
+
+    Args:
+        r: rank of each branch.
+        lora_num: branches per module.
+        target_modules: names of the modules to adapt or the end of their names, or one regular expression, or
+            "all-linear". None takes those that LoRA takes for this architecture.
+        exclude_modules: modules to leave alone, as names or one regular expression.
+        lora_alpha: the branches are multiplied by lora_alpha / r; None stands for r.
+        lora_dropout: dropout on the input of the branches, one mask for all of them.
+        scaling: whether a branch's learned scale is a "vector" of out_features values, or a "scalar".
+        init_weights: True starts the scales at zero, so that the model answers as before; False draws them, for tests.
+        fan_in_fan_out: whether the weights are stored as (in, out). Found out from the modules, and kept for exports.
+        bias: always "none".
+        modules_to_save: modules to train and save whole.
+        layers_to_transform, layers_pattern: indices of the layers to adapt, and the name of the list they are in.
+        rank_pattern, lora_num_pattern, alpha_pattern: r, lora_num and lora_alpha of modules whose name ends in a
+            match of the key.
+
+    Raises:
+        ValueError: a value outside its range, or fields that exclude each other.
+    """
+
+    r: int = 32
+    lora_num: int = 3
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    scaling: Literal["vector", "scalar"] = "vector"
+    init_weights: bool = True
+    fan_in_fan_out: bool = False
+    bias: Literal["none"] = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict | None = field(default_factory=dict)
+    lora_num_pattern: dict | None = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = peft_type()
+        for name in ("rank_pattern", "alpha_pattern", "lora_num_pattern"):
+            setattr(self, name, getattr(self, name) or {})
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self._check()
+
+    def _check(self) -> None:
+        sizes = {"r": self.rank_pattern, "lora_num": self.lora_num_pattern}
+        for name, pattern in sizes.items():
+            for value in (getattr(self, name), *pattern.values()):
+                check_hyperparameters(
+                    **{"r": 1, "lora_num": 1, name: value}, lora_dropout=self.lora_dropout, scaling=self.scaling
+                )
+        for alpha in (self.lora_alpha, *self.alpha_pattern.values()):
+            if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):
+                raise ValueError(f"lora_alpha must be a number or None, not {alpha!r}.")
+        if self.bias != "none":
+            raise ValueError(f'bias must be "none", not {self.bias!r}: train whole modules with modules_to_save.')
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform.")
+        expression = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        for name in ("layers_to_transform", "layers_pattern"):
+            if expression and getattr(self, name) is not None:
+                raise ValueError(f"{name} cannot be used when target_modules is a regular expression.")

@@ -1,0 +1,209 @@
+"""The PEFT layer: a linear base layer of any kind, and the branches of every adapter on it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from multilora_fast.branches import Branches, as_lora
+from multilora_fast.functional import multilora_add, multilora_linear
+from multilora_fast.peft.quantization import base_weight, compute_as, dense_4bit, is_4bit, resolve_quantization_backend
+
+
+class MultiLoraBranches(nn.Module):
+    """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1).
+
+    A and B start Kaiming-uniform (a = √5), each branch on its own. The scales start at zero; ``init_weights=False``
+    draws them instead.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        lora_num: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        scaling: str,
+        init_weights: bool,
+    ):
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(lora_num, r, in_features))
+        self.lora_B = nn.Parameter(torch.empty(lora_num, out_features, r))
+        self.lora_scaling = nn.Parameter(torch.empty(lora_num, out_features if scaling == "vector" else 1))
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.scaling_factor = self.initial_factor = lora_alpha / r
+        for branch in (*self.lora_A, *self.lora_B):
+            nn.init.kaiming_uniform_(branch, a=math.sqrt(5))
+        if init_weights:
+            nn.init.zeros_(self.lora_scaling)
+        else:
+            nn.init.normal_(self.lora_scaling)
+
+    def forward(self, x: Tensor, *, weight=None, bias: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """The adapted layer's output: from its weight and bias, or added to ``y``, its output without the branches."""
+        branches = (self.lora_A, self.lora_B, self.lora_scaling)
+        options = {
+            "scaling_factor": self.scaling_factor,
+            "dropout_p": self.lora_dropout.p,
+            "training": self.lora_dropout.training,
+        }
+        if y is None:
+            return multilora_linear(x, weight, bias, *branches, **options)
+        return multilora_add(y, x, *branches, **options)
+
+    def delta(self) -> Tensor:
+        """The update B̃ Ã (N, K) of the weight, in float32 at least."""
+        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in as_lora(Branches.of(self)))
+        return B @ A
+
+    def extra_repr(self) -> str:
+        n, r, K = self.lora_A.shape
+        return (
+            f"in_features={K}, out_features={self.lora_B.shape[1]}, lora_num={n}, r={r}, "
+            f"scaling_factor={self.scaling_factor:g}"
+        )
+
+
+class MultiLoraLinear(nn.Module, BaseTunerLayer):
+    """A linear layer under any number of MultiLoRA adapters, of which the active ones add up.
+
+    On nn.Linear, Conv1D and bitsandbytes' 4-bit layer the first active adapter and the base layer's product are one
+    fused op. Other base layers, and those with hooks or a forward of their own, run as they are, and the branches are
+    added to their output.
+    """
+
+    adapter_layer_names = ("multilora_branches",)
+    other_param_names = ()
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, *, quantization: dict, **options):
+        super().__init__()
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        self.in_features, self.out_features = _get_in_out_features(base)
+        self.fan_in_fan_out = isinstance(base, Conv1D)
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.multilora_branches = nn.ModuleDict()
+        self._disable_adapters, self._active_adapter, self.merged_adapters = False, adapter_name, []
+        self.update_layer(adapter_name, **options)
+
+    def update_layer(self, adapter_name: str, *, inference_mode: bool, **options) -> None:
+        """Add an adapter; ``options`` are those of :class:`MultiLoraBranches`."""
+        self.multilora_branches[adapter_name] = MultiLoraBranches(self.in_features, self.out_features, **options)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        self._check_names(x, adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names, *args, **kwargs)
+        active = [self.multilora_branches[name] for name in self.active_adapters if name in self.multilora_branches]
+        y = self._fused(x, active[0]) if active and not args and not kwargs else None
+        if y is None:
+            y = self.base_layer(x, *args, **kwargs)
+        else:
+            active = active[1:]
+        for branches in active:
+            y = branches(x, y=y)
+        return y
+
+    def _fused(self, x: Tensor, branches: MultiLoraBranches) -> Tensor | None:
+        """The output through the fused op, or None for a base layer that must run itself."""
+        base = self.base_layer
+        if "forward" in base.__dict__ or any(base.__dict__.get(name) for name in _HOOKS):
+            return None
+        if type(base) in (nn.Linear, Conv1D) and type(base.weight) in (nn.Parameter, Tensor):
+            return branches(x, weight=base.weight.t() if self.fan_in_fan_out else base.weight, bias=base.bias)
+        # Decoding on a GPU keeps bitsandbytes' own kernels, which read the 4-bit weight as it is.
+        decoding = not torch.is_grad_enabled() and x.device.type != "cpu"
+        if not is_4bit(base) or decoding or torch.compiler.is_compiling():
+            return None
+        inner, context = compute_as(base, x)
+        with context:
+            return branches(inner, weight=lambda: dense_4bit(base), bias=base.bias).to(x.dtype)
+
+    def _check_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
+        if adapter_names is None:
+            return
+        if len(x) != len(adapter_names):
+            raise ValueError(f"adapter_names must hold one name per input, but got {len(adapter_names)} for {len(x)}.")
+        if self.merged:
+            raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter first.")
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
+        """Each row of the batch under its own adapter; "__base__" stands for none."""
+        y = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.multilora_branches:
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                y = y.index_copy(0, rows, self.multilora_branches[name](x[rows], y=y[rows]))
+        return y
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging the adapter adds to the weight, laid out as the weight is."""
+        delta = self.multilora_branches[adapter].delta()
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the active adapters, or ``adapter_names``, to the base weight. With ``safe_merge`` a weight that would
+        not be finite is a ValueError, and the base stays as it was."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.multilora_branches:
+                self._add_to_weight(name, 1.0, safe_merge)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self._add_to_weight(self.merged_adapters.pop(), -1.0)
+
+    @torch.no_grad()
+    def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
+        base, backend = self.get_base_layer(), self.quantization_backend
+        weight = base_weight(base, backend)
+        merged = torch.add(weight, self.get_delta_weight(name), alpha=sign).to(weight.dtype)
+        if check and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        if backend is None:
+            weight.copy_(merged)
+        else:
+            backend.set_base_weight(self, merged)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the constant factor of an adapter to ``scale`` times lora_alpha / r."""
+        if adapter in self.multilora_branches:
+            branches = self.multilora_branches[adapter]
+            branches.scaling_factor = scale * branches.initial_factor
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the constant factor of the active adapters by ``scale``."""
+        for name in self.active_adapters:
+            if name in self.multilora_branches:
+                self.multilora_branches[name].scaling_factor *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the constant factor of the active adapters by ``scale``, or set it back."""
+        for name in self.active_adapters:
+            if name in self.multilora_branches:
+                branches = self.multilora_branches[name]
+                branches.scaling_factor = branches.initial_factor if scale is None else branches.scaling_factor / scale
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -1,0 +1,192 @@
+"""The PEFT tuner: puts MultiLoRA layers into a model, and what PEFT leaves to each method."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from multilora_fast.branches import CONTAINER, NAMES, Branches, describe, pattern_value, shape_options, stack, targets
+from multilora_fast.peft.config import MultiLoraConfig
+from multilora_fast.peft.layer import MultiLoraLinear
+from multilora_fast.peft.quantization import get_quantization_kwargs, resolve_quantization_backend
+
+
+class MultiLoraModel(BaseTuner):
+    """A model with MultiLoRA layers, as ``get_peft_model`` makes it (there as ``.base_model``).
+
+    ``targeted_module_names`` lists the modules that were adapted. Names in ``target_modules`` that match no module are
+    warned about, and if none matches, it is PEFT's NoMatchingPeftModuleError, a ValueError.
+    """
+
+    prefix: str = "multilora_"
+    tuner_layer_cls = MultiLoraLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_check_loaded)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        if not isinstance(config.target_modules, str):
+            names = [f".{name}" for name, _ in model.named_modules()]
+            idle = [key for key in config.target_modules if not any(name.endswith(f".{key}") for name in names)]
+            if idle:
+                warnings.warn(f"target_modules {', '.join(sorted(idle))} match no module of the model.", stacklevel=2)
+        adapted = [name for name, layer in _layers(model) if adapter_name in layer.multilora_branches]
+        idle = [
+            k for k in config.lora_num_pattern if not any(pattern_value({k: True}, name, False) for name in adapted)
+        ]
+        if idle:  # of the other patterns PEFT says so
+            warnings.warn(f"lora_num_pattern {', '.join(sorted(idle))} matches no adapted module.", stacklevel=2)
+
+    def _create_and_replace(
+        self, config: MultiLoraConfig, adapter_name: str, target, target_name: str, parent, current_key: str, **_
+    ) -> None:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        quantization = get_quantization_kwargs(self.model)
+        self._check_base(current_key, base, quantization)
+        config.fan_in_fan_out = config.fan_in_fan_out or isinstance(base, Conv1D)
+        options = {
+            **shape_options(vars(config), current_key),
+            "lora_dropout": config.lora_dropout,
+            "scaling": config.scaling,
+            "init_weights": config.init_weights,
+            "inference_mode": config.inference_mode,
+        }
+        if isinstance(target, MultiLoraLinear):
+            target.update_layer(adapter_name, **options)
+            return
+        layer = MultiLoraLinear(target, adapter_name, quantization=quantization, **options)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        # Layers put their branches on the base layer's device. BaseTuner would move an 8-bit layer whole, and with it
+        # branches that are still on the meta device.
+        setattr(parent, child_name, new_module)
+
+    def _check_base(self, name: str, base: nn.Module, quantization: dict) -> None:
+        if (getattr(self.model, "_tp_size", None) or 1) > 1:
+            raise ValueError("MultiLoRA does not support tensor parallelism: load the model without a tp_plan.")
+        if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            raise ValueError(
+                f"Target module {name} belongs to an nn.MultiheadAttention, which reads its weight and not its output: "
+                "leave it out with exclude_modules."
+            )
+        backend = None if isinstance(base, (nn.Linear, Conv1D)) else resolve_quantization_backend(base, **quantization)
+        if not isinstance(base, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
+            raise ValueError(
+                f"Target module {name} is a {type(base).__name__}, which is not supported: MultiLoRA adapts nn.Linear, "
+                "transformers' Conv1D and quantized linear layers."
+            )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, num_beams=None, **kwargs):
+        """While open, the layers get ``adapter_names``, which name the adapter of each row of the batch."""
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("adapter_names cannot be used when the model is in training mode.")
+        known = {name for _, layer in _layers(self) for name in layer.multilora_branches}
+        unknown = sorted(set(adapter_names) - known - {"__base__"})
+        if unknown:
+            raise ValueError(f"adapter_names holds adapters that do not exist: {', '.join(unknown)}.")
+        beams = num_beams if isinstance(num_beams, int) else 1
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        unrepeated = set() if encoder is None or encoder is self.model else set(encoder.modules())
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (MultiLoraLinear, AuxiliaryTrainingWrapper)):
+                names = [name for name in adapter_names for _ in range(1 if module in unrepeated else beams)]
+                handles.append(module.register_forward_pre_hook(_with_names(names), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
+    ) -> None:
+        """Add the exact weighted sum of ``adapters`` as a new, inactive adapter, which holds all of their branches.
+
+        Raises:
+            ValueError: names that do not exist or are taken, as many weights as adapters not given, a
+                ``combination_type`` other than "cat", adapters with modules_to_save.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if not adapters or unknown:
+            raise ValueError(f"adapters must name adapters of this model, not {unknown or adapters!r}.")
+        if len(weights) != len(adapters):
+            raise ValueError(f"weights must hold one number per adapter, {len(adapters)}, not {len(weights)}.")
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name must be new, but {adapter_name!r} exists.")
+        if combination_type != "cat":
+            raise ValueError(f'combination_type must be "cat", which is exact, not {combination_type!r}.')
+        if any(self.peft_config[name].modules_to_save for name in adapters):
+            raise ValueError("adapters with modules_to_save cannot be summed.")
+        parts = {}
+        for path, layer in _layers(self.model):
+            here = [(layer.multilora_branches[a], w) for a, w in zip(adapters, weights, strict=True)
+                    if a in layer.multilora_branches]  # fmt: skip
+            if here:
+                branches = [Branches.of(module) for module, _ in here]
+                scaled = [b._replace(lora_scaling=b.lora_scaling * w) for b, (_, w) in zip(branches, here, strict=True)]
+                parts[path] = stack(scaled)
+        everything = [name for name, _ in self.model.named_modules()]
+        scalar = all(branches.lora_scaling.shape[1] == 1 for branches in parts.values())
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]],
+            **describe(parts),
+            scaling="scalar" if scalar else "vector",
+            target_modules=targets(parts, everything),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        for path, branches in parts.items():
+            module = self.model.get_submodule(path).multilora_branches[adapter_name]
+            for name in NAMES:
+                tensor = getattr(branches, name)
+                getattr(module, name).data = tensor.expand(getattr(module, name).shape).contiguous()
+
+
+def _layers(model: nn.Module):
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MultiLoraLinear)]
+
+
+def _with_names(adapter_names: list[str]):
+    return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": adapter_names})
+
+
+def _check_loaded(model: MultiLoraModel, keys) -> None:
+    """After load_state_dict: an adapter of which only a part was there, or another method's tensors on its layers, is
+    an error. A dict without any of an adapter's tensors, of the base model say, is not."""
+    mark = f".{CONTAINER}."
+    layers = tuple(f".{name}." for name, _ in _layers(model.model))
+    own = ("weight", "bias", "base_layer")
+    for key in keys.unexpected_keys:
+        inside = next((key.partition(layer)[2] for layer in layers if layer in key), "weight")
+        adapter = key.partition(mark)[2].split(".")[:-1]
+        # PEFT before 0.20 puts every adapter of a model into the file of each, under its name.
+        anothers = len(adapter) == 2 or (len(adapter) == 1 and adapter[0] not in model.peft_config)
+        if (mark in key or inside.split(".")[0] not in own) and not anothers:
+            raise ValueError(f"the state dict holds {key}, which is no tensor of this model's MultiLoRA adapters.")
+    for adapter in model.peft_config:
+        missing = [key for key in keys.missing_keys if f"{mark}{adapter}." in key]
+        wanted = sum(len(NAMES) for _, layer in _layers(model.model) if adapter in layer.multilora_branches)
+        if 0 < len(missing) < wanted:
+            raise ValueError(f"the state dict lacks {missing[0]}, though it holds other tensors of this adapter.")

@@ -1,0 +1,79 @@
+"""Quantized base layers: their dense weight, through PEFT's backends, or for bitsandbytes also before PEFT had them."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from peft.import_utils import is_bnb_available
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+
+try:
+    from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+except ImportError:  # peft < 0.20
+
+    def get_quantization_kwargs(model: nn.Module) -> dict:
+        return {}
+
+    def resolve_quantization_backend(base: nn.Module, **_) -> _Bitsandbytes | None:
+        return _Bitsandbytes() if _is(base, "Linear4bit") or _is(base, "Linear8bitLt") else None
+
+
+class _Bitsandbytes:
+    """What the layer needs of PEFT's backends, for the versions without them."""
+
+    layer_type = "linear"
+
+    def get_base_weight(self, base: nn.Module) -> Tensor:
+        return dequantize_bnb_weight(base.weight, state=base.state)
+
+    def set_base_weight(self, layer: nn.Module, dense: Tensor) -> None:
+        base = layer.get_base_layer()
+        kept = base.weight
+        names = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module", "has_fp16_weights")
+        options = {name: getattr(kept, name) for name in names if hasattr(kept, name)}
+        base.weight = type(kept)(dense.cpu(), requires_grad=False, **options).to(kept.device)
+        if not is_4bit(base):
+            base.state.reset_grads()
+
+
+def is_4bit(base: nn.Module) -> bool:
+    return _is(base, "Linear4bit")
+
+
+def dense_4bit(base: nn.Module) -> Tensor:
+    """The weight (N, K) of a bitsandbytes Linear4bit, in the dtype it was quantized from."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module as find_lost_state
+
+    find_lost_state(base)
+    state = base.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):  # by an inference on a CPU: so packed it has no dense form
+        base.weight.data, base.weight.quant_state = unpacked(base.weight.data, state)
+    return dequantize_bnb_weight(base.weight, state=base.weight.quant_state)
+
+
+def base_weight(base: nn.Module, backend) -> Tensor:
+    """The weight of a base layer, laid out as the layer has it: its own tensor, or a dense copy of a quantized one."""
+    if backend is None:
+        return base.weight.data
+    return dense_4bit(base) if is_4bit(base) else backend.get_base_weight(base)
+
+
+def compute_as(base: nn.Module, x: Tensor):
+    """x, and the context, in which a 4-bit layer multiplies: its compute_dtype. A float32 x is not cast here: the op
+    casts it under autocast and saves it as it came."""
+    dtype = base.compute_dtype or x.dtype
+    if x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
+        return x, torch.autocast(x.device.type, dtype)
+    off = torch.autocast(x.device.type, enabled=False)
+    return x.to(dtype), off if torch.is_autocast_enabled(x.device.type) else nullcontext()
+
+
+def _is(base: nn.Module, name: str) -> bool:
+    if not is_bnb_available():
+        return False
+    import bitsandbytes
+
+    return isinstance(base, getattr(bitsandbytes.nn, name))
