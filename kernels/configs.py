@@ -20,7 +20,7 @@ class Config:
     """A tile of BLOCK_M tokens by BLOCK_D features.
 
     min_steps is the least number of tiles a split of the summed axis gets; pack builds c·s⊙w once in the dtype of the
-    product instead of on every tile.
+    product instead of on every tile; two_tiles lets a rank run as two tiles where that pads less than one.
     """
 
     BLOCK_M: int
@@ -29,6 +29,7 @@ class Config:
     num_stages: int
     min_steps: int = 4
     pack: bool = False
+    two_tiles: bool = True
 
 
 def size_class(M: int) -> str:
@@ -44,8 +45,8 @@ def dtype_class(dtype: torch.dtype) -> str:
     return "half" if dtype in (torch.float16, torch.bfloat16) else "float"
 
 
-# (kernel, size class, dtype class, architecture, rank class). LARGE serves the architectures with 160 KB of shared memory
-# or more; what is right for 64 KB is right anywhere. A missing row is served by the next wider rank, then by "tokens".
+# (kernel, size class, dtype class, architecture, rank class). LARGE serves the architectures with 160 KB of shared
+# memory or more; what fits 64 KB fits anywhere. A missing row is served by the next wider rank, then by "tokens".
 DEFAULT, LARGE = "default", "large"
 ARCHITECTURES = {"sm_80": LARGE, "sm_90": LARGE, "sm_100": LARGE}
 ROWS = {
@@ -53,9 +54,12 @@ ROWS = {
     ("shrink", "tokens", "half", DEFAULT, 256): Config(64, 64, 8, 2, pack=True),
     ("shrink", "tokens", "half", LARGE, 128): Config(128, 64, 8, 4, pack=True),
     ("shrink", "tokens", "half", LARGE, 256): Config(128, 64, 8, 3, pack=True),
+    ("shrink", "tokens", "half", "sm_80", 256): Config(128, 32, 8, 4, pack=True),
     ("shrink", "tokens", "float", DEFAULT, 256): Config(64, 32, 8, 2, pack=True),
-    ("shrink", "decode", "half", DEFAULT, 256): Config(64, 32, 8, 2, min_steps=4),
-    ("shrink", "decode", "float", DEFAULT, 256): Config(32, 32, 4, 2, min_steps=4, pack=True),
+    ("shrink", "decode", "half", DEFAULT, 256): Config(64, 32, 8, 2, two_tiles=False),
+    ("shrink", "decode", "half", "gfx942", 256): Config(64, 32, 8, 1, two_tiles=False),
+    ("shrink", "decode", "float", DEFAULT, 256): Config(32, 32, 4, 2, pack=True, two_tiles=False),
+    ("shrink", "decode", "float", "sm_100", 256): Config(32, 32, 8, 2, pack=True, two_tiles=False),
     ("expand", "tokens", "half", DEFAULT, 256): Config(64, 64, 4, 2),
     ("expand", "tokens", "half", LARGE, 256): Config(128, 64, 8, 3),
     ("expand", "tokens", "float", DEFAULT, 256): Config(32, 64, 4, 2),
@@ -65,6 +69,8 @@ ROWS = {
     ("reduce", "tokens", "half", LARGE, 128): Config(64, 128, 8, 4),
     ("reduce", "tokens", "half", LARGE, 256): Config(64, 128, 8, 3),
     ("reduce", "tokens", "float", DEFAULT, 256): Config(32, 64, 8, 2),
+    ("reduce", "tokens", "float", "sm_80", 256): Config(16, 64, 8, 2),
+    ("reduce", "tokens", "float", "sm_120", 256): Config(16, 64, 8, 2),
 }
 
 
@@ -99,14 +105,14 @@ def device_of(x: torch.Tensor) -> tuple[str, int]:
     return ("interpreter" if knobs.runtime.interpret else "cpu"), 4
 
 
-def rank_tiles(R: int) -> tuple[int, int]:
+def rank_tiles(R: int, two_tiles: bool = True) -> tuple[int, int]:
     """R columns as a tile of a power of two and, where that pads less, a second one: 96 = 64 + 32, 160 = 128 + 32.
 
     A second tile of 0 columns is none. More than 256 columns run as chunks of 256.
     """
     whole = min(max(16, triton.next_power_of_2(R)), MAX_RANK_TILE)
     half = whole // 2
-    if half < 64 or R > half + half // 2:
+    if not two_tiles or half < 64 or half + half // 2 < R:
         return whole, 0
     return half, max(16, triton.next_power_of_2(R - half))
 

@@ -2,8 +2,8 @@
 
 Element (m, k) of an (M, K) input belongs to Philox counter m·⌈K/8⌉ + k//8; the four 32-bit words of that counter are
 eight 16-bit words, the low half first, and element k takes word k mod 8. It is kept when its word is at least
-T = round(65536·p), so the keep probability is exactly (65536 − T)/65536 and its inverse is applied to the sums. The mask
-depends on the seed, the element and K alone, not on the tile that asks.
+T = round(65536·p), so the keep probability is exactly (65536 − T)/65536 and its inverse is applied to the sums. The
+mask depends on the seed, the element and K alone, not on the tile that asks.
 """
 
 import torch
@@ -32,7 +32,7 @@ def check_seed(seed: torch.Tensor | None, p: float) -> bool:
 
 @triton.jit
 def keep_tile(seed_ptr, offs_m, start_k, K, threshold, BLOCK_K: tl.constexpr):
-    """keep (BLOCK_M, BLOCK_K) for rows offs_m and columns start_k …, start_k a multiple of 8; one Philox call for eight."""
+    """keep (BLOCK_M, BLOCK_K) for rows offs_m and BLOCK_K columns from start_k, a multiple of 8."""
     seed = tl.load(seed_ptr)
     offs_g = start_k // 8 + tl.arange(0, BLOCK_K // 8)
     counter = offs_m.to(tl.int64)[:, None] * tl.cdiv(K, 8) + offs_g[None, :]

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .configs import Config, device_of, pick
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
-from .launch import TL_DTYPES, check_weight, dot_dtype, on_device, rows, sum_dtype
+from .launch import TL_DTYPES, check_weight, dot_dtype, launch_options, on_device, rows, strides, sum_dtype
 from .pack import pack
 
 
@@ -40,7 +40,8 @@ def expand_kernel(
         mask_j = offs_j < r
         h_ptrs = h_ptr + offs_m[:, None] * stride_hm + (i * r + offs_j)[None, :]
         h = tl.load(h_ptrs, mask=mask_m[:, None] & mask_j[None, :], other=0.0)
-        w_ptrs = w_ptr + i.to(tl.int64) * stride_wi + offs_j.to(tl.int64)[:, None] * stride_wj + wide_d[None, :] * stride_wd
+        w_ptrs = w_ptr + i.to(tl.int64) * stride_wi + offs_j.to(tl.int64)[:, None] * stride_wj
+        w_ptrs += wide_d[None, :] * stride_wd
         w = tl.load(w_ptrs, mask=mask_j[:, None] & mask_d[None, :], other=0.0)
         if HAS_SCALE:
             s = tl.load(scale_ptr + i.to(tl.int64) * stride_si + wide_d * stride_sd, mask=mask_d, other=0.0)
@@ -69,12 +70,14 @@ def expand(
 ) -> None:
     """Adds the branches to y (M, D) in place, from h (M, n·r), w (n, r, D) and scale None or (n, D) of any strides.
 
-    The dropout mask of an (M, D) input multiplies what is added when `seed` (int64, one element) is given and p > 0. Where
-    that is zero the bits of y do not change. y needs a contiguous last dimension. Raises ValueError for shapes or strides
-    that do not fit, p outside [0, 1) or a seed that is not one int64 element.
+    The dropout mask of an (M, D) input multiplies what is added when `seed` (int64, one element) is given and p > 0.
+    Where that is zero the bits of y do not change. y needs a contiguous last dimension. Raises ValueError for shapes or
+    strides that do not fit, p outside [0, 1) or a seed that is not one int64 element.
     """
     if y.dim() != 2 or y.dtype not in TL_DTYPES or (y.stride(1) != 1 and y.shape[1] > 1):
-        raise ValueError(f"y has shape {tuple(y.shape)} and strides {y.stride()}, wanted 2-D with a contiguous last dim.")
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, strides {y.stride()}, wanted 2-D with a contiguous last dimension."
+        )
     h = rows("h", h)
     M, D = y.shape
     check_weight(w, scale, D)
@@ -92,15 +95,16 @@ def expand(
     if scale is None and w.stride(0) == w.shape[1] * w.stride(1):
         w = w.reshape(1, R, D)
     n, r, _ = w.shape
+    stride_wi, stride_wj, stride_wd = w.stride()
+    stride_si, stride_sd = strides(scale, 2)
     grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(D, config.BLOCK_D),)
     with on_device(y):
         expand_kernel[grid](
             y_ptr=y, h_ptr=h, w_ptr=w, scale_ptr=scale, seed_ptr=seed if dropout else None,
             M=M, D=D, threshold=drop_threshold(p), stride_ym=y.stride(0), stride_hm=h.stride(0),
-            stride_wi=w.stride(0), stride_wj=w.stride(1), stride_wd=w.stride(2),
-            stride_si=scale.stride(0) if scale is not None else 0, stride_sd=scale.stride(1) if scale is not None else 0,
+            stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
             alpha=float(alpha), n=n, r=r, HAS_SCALE=scale is not None, DROPOUT=dropout,
             DOT=dot_dtype(h.dtype), ACC=TL_DTYPES[sum_dtype(h.dtype)],
             BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D, BLOCK_R=16 if r <= 16 or h.element_size() > 2 else 32,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **launch_options(config),
         )  # fmt: skip

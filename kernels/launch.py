@@ -6,7 +6,14 @@ import torch
 import triton.language as tl
 from triton import knobs
 
-TL_DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+from .configs import Config
+
+TL_DTYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
 
 
 def on_device(x: torch.Tensor):
@@ -27,6 +34,17 @@ def check_weight(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
         raise ValueError(f"w has shape {tuple(w.shape)}, wanted (n, r, {D}) with n and r at least 1.")
     if scale is not None and scale.shape != (w.shape[0], D):
         raise ValueError(f"scale has shape {tuple(scale.shape)}, wanted {(w.shape[0], D)}.")
+
+
+def launch_options(config: Config) -> dict[str, int]:
+    """The compiler's options. Told that a thread may have all 255 registers, ptxas does not spill for occupancy."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return options if torch.version.hip else options | {"maxnreg": 255}
+
+
+def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
+    """The strides of an optional tensor, zeros where there is none."""
+    return (0,) * dims if x is None else x.stride()
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import check_weight, on_device
+from .launch import check_weight, on_device, strides
 
 
 @triton.jit
@@ -41,12 +41,13 @@ def pack(w: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None,
         return out
     BLOCK_R, BLOCK_D = 32, 128
     grid = (triton.cdiv(n * r, BLOCK_R) * triton.cdiv(D, BLOCK_D),)
+    stride_wi, stride_wj, stride_wd = w.stride()
+    stride_si, stride_sd = strides(scale, 2)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     with on_device(w):
         pack_kernel[grid](
             w_ptr=w, scale_ptr=scale, out_ptr=out, D=D,
-            stride_wi=w.stride(0), stride_wj=w.stride(1), stride_wd=w.stride(2),
-            stride_si=scale.stride(0) if scale is not None else 0, stride_sd=scale.stride(1) if scale is not None else 0,
+            stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
             alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, ACC=acc,
             BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .configs import MAX_RANK_TILE, Config, device_of, pick, rank_tiles, split
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
-from .launch import TL_DTYPES, check_weight, dot_dtype, on_device, rows, sum_dtype
+from .launch import TL_DTYPES, check_weight, dot_dtype, launch_options, on_device, rows, strides, sum_dtype
 
 
 @triton.jit(do_not_specialize=["M", "steps", "threshold"])
@@ -46,7 +46,7 @@ def reduce_kernel(
         if BLOCK_R2 > 0:
             h2 = tl.load(h_ptrs + offs_c2[None, :], mask=mask_m & mask_c2[None, :], other=0.0).to(DOT)
             acc2 = tl.dot(tl.trans(z), h2, acc2, input_precision="ieee", out_dtype=ACC)
-    out_ptrs = parts_ptr + (part * D.to(tl.int64) + offs_d)[:, None] * R
+    out_ptrs = parts_ptr + (part.to(tl.int64) * D + offs_d)[:, None] * R
     if DROPOUT:
         acc *= keep_inverse(threshold, ACC)
     tl.store(out_ptrs + offs_c[None, :], acc, mask=mask_d[:, None] & mask_c[None, :])
@@ -58,7 +58,7 @@ def reduce_kernel(
 
 @triton.jit(do_not_specialize=["parts"])
 def finish_kernel(
-    parts_ptr, w_ptr, scale_ptr, dw_ptr, ds_ptr, D, parts,
+    parts_ptr, w_ptr, scale_ptr, dw_ptr, ds_ptr, D, parts, stride_part,
     stride_wi, stride_wj, stride_wd, stride_si, stride_sd, stride_oi, stride_oj, stride_od,
     alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, WANT_SCALE: tl.constexpr,
     ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -76,8 +76,9 @@ def finish_kernel(
         mask = mask_d[:, None] & (offs_j < r)[None, :]
         ptrs = parts_ptr + offs_d[:, None] * R + (i * r + offs_j)[None, :]
         total = tl.zeros((BLOCK_D, BLOCK_R), ACC)
-        for s in range(parts):
-            total += tl.load(ptrs + s * D.to(tl.int64) * R, mask=mask, other=0.0)
+        for _ in range(parts):
+            total += tl.load(ptrs, mask=mask, other=0.0)
+            ptrs += stride_part
         if WANT_SCALE:
             w_ptrs = w_ptr + i * stride_wi + offs_j.to(tl.int64)[None, :] * stride_wj + offs_d[:, None] * stride_wd
             ds += tl.sum(tl.load(w_ptrs, mask=mask, other=0.0).to(ACC) * total, axis=1)
@@ -92,7 +93,7 @@ def _sum_tokens(h, z, seed, p, dropout, config):
     (M, R), D = h.shape, z.shape[1]
     arch, processors = device_of(z)
     config = config or pick("reduce", M, R, z.dtype, arch)
-    block_r, block_r2 = rank_tiles(R)
+    block_r, block_r2 = rank_tiles(R, config.two_tiles)
     chunks = triton.cdiv(R, MAX_RANK_TILE)
     tiles = triton.cdiv(D, config.BLOCK_D)
     parts, steps = split(tiles * chunks, triton.cdiv(M, config.BLOCK_M), processors, config.min_steps)
@@ -103,7 +104,7 @@ def _sum_tokens(h, z, seed, p, dropout, config):
             z_ptr=z, h_ptr=h, parts_ptr=out, seed_ptr=seed if dropout else None, M=M, D=D, steps=steps,
             threshold=drop_threshold(p), stride_zm=z.stride(0), stride_hm=h.stride(0), R=R, DROPOUT=dropout,
             DOT=dot_dtype(z.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
-            BLOCK_R=block_r, BLOCK_R2=block_r2, num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_R=block_r, BLOCK_R2=block_r2, **launch_options(config),
         )  # fmt: skip
     return out
 
@@ -111,16 +112,18 @@ def _sum_tokens(h, z, seed, p, dropout, config):
 def _finish(parts, dw, w, scale, alpha, ds):
     """The second pass into dw (n, r, D) of any strides and, where wanted, ds (n, D)."""
     n, r, D = dw.shape
-    BLOCK_D = 32
+    BLOCK_D, BLOCK_R = 32, min(32, max(16, triton.next_power_of_2(r)))
+    stride_wi, stride_wj, stride_wd = strides(w, 3)
+    stride_si, stride_sd = strides(scale, 2)
+    stride_oi, stride_oj, stride_od = dw.stride()
     with on_device(parts):
         finish_kernel[triton.cdiv(D, BLOCK_D), n](
             parts_ptr=parts, w_ptr=w, scale_ptr=scale, dw_ptr=dw, ds_ptr=ds, D=D, parts=parts.shape[0],
-            stride_wi=w.stride(0) if w is not None else 0, stride_wj=w.stride(1) if w is not None else 0,
-            stride_wd=w.stride(2) if w is not None else 0,
-            stride_si=scale.stride(0) if scale is not None else 0, stride_sd=scale.stride(1) if scale is not None else 0,
-            stride_oi=dw.stride(0), stride_oj=dw.stride(1), stride_od=dw.stride(2),
+            stride_part=parts.stride(0),
+            stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
+            stride_oi=stride_oi, stride_oj=stride_oj, stride_od=stride_od,
             alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, WANT_SCALE=ds is not None,
-            ACC=TL_DTYPES[parts.dtype], BLOCK_D=BLOCK_D, BLOCK_R=min(32, max(16, triton.next_power_of_2(r))), num_warps=4,
+            ACC=TL_DTYPES[parts.dtype], BLOCK_D=BLOCK_D, BLOCK_R=BLOCK_R, num_warps=4,
         )  # fmt: skip
 
 
@@ -168,8 +171,8 @@ def reduce_scaled(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(dB, ds) from h (M, n·r), dy (M, N), w (n, r, N), being lora_B transposed, and scale None (all ones) or (n, N).
 
-    dB is (n, N, r) in w's dtype. ds is (n, N) in float32 (float64 for float64 dy), for a scalar scale still to be summed
-    over N, or None when it is not wanted. Raises ValueError for shapes or dtypes that do not agree.
+    dB is (n, N, r) in w's dtype. ds is (n, N) in float32 (float64 for float64 dy), for a scalar scale still to be
+    summed over N, or None when it is not wanted. Raises ValueError for shapes or dtypes that do not agree.
     """
     h, dy = _check_pair(h, dy, "dy")
     check_weight(w, scale, dy.shape[1])

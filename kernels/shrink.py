@@ -2,8 +2,8 @@
 
     H[m, i·r + j] = Σ_d x̂[m, d] · alpha · scale[i, d] · w[i, j, d]
 
-One program owns BLOCK_M tokens, all R columns (up to 256) and a part of D, so x is read once. With few tokens D is split
-over programs and a second pass adds the parts in order.
+One program owns BLOCK_M tokens, all R columns (up to 256) and a part of D, so x is read once. With few tokens D is
+split over programs and a second pass adds the parts in order.
 """
 
 import torch
@@ -12,14 +12,15 @@ import triton.language as tl
 
 from .configs import MAX_RANK_TILE, Config, device_of, pick, rank_tiles, split
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
-from .launch import TL_DTYPES, check_weight, dot_dtype, on_device, rows, sum_dtype
+from .launch import TL_DTYPES, check_weight, dot_dtype, launch_options, on_device, rows, strides, sum_dtype
 from .pack import pack
 
 
 @triton.jit
 def weight_tile(
     w_ptr, scale_ptr, offs_d, offs_c, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr,
+    DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """alpha·scale⊙w (BLOCK_D, BLOCK_R), column c being row c mod r of branch c // r, multiplied before the cast."""
     i, j = (offs_c // r).to(tl.int64), (offs_c % r).to(tl.int64)
@@ -72,8 +73,9 @@ def shrink_kernel(
             acc2 = tl.dot(x, w2, acc2, input_precision="ieee", out_dtype=ACC)
     if DROPOUT:
         acc *= keep_inverse(threshold, ACC)
-    out_ptrs = out_ptr + (part * M.to(tl.int64) + offs_m)[:, None] * R
-    tl.store(out_ptrs + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_c < R)[None, :])
+    out_ptrs = out_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * R
+    mask = mask_m[:, None] & (offs_c < R)[None, :]
+    tl.store(out_ptrs + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
     if BLOCK_R2 > 0:
         if DROPOUT:
             acc2 *= keep_inverse(threshold, ACC)
@@ -86,9 +88,11 @@ def sum_parts_kernel(parts_ptr, out_ptr, size, parts, BLOCK: tl.constexpr):
     """out[e] = Σ_s parts[s, e], in order."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
-    acc = tl.load(parts_ptr + offs, mask=mask, other=0.0)
-    for s in range(1, parts):
-        acc += tl.load(parts_ptr + s * size.to(tl.int64) + offs, mask=mask, other=0.0)
+    ptrs = parts_ptr + offs
+    acc = tl.load(ptrs, mask=mask, other=0.0)
+    for _ in range(1, parts):
+        ptrs += size
+        acc += tl.load(ptrs, mask=mask, other=0.0)
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -121,7 +125,9 @@ def shrink(
         w, scale, alpha = pack(w, x.dtype, scale, alpha)[None], None, 1.0
     if scale is None and w.stride(0) == w.shape[1] * w.stride(1):
         w = w.reshape(1, R, D)
-    block_r, block_r2 = rank_tiles(R)
+    stride_wi, stride_wj, stride_wd = w.stride()
+    stride_si, stride_sd = strides(scale, 2)
+    block_r, block_r2 = rank_tiles(R, config.two_tiles)
     chunks = triton.cdiv(R, MAX_RANK_TILE)
     tiles = triton.cdiv(M, config.BLOCK_M)
     parts, steps = split(tiles * chunks, triton.cdiv(D, config.BLOCK_D), processors, config.min_steps)
@@ -131,11 +137,10 @@ def shrink(
         shrink_kernel[tiles, chunks, parts](
             x_ptr=x, w_ptr=w, scale_ptr=scale, out_ptr=target, seed_ptr=seed if dropout else None,
             M=M, D=D, steps=steps, threshold=drop_threshold(p), stride_xm=x.stride(0),
-            stride_wi=w.stride(0), stride_wj=w.stride(1), stride_wd=w.stride(2),
-            stride_si=scale.stride(0) if scale is not None else 0, stride_sd=scale.stride(1) if scale is not None else 0,
+            stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
             alpha=float(alpha), r=w.shape[1], R=R, HAS_SCALE=scale is not None, DROPOUT=dropout,
             DOT=dot_dtype(x.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
-            BLOCK_R=block_r, BLOCK_R2=block_r2, num_warps=config.num_warps, num_stages=config.num_stages,
+            BLOCK_R=block_r, BLOCK_R2=block_r2, **launch_options(config),
         )  # fmt: skip
         if parts > 1:
             sum_parts_kernel[triton.cdiv(M * R, 1024),](

@@ -8,7 +8,7 @@ int64 tensor of one element on x's device, once in forward and once in backward:
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele, Lea, Flood 2014): one multiply-xorshift chain per 64-bit word, four 16-bit draws each.
+# SplitMix64's constants.
 _GAMMA, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -24,11 +24,19 @@ def inverse_keep(p: float) -> float:
 
 def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """Keep-mask (M, K), bool: element m·K + k keeps when its 16-bit draw reaches ``threshold(p)``."""
-    z = torch.arange(1, (M * K + 3) // 4 + 1, device=seed.device).mul_(_GAMMA).add_(seed)
+    return _words(seed, (M * K + 3) // 4).view(torch.int16)[: M * K].view(M, K) >= threshold(p) - 32768
+
+
+def _words(seed: Tensor, count: int) -> Tensor:
+    """``count`` random 64-bit words. On a CPU from torch's generator, which takes one pass; elsewhere from SplitMix64
+    (Steele, Lea, Flood 2014), which reads the seed on its device and so waits for nothing."""
+    if seed.device.type == "cpu":
+        generator = torch.Generator().manual_seed(seed.item())
+        return torch.empty(count, dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+    z = torch.arange(1, count + 1, device=seed.device).mul_(_GAMMA).add_(seed)
     z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX1)
     z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX2)
-    z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
-    return z.view(torch.int16)[: M * K].view(M, K) >= threshold(p) - 32768
+    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
 
 
 def draw(seed: Tensor | None, M: int, K: int, p: float, dtype: torch.dtype) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from multilora_fast import dropout_mask, multilora_add, multilora_linear
+from multilora_fast import dropout_mask, eager, multilora_add, multilora_linear
 from multilora_fast.memory import saved_bytes
 from multilora_fast.testing import assert_two_times_rule, random_case, run, truth
 
@@ -147,6 +147,20 @@ def test_mask_keeps_at_the_rate_asked_and_shows_no_pattern(p):
     centred = (keep - keep.mean()) / keep.std()
     for a, b in ((centred[0], centred[1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])):
         assert abs((a * b).mean().item()) < 5 / a.numel() ** 0.5
+
+
+def test_words_of_other_devices_are_splitmix64(monkeypatch):
+    class Elsewhere(torch.Tensor):
+        """A seed that says it is on a GPU; its arithmetic runs here."""
+
+        device = torch.device("cuda", 0)
+
+    arange = torch.arange
+    monkeypatch.setattr(torch, "arange", lambda *a, device: arange(*a))
+    words = eager._words(torch.tensor([1234567]).as_subclass(Elsewhere), 3)
+    # the first outputs of the published generator for this seed
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert [int(w) % 2**64 for w in words] == published
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

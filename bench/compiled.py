@@ -1,0 +1,98 @@
+"""What the Triton compiler makes of a launch, read without a GPU: registers, spills, shared memory, instructions."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TENSOR_CORES = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.bool: "*i1",
+}  # fmt: skip
+
+
+def launches(call: Callable[[], object]) -> list[tuple[JITFunction, dict]]:
+    """(kernel, arguments) of every kernel that `call` would launch, recorded instead of run."""
+    recorded = []
+    run = JITFunction.run
+    JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: recorded.append((kernel, kwargs))
+    try:
+        call()
+    finally:
+        JITFunction.run = run
+    return recorded
+
+
+def source(kernel: JITFunction, kwargs: dict) -> ASTSource:
+    """What the JIT would compile for these arguments: ones are constants, multiples of 16 are marked."""
+    signature, constants, attrs = {}, {}, {}
+    for position, param in enumerate(kernel.params):
+        value = kwargs[param.name]
+        special = not param.do_not_specialize
+        if param.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
+            signature[param.name] = "constexpr"
+            constants[(position,)] = value
+            continue
+        is_tensor = torch.is_tensor(value)
+        signature[param.name] = POINTERS[value.dtype] if is_tensor else "i32" if -(2**31) <= value < 2**31 else "i64"
+        if special and (value.data_ptr() if is_tensor else value) % 16 == 0:
+            attrs[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attrs)
+
+
+def options(kwargs: dict, arch: str) -> dict:
+    names = ("num_warps", "num_stages", "maxnreg") if arch.startswith("sm_") else ("num_warps", "num_stages")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def compile_for(kernel: JITFunction, kwargs: dict, arch: str):
+    target = GPUTarget("cuda", int(arch[3:]), 32) if arch.startswith("sm_") else GPUTarget("hip", arch, 64)
+    return triton.compile(source(kernel, kwargs), target=target, options=options(kwargs, arch))
+
+
+def tool(name: str, *args: str, binary: bytes) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run([path, *args, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def inspect(compiled, arch: str) -> dict:
+    """Registers and stack (bytes) a thread, shared memory (bytes), tensor-core instructions of the architecture."""
+    name = TENSOR_CORES.get(arch, "mma.sync")
+    if arch.startswith("sm_"):
+        code, usage = compiled.asm["ptx"], tool("cuobjdump", "--dump-resource-usage", binary=compiled.asm["cubin"])
+        patterns = (r"REG:(\d+)", r"STACK:(\d+)")
+    else:
+        code = usage = compiled.asm["amdgcn"]
+        patterns = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
+    registers, stack = (int(re.search(pattern, usage)[1]) for pattern in patterns)
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "tensor_core": name,
+        "tensor_cores": len(re.findall(rf"\b(?:v_)?{re.escape(name)}", code)),
+    }
+
+
+def tile_instructions(compiled, looped: bool) -> int:
+    """SASS instructions a thread runs for one tile: the largest loop's when it walks over tiles, else the kernel's."""
+    labels, loops, lines = {}, [], []
+    for text in tool("nvdisasm", "-c", binary=compiled.asm["cubin"]).splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", text):
+            labels[label[1]] = len(lines)
+        elif re.search(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)[@A-Z]", text):
+            lines.append(text)
+            jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
+            if jump and jump[1] in labels:
+                loops.append(len(lines) - labels[jump[1]])
+    return max(loops) if looped else len(lines)

@@ -1,0 +1,143 @@
+"""Bytes loaded and stored, counted in the interpreter: each large tensor crosses the memory bus once per kernel."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import triton
+
+from multilora_fast.kernels import configs
+from multilora_fast.kernels.expand import expand
+from multilora_fast.kernels.reduce import reduce, reduce_scaled
+from multilora_fast.kernels.shrink import shrink
+
+pytestmark = pytest.mark.skipif(
+    not triton.knobs.runtime.interpret, reason="counts what the interpreter loads and stores"
+)
+
+M, K, N = 150, 272, 200
+RANKS = [(1, 16), (3, 32), (5, 32), (8, 32)]
+
+
+class Traffic:
+    """Unmasked bytes by tensor; what lies in none of them (partial sums, packed weights) is counted as "other"."""
+
+    def __init__(self, **tensors):
+        self.spans = {name: (t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in tensors.items()}
+        self.loads, self.stores = Counter(), Counter()
+
+    def count(self, counter, pointers, mask):
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
+        size = pointers.dtype.element_ty.primitive_bitwidth // 8
+        left = addresses.size
+        for name, (first, last) in self.spans.items():
+            inside = int(np.count_nonzero((addresses >= first) & (addresses < last)))
+            counter[name] += inside * size
+            left -= inside
+        counter["other"] += left * size
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def start(**tensors) -> Traffic:
+        traffic = Traffic(**tensors)
+
+        def counted_load(self, pointers, mask, *rest):
+            traffic.count(traffic.loads, pointers, mask)
+            return load(self, pointers, mask, *rest)
+
+        def counted_store(self, pointers, value, mask, *rest):
+            traffic.count(traffic.stores, pointers, mask)
+            return store(self, pointers, value, mask, *rest)
+
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted_load)
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", counted_store)
+        return traffic
+
+    return start
+
+
+def drop(p: float) -> dict:
+    return {"seed": torch.tensor([5]), "p": p}
+
+
+@pytest.mark.parametrize("tokens", [M, 9])
+@pytest.mark.parametrize(("n", "r"), RANKS)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_shrink_reads_x_once(watch, n, r, p, tokens):
+    x, a = torch.randn(tokens, K), torch.randn(n, r, K)
+    traffic = watch(x=x)
+    h = shrink(x, a, **drop(p))
+    assert traffic.loads["x"] == x.nbytes
+    assert traffic.stores["x"] == 0
+    config = configs.pick("shrink", tokens, n * r, x.dtype, "interpreter")
+    tiles = triton.cdiv(tokens, config.BLOCK_M)
+    parts, _ = configs.split(tiles, triton.cdiv(K, config.BLOCK_D), 4, config.min_steps)
+    partial = parts * h.nbytes if parts > 1 else 0
+    seeds = 8 * tiles * triton.cdiv(K, config.BLOCK_D) if p else 0
+    assert sum(traffic.stores.values()) == partial + h.nbytes
+    assert traffic.loads["other"] == tiles * a.nbytes + partial + seeds
+
+
+@pytest.mark.parametrize(("n", "r"), RANKS)
+def test_shrink_reads_dy_once_and_b_once_per_call(watch, n, r):
+    dy, b, scale = torch.randn(M, N), torch.randn(n, N, r), torch.randn(n, N)
+    traffic = watch(dy=dy, b=b)
+    shrink(dy, b.transpose(1, 2), scale, 0.5)
+    assert traffic.loads["dy"] == dy.nbytes
+    assert traffic.loads["b"] == b.nbytes
+
+
+@pytest.mark.parametrize("tokens", [M, 9])
+@pytest.mark.parametrize(("n", "r"), RANKS)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_expand_reads_and_writes_y_once(watch, n, r, p, tokens):
+    y, h, b, scale = torch.randn(tokens, N), torch.randn(tokens, n * r), torch.randn(n, N, r), torch.randn(n, N)
+    traffic = watch(y=y, h=h, b=b, scale=scale)
+    expand(y, h, b.transpose(1, 2), scale, 0.5, **drop(p))
+    config = configs.pick("expand", tokens, n * r, y.dtype, "interpreter")
+    assert traffic.loads["y"] == traffic.stores["y"] == y.nbytes
+    assert traffic.stores["other"] == 0
+    assert traffic.loads["h"] == triton.cdiv(N, config.BLOCK_D) * h.nbytes
+    assert traffic.loads["b"] == triton.cdiv(tokens, config.BLOCK_M) * b.nbytes
+
+
+@pytest.mark.parametrize(("n", "r"), RANKS)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_reduce_reads_x_once(watch, n, r, p):
+    x, h = torch.randn(M, K), torch.randn(M, n * r)
+    traffic = watch(x=x, h=h)
+    da = reduce(h, x, n, x.dtype, **drop(p))
+    config = configs.pick("reduce", M, n * r, x.dtype, "interpreter")
+    tiles = triton.cdiv(K, config.BLOCK_D)
+    parts, _ = configs.split(tiles, triton.cdiv(M, config.BLOCK_M), 4, config.min_steps)
+    assert traffic.loads["x"] == x.nbytes
+    assert traffic.loads["h"] == tiles * h.nbytes
+    assert traffic.stores["other"] == (parts + 1) * da.nbytes
+    assert traffic.stores["x"] == traffic.stores["h"] == 0
+
+
+@pytest.mark.parametrize(("n", "r"), RANKS)
+def test_the_gradient_of_the_scale_reads_nothing_large_again(watch, n, r):
+    h, dy, b, scale = torch.randn(M, n * r), torch.randn(M, N), torch.randn(n, N, r), torch.randn(n, N)
+    both = []
+    for want_scale in (False, True):
+        traffic = watch(dy=dy, h=h, b=b)
+        reduce_scaled(h, dy, b.transpose(1, 2), scale, 0.5, want_scale)
+        assert traffic.loads["dy"] == dy.nbytes
+        both.append(traffic)
+    assert both[1].loads["b"] - both[0].loads["b"] == b.nbytes
+    assert both[1].loads["h"] == both[0].loads["h"]
+    assert both[1].loads["other"] == both[0].loads["other"]
+
+
+def test_a_rank_beyond_256_reads_x_once_per_chunk(watch):
+    x, a = torch.randn(40, K), torch.randn(2, 150, K)
+    traffic = watch(x=x)
+    shrink(x, a)
+    assert traffic.loads["x"] == 2 * x.nbytes
