@@ -1,8 +1,12 @@
-"""What a training step holds for its backward pass."""
+"""What a training step holds: the bytes saved for its backward pass, and the bytes alive over its time."""
 
-from collections.abc import Iterable, Iterator
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -37,3 +41,39 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes of tensors alive at once during ``step()`` beyond those alive before it.
+
+    CUDA: the caching allocator's own peak. CPU: :func:`timeline`'s.
+    """
+    if device.type != "cuda":
+        return max((live for _, live in timeline(step)), default=0)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def timeline(step: Callable[[], object]) -> list[tuple[float, int]]:
+    """(milliseconds since the first, bytes alive beyond those alive before) at every allocation and release of
+    ``step()``, as torch.profiler records them of torch's allocators.
+
+    Buffers that a matrix library allocates by itself are not seen there.
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    live, points = 0, []
+    for at, change in changes:
+        live += change
+        points.append(((at - changes[0][0]) / 1e3, live))
+    return points

@@ -1,0 +1,113 @@
+"""One training step three ways on the same weights and batch: naive MultiLoRA, PEFT LoRA of rank n·r, and ours."""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from multilora_fast.demo.model import add_branches, target_linears
+from multilora_fast.layers import fuse
+from multilora_fast.memory import peak_bytes, saved_bytes
+
+NAIVE, LORA, OURS = "naive MultiLoRA", "PEFT LoRA", "multilora-fast"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one method's training step costs: bytes saved for backward, peak bytes, and seconds, a median."""
+
+    method: str
+    trainable: int
+    saved: int
+    peak: int
+    seconds: float
+
+
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """The same module tree again, on the same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared)
+
+
+def build_methods(
+    base: nn.Module, target_modules: Sequence[str], *, r: int, lora_num: int, lora_alpha: float, lora_dropout: float
+) -> dict[str, nn.Module]:
+    """The three models on the base's own weights, adapters in the base's dtype; ``base`` itself is left as it is.
+
+    The two MultiLoRA models hold equal branches with non-zero scales. PEFT's scale is that of the branches, c.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    naive = shallow_copy(base)
+    add_branches(naive, target_modules, r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
+    for name, parameter in naive.named_parameters():
+        if name.endswith("lora_scaling"):
+            nn.init.normal_(parameter, std=0.1)
+    ours = copy.deepcopy(naive, memo={id(p): p for p in naive.parameters() if not p.requires_grad})
+    fuse(ours)
+    config = LoraConfig(
+        r=lora_num * r,
+        lora_alpha=lora_num * lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=target_linears(base, target_modules),
+        task_type="CAUSAL_LM",
+    )
+    peft = get_peft_model(shallow_copy(base), config, autocast_adapter_dtype=False)
+    return {NAIVE: naive, LORA: peft, OURS: ours}
+
+
+def compare(methods: dict[str, nn.Module], batch: dict[str, Tensor], *, rounds: int, progress: tqdm) -> list[Cost]:
+    """Measure every method on ``batch``: one step to warm up, one for each kind of memory, ``rounds`` timed in turn.
+
+    A step is forward, backward and AdamW.
+
+    Raises:
+        RuntimeError: naive and ours, which hold equal parameters, disagree on the loss.
+    """
+    device = batch["input_ids"].device
+    naive, ours = (_loss(methods[name].eval(), batch) for name in (NAIVE, OURS))
+    if abs(naive - ours) > 0.02 * abs(naive):
+        raise RuntimeError(f"the fused model's loss is {ours:.4f} where the reference's is {naive:.4f}")
+
+    steps = {name: _stepper(model.train(), batch) for name, model in methods.items()}
+    saved, peak, seconds = {}, {}, {name: [] for name in methods}
+    for name, model in methods.items():
+        steps[name]()
+        progress.update()
+        with saved_bytes(exclude=(*model.parameters(), *model.buffers(), *batch.values())) as kept:
+            model(**batch)
+        saved[name] = kept.total
+        del kept
+        peak[name] = peak_bytes(steps[name], device)
+        progress.update()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds[name].append(time.perf_counter() - start)
+            progress.update()
+    trainable = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in methods.items()}
+    return [Cost(name, trainable[name], saved[name], peak[name], statistics.median(seconds[name])) for name in methods]
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
+    return model(**batch).loss.item()
+
+
+def _stepper(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+
+    def step() -> None:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

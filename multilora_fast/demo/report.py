@@ -1,0 +1,201 @@
+"""What the demo shows and keeps: terminal tables, the PNG, and an output folder that is never left half-written."""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from multilora_fast.demo.compare import LORA, Cost
+
+METRICS, PLOT, ADAPTER = "metrics.json", "comparison.png", "adapter"
+UNFINISHED = ".unfinished-"
+KIND = "multilora-fast demo"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    task: str
+    items: int
+    majority: float
+    before: float
+    after: float
+
+
+def mean_result(results: Sequence[TaskResult]) -> TaskResult:
+    def mean(key: str) -> float:
+        return sum(getattr(result, key) for result in results) / len(results)
+
+    return TaskResult("mean", sum(r.items for r in results), mean("majority"), mean("before"), mean("after"))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns under a rule, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        others = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
+        return "   ".join([f"{row[0]:<{widths[0]}}", *others])
+
+    return "\n".join([line(header), "-" * len(line(header)), *map(line, rows)])
+
+
+def accuracy_table(results: Sequence[TaskResult]) -> str:
+    rows = [
+        (r.task, str(r.items), f"{r.majority:.3f}", f"{r.before:.3f}", f"{r.after:.3f}", f"{r.after - r.before:+.3f}")
+        for r in (*results, mean_result(results))
+    ]
+    return table(("accuracy", "items", "majority class", "before", "after", "change"), rows)
+
+
+def cost_table(costs: Sequence[Cost]) -> str:
+    """Each figure with its ratio to PEFT LoRA's."""
+    lora = next(cost for cost in costs if cost.method == LORA)
+    rows = [
+        (
+            cost.method,
+            f"{cost.saved / MIB:.0f} MiB ({cost.saved / lora.saved:.2f}x)",
+            f"{cost.peak / MIB:.0f} MiB ({cost.peak / lora.peak:.2f}x)",
+            f"{cost.seconds:.3f} ({cost.seconds / lora.seconds:.2f}x)",
+        )
+        for cost in costs
+    ]
+    return table(("training step", "saved for backward", "peak memory", "s/step"), rows)
+
+
+def accuracy_notes(results: Sequence[TaskResult], seed: int) -> str:
+    error = sum(r.after * (1 - r.after) / r.items for r in results) ** 0.5 / len(results)
+    return (
+        f"The likeliest option by its tokens' summed log-probability; the same held-out items twice; seed {seed}.\n"
+        f"Majority class: always the most frequent right option. Standard error of the mean after: {error:.3f}."
+    )
+
+
+def cost_notes(settings, device: torch.device, *, tokens: int, adapter_dtype: str, rounds: int) -> str:
+    """The conditions of the cost table; ``settings`` are the demo's."""
+    n, r = settings.lora_num, settings.r
+    lines = [
+        f"One batch of {tokens} tokens, {n} branches of rank {r} or LoRA of rank {n * r}, dropout "
+        f"{settings.lora_dropout:g}, one set of base weights,",
+        f"adapters in {adapter_dtype} for all three. Steps (forward, backward, AdamW) in turn, median of {rounds}.",
+        "In brackets: against PEFT LoRA. Peak: tensors alive at once, beyond weights and optimizer state.",
+    ]
+    if settings.lora_dropout:
+        lines.append("The saving against LoRA is its dropped inputs and masks: at --lora-dropout 0 both save the same.")
+        if device.type == "cpu":
+            lines.append("On a CPU PyTorch keeps dropout masks in the dtype of x, on a GPU in one byte per element.")
+    return "\n".join(lines)
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    names = ("multilora-fast", "torch", "transformers", "peft", "triton")
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+    return {
+        "device": device.type,
+        "hardware": hardware,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in names},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check_output(folder: Path) -> None:
+    """Raise ValueError if ``folder`` is a file, or holds something that is not an earlier demo's output."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file; give a directory.")
+    found = folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
+    if found and not _is_earlier_output(folder):
+        raise ValueError(f"--output {folder} is not empty and not an earlier demo's output; give another directory.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"--output {folder} cannot be written: no permission for {existing}.")
+
+
+def _is_earlier_output(folder: Path) -> bool:
+    try:
+        return json.loads((folder / METRICS).read_text())["kind"] == KIND
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder to write in. Its files move to ``folder`` one by one when the block ends well, else they vanish."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+    try:
+        yield stage
+        for path in sorted(stage.rglob("*")):
+            target = folder / path.relative_to(stage)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                os.replace(path, target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        with suppress(OSError):  # it holds results
+            folder.rmdir()
+
+
+def write_metrics(path: Path, results: Sequence[TaskResult], costs: Sequence[Cost], **others: object) -> None:
+    figures = {
+        "kind": KIND,
+        **others,
+        "accuracy": [asdict(result) for result in (*results, mean_result(results))],
+        "training_step": [asdict(cost) for cost in costs],
+    }
+    path.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n")
+
+
+def plot(path: Path, results: Sequence[TaskResult], costs: Sequence[Cost], subtitle: str) -> None:
+    """Accuracy before and after by task and, beside it, one small chart per column of the cost table."""
+    from matplotlib.figure import Figure
+
+    panels = [("saved for backward, MiB", [c.saved / MIB for c in costs])]
+    panels += [("peak memory, MiB", [c.peak / MIB for c in costs]), ("seconds per step", [c.seconds for c in costs])]
+    figure = Figure(figsize=(15, 4.5) if costs else (7, 4.5), layout="constrained")
+    axes = figure.subplots(1, 4 if costs else 1, width_ratios=[2.4, 1, 1, 1] if costs else [1], squeeze=False)[0]
+
+    shown = [*results, mean_result(results)]
+    at = range(len(shown))
+    grey, pale, strong = "#444444", "#b8c4d6", "#1f5fa8"
+    axes[0].bar([x - 0.2 for x in at], [r.before for r in shown], 0.38, color=pale, label="before")
+    axes[0].bar([x + 0.2 for x in at], [r.after for r in shown], 0.38, color=strong, label="after")
+    axes[0].hlines(
+        [r.majority for r in shown],
+        [x - 0.42 for x in at],
+        [x + 0.42 for x in at],
+        colors=grey,
+        linestyles="dashed",
+        label="majority class",
+    )
+    axes[0].set(title="accuracy on held-out items", ylim=(0, 1))
+    axes[0].set_xticks(list(at), [r.task for r in shown])
+    axes[0].legend(ncols=3, loc="upper center", frameon=False)
+    for axis, (title, values) in zip(axes[1:], panels, strict=False):
+        bars = axis.bar(range(len(values)), values, color=[pale, pale, strong])
+        axis.bar_label(bars, fmt="%.3g")
+        axis.set_title(title)
+        axis.set_xticks(range(len(values)), [c.method.replace(" ", "\n") for c in costs], fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(subtitle, fontsize=9, color=grey)
+    figure.savefig(path, dpi=130)

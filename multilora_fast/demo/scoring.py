@@ -1,0 +1,115 @@
+"""Tokenised examples, and accuracy by the likelihood of each option after the prompt."""
+
+import inspect
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from multilora_fast.demo.tasks import Example
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of an :class:`Example`: the prompt, then each option as it follows that prompt."""
+
+    task: str
+    prompt: list[int]
+    options: list[list[int]]
+    answer: int
+
+
+def encode(example: Example, tokenizer) -> Encoded:
+    prompt = tokenizer(example.prompt).input_ids
+    if prompt[-1] == tokenizer.eos_token_id:
+        prompt = prompt[:-1]
+    whole = tokenizer([example.prompt + option for option in example.options]).input_ids
+    options = [[token for token in ids[len(prompt) :] if token != tokenizer.eos_token_id] for ids in whole]
+    return Encoded(example.task, prompt, options, example.answer)
+
+
+def sample(examples: Sequence[Example], count: int, tokenizer, *, max_length: int, seed: int) -> list[Encoded]:
+    """``count`` examples (or all there are) drawn without repetition from those of at most ``max_length`` tokens.
+
+    Raises:
+        ValueError: none is that short.
+    """
+    chosen: list[Encoded] = []
+    for example in random.Random(seed).sample(examples, len(examples)):
+        encoded = encode(example, tokenizer)
+        if len(encoded.prompt) + max(map(len, encoded.options)) <= max_length:
+            chosen.append(encoded)
+        if len(chosen) == count:
+            break
+    if not chosen:
+        raise ValueError(f"--max-length {max_length}: no example of {examples[0].task} is that short")
+    return chosen
+
+
+def accuracy(
+    model: nn.Module, examples: Sequence[Encoded], *, batch_size: int = 16, progress: tqdm | None = None
+) -> float:
+    """Share of the examples whose right option is the likeliest of its options (sum of token log-probabilities)."""
+    right = 0
+    by_length = sorted(examples, key=lambda example: len(example.prompt))
+    for start in range(0, len(by_length), batch_size):
+        batch = by_length[start : start + batch_size]
+        for example, scores in zip(batch, option_scores(model, batch), strict=True):
+            right += int(scores.argmax()) == example.answer
+        if progress is not None:
+            progress.update(len(batch))
+    return right / len(examples)
+
+
+@torch.inference_mode()
+def option_scores(model: nn.Module, batch: Sequence[Encoded]) -> list[Tensor]:
+    """Log-probability of every option of every example.
+
+    Each prompt is read once; its cache then serves all its options, and logits exist at answer positions only.
+    """
+    device = next(model.parameters()).device
+    prompts, mask = _padded([example.prompt for example in batch], left=True)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    prompts, mask = prompts.to(device), mask.to(device)
+    cache = DynamicCache(config=model.config)
+    caching = {_cache_argument(model): cache, "use_cache": True}
+    read = model(prompts, attention_mask=mask, position_ids=positions.to(device), logits_to_keep=1, **caching)
+
+    options = [option for example in batch for option in example.options]
+    counts = [len(example.options) for example in batch]
+    owner = torch.arange(len(batch)).repeat_interleave(torch.tensor(counts)).to(device)
+    first = torch.tensor([option[0] for option in options], device=device)
+    scores = read.logits[:, -1].float().log_softmax(-1)[owner, first]
+
+    if max(map(len, options)) > 1:
+        inputs, valid = (t.to(device) for t in _padded([option[:-1] for option in options], left=False))
+        targets = _padded([option[1:] for option in options], left=False)[0].to(device)
+        cache.batch_select_indices(owner)
+        seen = mask[owner]
+        logits = model(
+            inputs,
+            attention_mask=torch.cat([seen, valid], dim=1),
+            position_ids=seen.sum(-1, keepdim=True) + torch.arange(inputs.shape[1], device=device),
+            **caching,
+        ).logits
+        logprobs = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        scores = scores + (logprobs * valid).sum(-1)
+    return list(scores.split(counts))
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """``cache`` in newer transformers, ``past_key_values`` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _padded(rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, longest) padded with 0, and the mask of real tokens."""
+    longest = max(map(len, rows))
+    padding = [[0] * (longest - len(row)) for row in rows]
+    ids = [pad + row if left else row + pad for row, pad in zip(rows, padding, strict=True)]
+    mask = [pad + [1] * len(row) if left else [1] * len(row) + pad for row, pad in zip(rows, padding, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)

