@@ -1,10 +1,16 @@
-"""The layers that are compared, each with its own copy of one frozen nn.Linear, as callables of x."""
+"""The layers that are compared: one frozen nn.Linear each, and what is put around it, as modules of x."""
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
+
+FROZEN, REFERENCE, COMPILED, LORA, LORA_FLOAT32, CONCATENATED, ADDMM, OURS = (
+    "frozen base layer", "reference loop", "reference loop, compiled", "PEFT LoRA", "PEFT LoRA, float32 adapters",
+    "concatenated eager", "addmm_ LoRA", "ours",
+)  # fmt: skip
 
 
 def base_layer(K: int, N: int, dtype: torch.dtype, device: str) -> nn.Linear:
@@ -13,25 +19,79 @@ def base_layer(K: int, N: int, dtype: torch.dtype, device: str) -> nn.Linear:
 
 
 def multilora(cls: type[MultiLoRALinear], base: nn.Linear, n: int, r: int, p: float) -> MultiLoRALinear:
+    """Branches with non-zero scales, in the base's dtype."""
     torch.manual_seed(1)
     layer = cls(base, r=r, lora_num=n, lora_dropout=p)
     nn.init.normal_(layer.lora_scaling)
     return layer
 
 
-def peft_lora(base: nn.Linear, rank: int, p: float) -> nn.Module:
-    """PEFT's LoRA of the same total rank, adapters in the base's dtype."""
+def peft_lora(base: nn.Linear, rank: int, p: float, *, float32: bool = False) -> nn.Module:
+    """PEFT's LoRA of the same total rank; its adapters in the base's dtype unless ``float32``."""
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=p, target_modules=["0"])
-    return get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False)
+    return get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=float32)
+
+
+class Concatenated(FusedMultiLoRALinear):
+    """The algebra of the op in plain torch, differentiated by autograd: x̂ Ãᵀ, then B̃ᵀ built from scales and B."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        H = F.linear(self.lora_dropout(x), self.lora_A.flatten(0, 1))
+        B = (self.lora_B * (self.scaling_factor * self.lora_scaling).unsqueeze(2)).transpose(0, 1).flatten(1)
+        return F.linear(x, self.weight, self.bias) + F.linear(H, B)
+
+
+class AddmmLoRA(nn.Module):
+    """One LoRA of rank R whose products accumulate in place, as hand-written LoRA libraries do; no dropout, no bias."""
+
+    def __init__(self, base: nn.Linear, rank: int):
+        super().__init__()
+        self.base = base
+        self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features).normal_(std=base.in_features**-0.5))
+        self.B = nn.Parameter(base.weight.new_empty(base.out_features, rank).normal_(std=rank**-0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Addmm.apply(x, self.base.weight, self.A, self.B)
+
+
+class _Addmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, A, B):
+        ctx.save_for_backward(x, weight, A, B)
+        return F.linear(x, weight).addmm_(x @ A.t(), B.t())
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, A, B = ctx.saved_tensors
+        dH = dy @ B
+        dx = (dy @ weight).addmm_(dH, A)
+        return dx, None, dH.t() @ x, dy.t() @ (x @ A.t())
 
 
 def layers(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
+    """Every candidate that runs these settings, by name."""
+
     def base():
         return base_layer(K, N, dtype, device)
 
-    return {
-        "frozen base": base(),
-        "reference": multilora(MultiLoRALinear, base(), n, r, p),
-        "PEFT LoRA": peft_lora(base(), n * r, p),
-        "ours": multilora(FusedMultiLoRALinear, base(), n, r, p),
+    found = {
+        FROZEN: base(),
+        REFERENCE: multilora(MultiLoRALinear, base(), n, r, p),
+        LORA: peft_lora(base(), n * r, p),
+        CONCATENATED: multilora(Concatenated, base(), n, r, p),
+        OURS: multilora(FusedMultiLoRALinear, base(), n, r, p),
     }
+    if dtype != torch.float32:
+        found[LORA_FLOAT32] = peft_lora(base(), n * r, p, float32=True)
+    if p == 0:
+        found[ADDMM] = AddmmLoRA(base(), n * r)
+    if can_compile(device):
+        found[COMPILED] = torch.compile(multilora(MultiLoRALinear, base(), n, r, p))
+    return found
+
+
+def can_compile(device: str) -> bool:
+    """Whether torch.compile has what it needs: a C++ compiler on a CPU, Triton on a GPU."""
+    import shutil
+
+    return device == "cuda" or shutil.which("g++") is not None

@@ -1,0 +1,31 @@
+import os
+
+import pytest
+import torch
+
+from bench.environment import conditions
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+THREADS = 2
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tiny", action="store_true", help="tiny shapes: does every bench run, not how fast")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(THREADS)
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.update(conditions())
+
+
+@pytest.fixture
+def tiny(request) -> bool:
+    return request.config.getoption("--tiny")
+
+
+@pytest.fixture
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,142 @@
+"""Bytes one real LLaMA decoder layer saves for backward, on the CPU: ``python -m bench.memory [--out DIR] [--quick]``.
+
+Counted by storage, without the parameters, beyond what the frozen layer saves, in bytes per token. All seven linear
+layers are adapted, adapters in the base's bfloat16. PyTorch's CPU dropout keeps its mask in the dtype of x; here it is
+kept in one byte per element, as on CUDA.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from bench.environment import conditions
+from multilora_fast import MultiLoraConfig, MultiLoRALinear
+from multilora_fast.memory import saved_bytes
+
+SIZES = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40), "65B": (8192, 22016, 64), "tiny": (64, 96, 4)}
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FROZEN, LORA, REFERENCE, OURS = "frozen layer", "PEFT LoRA", "reference loop", "ours"
+
+
+class OneByteDropout(nn.Module):
+    """nn.Dropout with its mask in one byte per element."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _OneByteDropout.apply(x, self.p) if self.p and self.training else x
+
+
+class _OneByteDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        keep = torch.rand_like(x, dtype=torch.float32) >= p
+        ctx.save_for_backward(keep)
+        ctx.factor = 1 / (1 - p)
+        return x * keep * ctx.factor
+
+    @staticmethod
+    def backward(ctx, dy):
+        (keep,) = ctx.saved_tensors
+        return dy * keep * ctx.factor, None
+
+
+def decoder_layer(size: str) -> tuple[LlamaConfig, LlamaDecoderLayer]:
+    hidden, intermediate, heads = SIZES[size]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads, attn_implementation="sdpa"
+    )
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, 0).to(torch.bfloat16)
+    layer.to_empty(device="cpu")
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)  # what is saved does not depend on the values
+    return config, layer.requires_grad_(False).train()
+
+
+def adapted(layer: nn.Module, method: str, n: int, r: int, p: float) -> nn.Module:
+    """``layer`` with its seven linears adapted, in place, at total rank n·r."""
+    if method == LORA:
+        config = LoraConfig(r=n * r, lora_alpha=n * r, lora_dropout=p, target_modules=LINEARS)
+        layer = get_peft_model(layer, config, autocast_adapter_dtype=False)
+    elif method == OURS:
+        config = MultiLoraConfig(r=r, lora_num=n, lora_dropout=p, target_modules=LINEARS)
+        layer = get_peft_model(layer, config, autocast_adapter_dtype=False)
+    elif method == REFERENCE:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                layer.set_submodule(name, MultiLoRALinear(module, r=r, lora_num=n, lora_dropout=p))
+    if method != OURS:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Dropout):
+                layer.set_submodule(name, OneByteDropout(module.p))
+    return layer
+
+
+def bytes_per_token(size: str, method: str, n: int = 5, r: int = 32, p: float = 0.0, tokens: int = 128) -> float:
+    config, layer = decoder_layer(size)
+    layer = adapted(layer, method, n, r, p)
+    x = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16).requires_grad_()
+    rotary = LlamaRotaryEmbedding(config)(x, torch.arange(tokens)[None])
+    with saved_bytes([*layer.parameters(), *layer.buffers()]) as saved:
+        layer(x, position_embeddings=rotary)
+    return saved.total / tokens
+
+
+def table(sizes: list[str], progress: Callable[[str], None] = print) -> list[dict]:
+    """For every size and dropout: bytes per token beyond the frozen layer, and ratios."""
+    rows = []
+    for size in sizes:
+        progress(f"Counting one decoder layer of LLaMA-{size} ...")
+        frozen = bytes_per_token(size, FROZEN)
+        for p in (0.0, 0.05):
+            beyond = {m: bytes_per_token(size, m, p=p) - frozen for m in (LORA, REFERENCE, OURS)}
+            rows.append({"size": size, "dropout": p, "n": 5, "r": 32, "frozen": frozen, "beyond": beyond})
+    return rows
+
+
+def growth(size: str) -> list[dict]:
+    """Bytes per token beyond the frozen layer at one total rank, 160, cut into more and more branches."""
+    frozen = bytes_per_token(size, FROZEN)
+    return [
+        {"size": size, "n": n, "r": 160 // n, "dropout": 0.05,
+         "beyond": {m: bytes_per_token(size, m, n, 160 // n, 0.05) - frozen for m in (REFERENCE, OURS)}}
+        for n in (1, 2, 4, 5, 8)
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="directory for memory.json")
+    parser.add_argument("--quick", action="store_true", help="a tiny layer instead of LLaMA's")
+    arguments = parser.parse_args()
+    sizes = ["tiny"] if arguments.quick else ["7B", "13B", "65B"]
+    rows, more = table(sizes), growth(sizes[0])
+    print("\nbytes per token saved beyond the frozen layer (n·r = 160, bfloat16)")
+    print(f"{'layer':6}{'dropout':>9}{LORA:>12}{REFERENCE:>16}{OURS:>10}{'ours / LoRA':>13}{'ours / loop':>13}")
+    for row in rows:
+        lora, reference, ours = (row["beyond"][m] for m in (LORA, REFERENCE, OURS))
+        print(
+            f"{row['size']:6}{row['dropout']:9.2f}{lora:12,.0f}{reference:16,.0f}{ours:10,.0f}"
+            f"{ours / lora:12.3f}x{ours / reference:12.3f}x"
+        )
+    print(f"\nat n·r = 160 in n branches, {sizes[0]}, dropout 0.05")
+    for row in more:
+        print(f"n = {row['n']}: {REFERENCE} {row['beyond'][REFERENCE]:,.0f}, {OURS} {row['beyond'][OURS]:,.0f}")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        document = {"conditions": conditions(), "rows": rows, "growth": more}
+        (arguments.out / "memory.json").write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

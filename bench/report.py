@@ -1,0 +1,153 @@
+"""Committed JSON → tables and plots: ``python -m bench.report [DIR ...]`` (default: every bench/results/<device>/).
+
+Each directory gets a README.md and PNGs; the project's README gets the tables between its ``<!-- name -->`` markers
+from bench/results/<the first directory>. A number that is in no JSON appears nowhere.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from bench.candidates import LORA, OURS, REFERENCE
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench/results"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def benches(path: Path) -> tuple[dict, list[dict]]:
+    """The machine and the benches (settings, medians, ratios) of one pytest-benchmark file."""
+    document = json.loads(path.read_text())
+    return document["machine_info"], [bench["extra_info"] for bench in document["benchmarks"]]
+
+
+def conditions_line(machine: dict) -> str:
+    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
+    return f"{machine['device']}, {machine['threads']} threads; {versions}; commit {machine['commit']}."
+
+
+def layer_tables(path: Path) -> str:
+    machine, rows = benches(path)
+    parts = []
+    for direction in ("forward+backward", "forward", "backward"):
+        chosen = [row for row in rows if row["settings"]["direction"] == direction]
+        names = list(dict.fromkeys(name for row in chosen for name in row["median"]))
+        body = []
+        for row in chosen:
+            s = row["settings"]
+            case = f"{s['K']}→{s['N']}, n = {s['n']}, {s['dtype']}, dropout {s['dropout']:g}"
+            times = [f"{1e3 * row['median'][n]:.1f}" if n in row["median"] else "" for n in names]
+            work = row["work"]
+            body.append([case, *times, f"{100 * work['floor_by_frozen_layer'] / row['median'][OURS]:.0f} %"])
+        parts.append(f"### {direction}, ms\n\n{table(['layer', *names, 'of the floor'], body)}")
+    s = rows[0]["settings"]
+    note = (
+        f"{s['M']} tokens, r = {s['r']}; medians of rounds in which all take turns. Floor: the frozen layer's time of "
+        f"the same run times the FLOPs that the branches add. {conditions_line(machine)}"
+    )
+    return "\n\n".join([f"## One layer\n\n{note}", *parts])
+
+
+def step_table(path: Path) -> str:
+    machine, rows = benches(path)
+    body = []
+    for row in rows:
+        s = row["settings"]
+        for name, seconds in row["median"].items():
+            tokens = s["batch"] * s["length"] / seconds
+            saved, peak = (f"{row['memory'][name][key] / 2**20:,.0f}" for key in ("saved", "peak"))
+            ratio = f"{seconds / row['median'][LORA]:.2f}x"
+            body.append([name, f"{s['dropout']:g}", f"{1e3 * seconds:,.0f}", ratio, f"{tokens:,.0f}", saved, peak])
+    s = rows[0]["settings"]
+    header = ["training step", "dropout", "ms", "of LoRA", "tokens/s", "saved, MiB", "peak, MiB"]
+    note = (
+        f"{s['model']}, {s['dtype'].removeprefix('torch.')}, batch {s['batch']} of {s['length']} tokens, n = {s['n']}, "
+        f"r = {s['r']}; forward, backward, AdamW; medians of rounds in which all take turns. {conditions_line(machine)}"
+    )
+    return f"## One training step\n\n{note}\n\n{table(header, body)}"
+
+
+def memory_table(path: Path) -> str:
+    document = json.loads(path.read_text())
+    body = []
+    for row in document["rows"]:
+        lora, loop, ours = (row["beyond"][name] for name in (LORA, REFERENCE, OURS))
+        figures = [*(f"{v:,.0f}" for v in (lora, loop, ours)), f"{ours / lora:.2f}x", f"{ours / loop:.3f}x"]
+        body.append([f"LLaMA-{row['size']}", f"{row['dropout']:g}", *figures])
+    header = ["decoder layer", "dropout", LORA, REFERENCE, OURS, "ours / LoRA", "ours / loop"]
+    note = (
+        "Bytes per token that one decoder layer saves for backward beyond the frozen layer, n = 5, r = 32 against "
+        "LoRA of rank 160, bfloat16, all seven linears; dropout masks counted as one byte per element, as on CUDA. "
+        f"{conditions_line(document['conditions'])}"
+    )
+    return f"## Memory saved for backward\n\n{note}\n\n{table(header, body)}"
+
+
+def plot(directory: Path, rows: list[dict]) -> None:
+    """One bar per candidate, forward + backward against the frozen layer, for each layer case."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row["settings"]["direction"] == "forward+backward"]
+    names = [name for name in rows[0]["median"] if "float32" not in name]
+    figure = Figure(figsize=(1.1 * len(rows) + 4, 4.5), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(names)
+    for i, name in enumerate(names):
+        heights = [row["median"].get(name, 0) / row["median"]["frozen base layer"] for row in rows]
+        at = [x + i * width for x in range(len(rows))]
+        style = {"color": "#1f5fa8"} if name == OURS else {"alpha": 0.55}
+        axis.bar(at, heights, width, label=name, **style)
+    labels = ["{K}→{N}\nn = {n}\n{dtype}\np = {dropout:g}".format(**row["settings"]) for row in rows]
+    axis.set_xticks([x + 0.4 for x in range(len(rows))], labels, fontsize=7)
+    axis.set_ylabel("time against the frozen layer")
+    axis.legend(fontsize=7, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(directory / "layer.png", dpi=130)
+
+
+SECTIONS = {"layer": layer_tables, "step": step_table, "memory": memory_table}
+
+
+def report(directory: Path) -> dict[str, str]:
+    """Write ``directory``'s README.md and plots from its JSON; return the sections by name."""
+    sections = {
+        name: section(directory / f"{name}.json")
+        for name, section in SECTIONS.items()
+        if (directory / f"{name}.json").exists()
+    }
+    if "layer" in sections:
+        plot(directory, benches(directory / "layer.json")[1])
+        sections["layer"] += "\n\n![one layer](layer.png)"
+    (directory / "README.md").write_text(f"# {directory.name}\n\n" + "\n\n".join(sections.values()) + "\n")
+    return sections
+
+
+def fill(text: str, sections: dict[str, str]) -> str:
+    """``text`` with every ``<!-- name -->`` … ``<!-- /name -->`` filled from the section of that name."""
+    for name, section in sections.items():
+        body = section.partition("\n\n")[2]
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S
+        )
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directories", nargs="*", type=Path)
+    directories = parser.parse_args().directories or sorted(p for p in RESULTS.iterdir() if p.is_dir())
+    for i, directory in enumerate(directories):
+        sections = report(directory)
+        print(f"wrote {directory / 'README.md'}")
+        if i == 0:
+            readme = ROOT / "README.md"
+            readme.write_text(fill(readme.read_text(), sections))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Forward, backward and both of one layer, beside its peers in turns.
+
+    pytest bench/test_layer.py --benchmark-json=OUT.json
+
+Before anything is timed, output and gradients must pass the 2× rule against the reference in float64.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+
+from bench.candidates import FROZEN, LORA, OURS, REFERENCE, layers
+from bench.floor import layer_work, rates
+from bench.timing import contest, layer_turn
+from multilora_fast import dropout_mask, multilora_linear
+from multilora_fast.testing import assert_two_times_rule, random_case
+
+CPU_SHAPES = [(1024, 2048, 2048), (1024, 576, 1536)]
+GPU_SHAPES = [(8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096)]
+SHAPES = GPU_SHAPES if torch.cuda.is_available() else CPU_SHAPES
+DTYPES = ["bfloat16"] if torch.cuda.is_available() else ["float32", "bfloat16"]
+
+
+def gate(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, tokens: int = 128) -> None:
+    """Raise AssertionError unless the op obeys the 2× rule at these settings, on fewer tokens."""
+    case = random_case((tokens, K), N, n, r, dtype=dtype, bias=False, device=device)
+    op = partial(multilora_linear, bias=None, scaling_factor=case.scaling_factor)
+    if p:
+        keep = dropout_mask(torch.tensor([1], device=device), tokens, K, p)
+        case.factor = keep.double() * 65536 / (65536 - round(65536 * p))
+        op = partial(op, dropout_p=p, seed=1)
+    assert_two_times_rule(op, case)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("n", [3, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "{}x{}-{}".format(*s))
+@pytest.mark.parametrize("direction", ["forward+backward", "forward", "backward"])
+def test_layer(benchmark, direction, shape, dtype, n, p, tiny, device):
+    M, K, N = (64, 32, 48) if tiny else shape
+    r, kind = 32, getattr(torch, dtype)
+    gate(K, N, n, r, p, kind, device)
+    x = torch.randn(M, K, dtype=kind, device=device).requires_grad_()
+    dy = torch.randn(M, N, dtype=kind, device=device)
+    turns = {name: layer_turn(layer, x, dy, direction) for name, layer in layers(K, N, n, r, p, kind, device).items()}
+    medians = contest(benchmark, turns, OURS, rounds=20)
+
+    settings = {"M": M, "K": K, "N": N, "n": n, "r": r, "dropout": p, "dtype": dtype, "direction": direction}
+    benchmark.extra_info["settings"] = settings
+    if tiny or benchmark.disabled:
+        return
+    measured = rates(device, kind)
+    work = layer_work(M, K, N, n * r, kind.itemsize, direction)
+    R = n * r
+    extra = {"forward": 2, "backward": 4, "forward+backward": 6}[direction] * M * R * (K + N)
+    frozen_flops = layer_work(M, K, N, 0, kind.itemsize, direction).flops
+    benchmark.extra_info["work"] = {
+        "flops": work.flops, "bytes": work.bytes, "rates": measured.as_dict(), "floor_seconds": work.seconds(measured),
+        "floor_by_frozen_layer": medians[FROZEN] * (1 + extra / frozen_flops),
+    }  # fmt: skip
+    benchmark.extra_info["median"] = medians
+    benchmark.extra_info["ratios"] = {
+        "ours / PEFT LoRA": medians[OURS] / medians[LORA],
+        "reference / ours": medians[REFERENCE] / medians[OURS],
+        "ours / frozen": medians[OURS] / medians[FROZEN],
+        "ours / floor": medians[OURS] / benchmark.extra_info["work"]["floor_by_frozen_layer"],
+        "tokens per second": M / medians[OURS],
+    }

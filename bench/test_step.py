@@ -1,0 +1,99 @@
+"""One training step of a real decoder (forward, backward, AdamW), beside its peers in turns.
+
+On a CPU: SmolLM2-135M in bfloat16, or float32 where the CPU has no bfloat16; on a GPU: decoder layers of LLaMA-7B's
+size in bfloat16, random weights. Adapters on all seven linears, in the base's dtype, n·r = 96.
+"""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.candidates import CONCATENATED, LORA, OURS, REFERENCE, Concatenated, multilora
+from bench.timing import Turn, contest
+from multilora_fast import MultiLoraConfig, MultiLoRALinear
+from multilora_fast.demo.compare import shallow_copy
+from multilora_fast.demo.model import LINEARS, choose_dtype, load_model
+from multilora_fast.memory import peak_bytes, saved_bytes
+
+FULL = "full fine-tuning"
+
+
+def decoder(tiny: bool, device: str) -> tuple[str, nn.Module]:
+    if tiny or device == "cuda":
+        sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 4}
+        if tiny:
+            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
+        config = LlamaConfig(vocab_size=32000 if not tiny else 64, use_cache=False, **sizes)
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        with torch.device(device):
+            return f"LLaMA-7B, {config.num_hidden_layers} layers", LlamaForCausalLM(config).to(dtype)
+    try:
+        model = load_model(None, choose_dtype("auto", torch.device("cpu")), torch.device("cpu"))
+    except ValueError as error:
+        pytest.skip(str(error))
+    return "SmolLM2-135M", model
+
+
+def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
+    """The candidates on the base's own weights; full fine-tuning on a copy."""
+    full = copy.deepcopy(base).requires_grad_(True)
+    base.requires_grad_(False)
+    found = {FULL: full}
+    for name, cls in ((REFERENCE, MultiLoRALinear), (CONCATENATED, Concatenated)):
+        model = found[name] = shallow_copy(base)
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and path.rpartition(".")[2] in LINEARS:
+                model.set_submodule(path, multilora(cls, module, n, r, p))
+    shared = {"lora_dropout": p, "target_modules": list(LINEARS)}
+    lora = LoraConfig(r=n * r, lora_alpha=n * r, **shared)
+    found[LORA] = get_peft_model(shallow_copy(base), lora, autocast_adapter_dtype=False)
+    ours = get_peft_model(shallow_copy(base), MultiLoraConfig(r=r, lora_num=n, **shared), autocast_adapter_dtype=False)
+    found[OURS] = ours
+    return found
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_step(benchmark, p, tiny, device):
+    n, r = (2, 2) if tiny else (3, 32)
+    batch, length = (2, 8) if tiny else (8, 1024) if device == "cuda" else (4, 128)
+    torch.manual_seed(0)
+    name, base = decoder(tiny, device)
+    models = methods(base, n, r, p)
+    tokens = torch.randint(base.config.vocab_size, (batch, length), device=device)
+
+    def turn(model: nn.Module) -> Turn:
+        optimizer = torch.optim.AdamW((q for q in model.parameters() if q.requires_grad), lr=1e-5)
+
+        def step(_=None):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return Turn(lambda: None, step)
+
+    turns = {method: turn(model.train()) for method, model in models.items()}
+    memory = {}
+    for method, model in models.items():
+        turns[method].run(None)
+        with saved_bytes([*model.parameters(), *model.buffers(), tokens]) as saved:
+            model(input_ids=tokens, labels=tokens)
+        memory[method] = {"saved": saved.total}
+        del saved
+        memory[method]["peak"] = peak_bytes(partial(turns[method].run, None), torch.device(device))
+    medians = contest(benchmark, turns, OURS, rounds=10)
+    benchmark.extra_info["settings"] = {
+        "model": name, "batch": batch, "length": length, "n": n, "r": r, "dropout": p, "dtype": str(base.dtype),
+    }  # fmt: skip
+    benchmark.extra_info["memory"] = memory
+    if not benchmark.disabled:
+        benchmark.extra_info["median"] = medians
+        benchmark.extra_info["ratios"] = {
+            "ours / PEFT LoRA": medians[OURS] / medians[LORA],
+            "reference / ours": medians[REFERENCE] / medians[OURS],
+            "tokens per second": batch * length / medians[OURS],
+        }
