@@ -35,8 +35,17 @@ def commit() -> str:
         return "unknown"
 
 
+def slug() -> str:
+    """The device's name as a folder's."""
+    return "-".join(device_name().split())
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+if __name__ == "__main__":
+    print(slug())

@@ -55,3 +55,9 @@ def layer_work(M: int, K: int, N: int, R: int, itemsize: int, direction: str) ->
     )
     both = Work(forward.flops + backward.flops, forward.bytes + backward.bytes)
     return {"forward": forward, "backward": backward, "forward+backward": both}[direction]
+
+
+def product_work(kernel: str, M: int, D: int, R: int, itemsize: int) -> Work:
+    """shrink and reduce read (M, D) once, expand reads and writes it; each is one product with R columns."""
+    large = M * D * (2 if kernel == "expand" else 1)
+    return Work(2 * M * D * R, itemsize * (large + M * R + R * D))

@@ -39,13 +39,15 @@ def gate(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: s
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "{}x{}-{}".format(*s))
 @pytest.mark.parametrize("direction", ["forward+backward", "forward", "backward"])
 def test_layer(benchmark, direction, shape, dtype, n, p, tiny, device):
+    if direction != "forward+backward" and n != 5:
+        pytest.skip("the halves of a step are timed apart at n = 5")
     M, K, N = (64, 32, 48) if tiny else shape
     r, kind = 32, getattr(torch, dtype)
     gate(K, N, n, r, p, kind, device)
     x = torch.randn(M, K, dtype=kind, device=device).requires_grad_()
     dy = torch.randn(M, N, dtype=kind, device=device)
     turns = {name: layer_turn(layer, x, dy, direction) for name, layer in layers(K, N, n, r, p, kind, device).items()}
-    medians = contest(benchmark, turns, OURS, rounds=20)
+    medians = contest(benchmark, turns, OURS, rounds=15)
 
     settings = {"M": M, "K": K, "N": N, "n": n, "r": r, "dropout": p, "dtype": dtype, "direction": direction}
     benchmark.extra_info["settings"] = settings

@@ -13,7 +13,6 @@ import json
 import math
 import random
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import triton
 from triton.runtime.errors import OutOfResources
 
+from bench.environment import conditions, slug
 from multilora_fast.kernels.configs import Config, device_of, dtype_class, pick, rank_class, rank_tiles
 from multilora_fast.kernels.dropout import drop_threshold, dropout_mask
 from multilora_fast.kernels.expand import expand
@@ -172,23 +171,12 @@ def run_stage(stage: Stage, arch: str, deadline: float) -> dict:
     return {"key": key, "best": asdict(best), "present": asdict(present), "tried": tried, "not_reached": len(left)}
 
 
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--kernel", choices=["shrink", "expand", "reduce"], help="only this kernel")
     parser.add_argument("--size", choices=list(TOKENS), help="only this size class")
     parser.add_argument("--seconds", type=float, default=480.0, help="time for all stages together (default 480)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for <device>/tune.json")
+    parser.add_argument("--out", type=Path, default=Path("bench/results") / slug(), help="folder for tune.json")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench.tune needs a GPU: it times kernels, and torch.cuda.is_available() is False here.", file=sys.stderr)
@@ -198,17 +186,10 @@ def main(argv: list[str] | None = None) -> int:
     for index, stage in enumerate(todo):
         now = time.monotonic()
         results.append(run_stage(stage, arch, now + (end - now) / (len(todo) - index)))
-    device = torch.cuda.get_device_name()
-    out = args.out / device.replace(" ", "-") / "tune.json"
+    out = args.out / "tune.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = {
-        "device": device,
-        "arch": arch,
-        "dtype": str(DTYPE),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-    }
-    out.write_text(json.dumps({**about, "commit": commit(), "stages": results}, indent=1) + "\n")
+    about = {"arch": arch, "dtype": str(DTYPE), **conditions()}
+    out.write_text(json.dumps({**about, "stages": results}, indent=1) + "\n")
     print(f"{len(results)} stages, written to {out}.")
     return 0
 

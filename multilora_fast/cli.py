@@ -122,8 +122,9 @@ def _kernel_rows(arch: str | None, device) -> list[str]:
     from multilora_fast.kernels.configs import ROWS, device_of, find_row
 
     arch = arch or device_of(torch.empty(0, device=device))[0]
-    keys = (find_row(kernel, M, 96, torch.bfloat16, arch) for kernel in ("shrink", "expand", "reduce") for M in (8192, 1))
-    return [f"  {'/'.join(map(str, key)):<36} {ROWS[key]}" for key in dict.fromkeys(keys)]
+    uses = ((kernel, M) for kernel in ("shrink", "expand", "reduce") for M in (8192, 1))
+    keys = dict.fromkeys(find_row(kernel, M, 96, torch.bfloat16, arch) for kernel, M in uses)
+    return [f"  {'/'.join(map(str, key)):<36} {ROWS[key]}" for key in keys]
 
 
 app.command()(export)
