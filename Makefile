@@ -7,6 +7,9 @@ TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'to
 OUT ?= bench/results/$(shell PYTHONPATH=. $(BIN)/python -m bench.environment 2>/dev/null)
 BENCH = PYTHONPATH=. $(BIN)/python -m pytest -q --benchmark-timer=torch.utils.benchmark.utils.timer.timer $(ARGS) bench
 
+# OpenMP threads that spin while they wait make a busy machine several times slower; benches keep the library's default.
+demo test: export OMP_WAIT_POLICY ?= passive
+
 .PHONY: help demo test gpu compat lint bench memory memory-profile report clean
 
 help: ## Show this list

@@ -6,9 +6,10 @@ from setuptools import setup
 here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"', (here / "multilora_fast/__init__.py").read_text(), re.M).group(1)
 
+train = ["accelerate>=1.1", "bitsandbytes>=0.49; sys_platform == 'linux'"]
 demo = ["accelerate>=1.1", "gguf>=0.10", "datasets>=3", "matplotlib>=3.8"]
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
-dev = [*bench, "bitsandbytes>=0.49; sys_platform == 'linux'", "hypothesis>=6", "ruff>=0.9", "build>=1.2"]
+dev = [*bench, *train, "trl>=1.16; sys_platform == 'linux'", "hypothesis>=6", "ruff>=0.9", "build>=1.2"]
 
 setup(
     name="multilora-fast",
@@ -29,6 +30,6 @@ setup(
         "typer>=0.12",
         "tqdm>=4.60",
     ],
-    extras_require={"demo": demo, "bench": bench, "dev": dev, "all": [*demo, *dev]},
+    extras_require={"demo": demo, "train": train, "bench": bench, "dev": dev, "all": [*demo, *dev]},
     entry_points={"console_scripts": ["multilora-fast = multilora_fast.cli:main"]},
 )

@@ -1,7 +1,6 @@
-"""The command line: ``multilora-fast demo | export | merge | info``. Heavy imports wait until a command runs."""
+"""The command line: ``multilora-fast demo | train | export | merge | info``; heavy imports wait for the command."""
 
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated
 import typer
 
 from multilora_fast.cli_adapters import export, merge
+from multilora_fast.cli_train import train
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 ClickException = typer.BadParameter.__mro__[2]  # click's, or that of the copy of click inside newer typer
@@ -74,7 +74,6 @@ def demo(
         rounds=0 if not compare else 2 if quick else 5,
     )
     settings.check()
-    _wait_passively()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it is loaded but not used
     print("Loading torch and transformers ...", flush=True)
@@ -127,6 +126,7 @@ def _kernel_rows(arch: str | None, device) -> list[str]:
     return [f"  {'/'.join(map(str, key)):<36} {ROWS[key]}" for key in keys]
 
 
+app.command()(train)
 app.command()(export)
 app.command()(merge)
 
@@ -142,17 +142,6 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)
-
-
-def _wait_passively() -> None:
-    """Start again with OpenMP threads that sleep while they wait, unless the user chose how they do.
-
-    Spinning threads make a step several times slower where other programs want the same cores. OpenMP reads the
-    variable once, when torch is loaded, which has happened by now.
-    """
-    if sys.platform == "linux" and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.execv(sys.executable, sys.orig_argv)
 
 
 def _fail(message: str) -> None:

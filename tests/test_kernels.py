@@ -230,6 +230,16 @@ def test_packed_weights_and_weights_scaled_on_the_tile_agree():
     torch.testing.assert_close(results[0], results[1])
 
 
+@pytest.mark.parametrize(("n", "r"), [(3, 32), (5, 32), (2, 90)])
+def test_a_rank_in_two_tiles_and_in_one_agree(n, r):
+    x, _, a, _, _, h = problem((37, 48, 45, n, r), torch.float32, torch.float32)
+    results = []
+    for two_tiles in (True, False):
+        tile, drop = Config(32, 32, 4, 2, two_tiles=two_tiles), {"seed": seed_of(11), "p": P}
+        results.append((shrink(x, a, **drop, config=tile), reduce(h, x, n, x.dtype, **drop, config=tile)))
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_the_sum_over_parts_does_not_depend_on_how_many(monkeypatch):
     x, _, a, _, _, h = problem((150, 300, 8, 2, 12), torch.float64, torch.float64)
     if DEVICE != "cpu":

@@ -7,8 +7,9 @@ PeftModel.from_pretrained, AutoPeftModel and transformers' load_adapter.
 from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraLinear
 from multilora_fast.peft.model import MultiLoraModel
+from multilora_fast.peft.precision import restore_float32
 from multilora_fast.peft.register import register
 
 register(MultiLoraConfig, MultiLoraModel)
 
-__all__ = ["MultiLoraConfig", "MultiLoraLinear", "MultiLoraModel"]
+__all__ = ["MultiLoraConfig", "MultiLoraLinear", "MultiLoraModel", "restore_float32"]

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from multilora_fast.branches import CONTAINER, NAMES, Branches, describe, pattern_value, shape_options, stack, targets
 from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraLinear
+from multilora_fast.peft.precision import warn_of_half_scales
 from multilora_fast.peft.quantization import get_quantization_kwargs, resolve_quantization_backend
 
 
@@ -32,6 +33,7 @@ class MultiLoraModel(BaseTuner):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_post_hook(_check_loaded)
+        self._checked_scales = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -92,7 +94,11 @@ class MultiLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, num_beams=None, **kwargs):
-        """While open, the layers get ``adapter_names``, which name the adapter of each row of the batch."""
+        """While open, the layers get ``adapter_names``, which name the adapter of each row of the batch. PEFT opens it
+        around every forward: the first in training also warns of scales in half precision."""
+        if self.training and not self._checked_scales and not torch.compiler.is_compiling():
+            self._checked_scales = True
+            warn_of_half_scales(self)
         if adapter_names is None:
             yield
             return

@@ -1,0 +1,57 @@
+"""The dtype of trainable branches. The scales start at zero and move in steps that half precision rounds away."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+from multilora_fast.branches import NAMES
+from multilora_fast.peft.layer import MultiLoraLinear
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def restore_float32(model: nn.Module) -> int:
+    """Cast lora_A, lora_B and lora_scaling of every MultiLoRA adapter in ``model`` from half precision to float32.
+
+    For after what casts them, such as TRL's trainers on a quantized base, and before the first step. The Parameter
+    objects stay, so an optimizer made before stays valid. Returns how many tensors were cast.
+
+    Raises:
+        ValueError: no MultiLoRA adapter in the model, or one that FSDP2 has sharded already.
+    """
+    adapters = [branches for layer in _layers(model) for branches in layer.multilora_branches.values()]
+    if not adapters:
+        raise ValueError("model holds no MultiLoRA adapter to restore.")
+    half = [p for branches in adapters for p in map(branches.get_parameter, NAMES) if p.dtype in HALF]
+    if any(hasattr(p, "device_mesh") for p in half):
+        raise ValueError("model is sharded by FSDP2, which has fixed its dtypes: call restore_float32 before it.")
+    for p in half:
+        p.data = p.data.float()
+        p.grad = None if p.grad is None else p.grad.float()
+    return len(half)
+
+
+def warn_of_half_scales(model: nn.Module) -> None:
+    """Warn if a trainable lora_scaling is kept in half precision."""
+    # Under FSDP a plain tensor may be a copy in the dtype of computing, of a parameter that is kept in another.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    sharded = any(isinstance(module, kinds) for module in model.modules())
+    for layer in _layers(model):
+        for branches in layer.multilora_branches.values():
+            p = branches.lora_scaling
+            if p.requires_grad and p.dtype in HALF and (hasattr(p, "device_mesh") or not sharded):
+                warnings.warn(
+                    f"lora_scaling is trained in {str(p.dtype).removeprefix('torch.')}, which rounds small steps of "
+                    "the scales away: call multilora_fast.peft.restore_float32(model) before training.",
+                    stacklevel=2,
+                )
+                return
+
+
+def _layers(model: nn.Module) -> list[MultiLoraLinear]:
+    return [module for module in model.modules() if isinstance(module, MultiLoraLinear)]

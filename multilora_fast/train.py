@@ -1,0 +1,244 @@
+"""Fine-tuning on tasks in JSON Lines with transformers' Trainer: the data, the adapted model, a log by task."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import get_peft_model
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+
+from multilora_fast.demo.model import choose_dtype
+from multilora_fast.peft import MultiLoraConfig
+from multilora_fast.train_data import IGNORED, Row, collate, encode, read_tasks, split
+from multilora_fast.train_settings import RECORD, Settings, check_same_run
+
+UNFINISHED = ".unfinished"
+Rows = list[dict[str, list[int]]]
+
+
+def run(settings: Settings) -> Trainer:
+    """Train an adapter and save it in ``settings.output``, beside the Trainer's checkpoints and its state.
+
+    Raises:
+        ValueError: settings, data or a model that do not allow it; nothing is written then.
+    """
+    settings.check()
+    tasks = read_tasks(settings.files, settings.named)
+    record = settings.record((row.task, row.fields) for rows in tasks.values() for row in rows)
+    checkpoint = None
+    if settings.resume:
+        check_same_run(settings.output, record)
+        checkpoint = last_checkpoint(settings)
+    arguments = training_arguments(settings)
+    tokenizer = _loaded(AutoTokenizer, settings.model)
+    train_rows, held_out = tokens(tasks, tokenizer, settings)
+    set_seed(settings.seed)
+    model = adapted_model(settings, arguments.device)
+
+    if arguments.process_index == 0:  # the others checked the directory before they all joined as a group
+        settings.output.mkdir(parents=True, exist_ok=True)
+        (settings.output / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=train_rows,
+        eval_dataset=held_out or None,
+        data_collator=partial(collate, pad=pad),
+        processing_class=tokenizer,
+        preprocess_logits_for_metrics=_likeliest,
+        compute_metrics=_accuracy,
+        callbacks=[TaskLog(held_out)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if held_out and not _is_evaluated(trainer):
+        trainer.evaluate()
+    trainer.save_state()
+    save(trainer, settings.output)
+    _say(f"The adapter is in {settings.output}. Import multilora_fast.peft, then load it as any PEFT adapter.")
+    return trainer
+
+
+def last_checkpoint(settings: Settings) -> str | None:
+    """The last whole checkpoint in the output directory, or None.
+
+    Raises:
+        ValueError: it has taken all steps that are asked for; the Trainer would take one more.
+    """
+    whole = [path.parent for path in settings.output.glob("checkpoint-*/trainer_state.json")]  # the last file written
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    if last is None:
+        return None
+    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+    done = state.epoch >= settings.epochs if settings.max_steps is None else state.global_step >= settings.max_steps
+    if done:
+        raise ValueError(
+            f"--resume: the run has taken its {state.global_step} steps, and {last} holds its adapter: "
+            "ask for more with --max-steps or --epochs."
+        )
+    return str(last)
+
+
+def training_arguments(settings: Settings) -> TrainingArguments:
+    when = "epoch" if settings.save_steps is None else "steps"
+    arguments = TrainingArguments(
+        output_dir=str(settings.output),
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        warmup_steps=0.03,
+        lr_scheduler_type="linear",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy=when if settings.eval_fraction else "no",
+        eval_on_start=bool(settings.eval_fraction),
+        eval_steps=settings.save_steps,
+        save_strategy=when,
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_first_step=True,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        use_cpu=not torch.accelerator.is_available(),  # else processes without a GPU train alone, on top of each other
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        seed=settings.seed,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for processes of their own, not for DataParallel
+    return arguments
+
+
+def tokens(tasks: dict[str, list[Row]], tokenizer, settings: Settings) -> tuple[Rows, dict[str, Rows]]:
+    """The rows to train on, of all tasks, and those held out, by task. Says how many there are, and how many have no
+    label within max_length.
+
+    Raises:
+        ValueError: no row of a task is left to train on.
+    """
+    train_rows: Rows = []
+    held_out: dict[str, Rows] = {}
+    for task, rows in tasks.items():
+        sides = split(rows, settings.eval_fraction, settings.seed)
+        encoded = [[encode(row, tokenizer, settings.max_length) for row in side] for side in sides]
+        kept = [[row for row in side if row is not None] for side in encoded]
+        if not kept[0]:
+            raise ValueError(f"task {task} has no row whose answer begins within --max-length {settings.max_length}.")
+        lost = len(rows) - sum(map(len, kept))
+        _say(
+            f"{task}: {len(kept[0])} rows to train on, {len(kept[1])} held out"
+            + (f", {lost} left out, whose answer begins after {settings.max_length} tokens" if lost else "")
+        )
+        train_rows += kept[0]
+        if kept[1]:
+            held_out[task] = kept[1]
+    return train_rows, held_out
+
+
+def adapted_model(settings: Settings, device: torch.device) -> nn.Module:
+    """The causal LM, frozen, with a fresh float32 adapter."""
+    options = {"dtype": choose_dtype(settings.dtype, device)}
+    if settings.quantization:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"],
+        )
+    base = _loaded(AutoModelForCausalLM, settings.model, **options)
+    base.config.use_cache = False
+    targets = settings.target_modules
+    config = MultiLoraConfig(
+        r=settings.r,
+        lora_num=settings.lora_num,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        scaling=settings.scaling,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, config)
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Write the adapter and the tokenizer beside their places, then move each file there."""
+    stage = folder / UNFINISHED
+    trainer.save_model(str(stage))
+    if trainer.is_world_process_zero():
+        for path in sorted(stage.iterdir(), reverse=True):  # the weights before their config
+            os.replace(path, folder / path.name)
+        shutil.rmtree(stage)
+
+
+class TaskLog(TrainerCallback):
+    """Prints what the Trainer logs, a line for every loss and for every task at an evaluation."""
+
+    def __init__(self, tasks: Sequence[str]):
+        self.width = max(map(len, tasks), default=0)
+        self.tasks = list(tasks)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        step = f"step {state.global_step:>{len(str(state.max_steps))}} of {state.max_steps}"
+        if "loss" in logs:
+            print(f"{step}  loss {float(logs['loss']):.4f}", flush=True)
+        for task in self.tasks:
+            if f"eval_{task}_loss" in logs:
+                loss, accuracy = logs[f"eval_{task}_loss"], logs[f"eval_{task}_accuracy"]
+                print(f"{step}  {task:<{self.width}}  held-out loss {loss:.4f}  accuracy {accuracy:.4f}", flush=True)
+
+
+def _likeliest(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, T, vocabulary) as (B, T): all that accuracy needs is kept of the logits."""
+    return logits.argmax(-1)
+
+
+def _accuracy(prediction) -> dict[str, float]:
+    """The share of the answers' tokens that are the likeliest after those before them."""
+    labels = prediction.label_ids[:, 1:]
+    asked = labels != IGNORED
+    return {"accuracy": float((prediction.predictions[:, :-1] == labels)[asked].mean())}
+
+
+def _is_evaluated(trainer: Trainer) -> bool:
+    last = [log["step"] for log in trainer.state.log_history if any(key.startswith("eval_") for key in log)]
+    return bool(last) and last[-1] == trainer.state.global_step
+
+
+def _loaded(auto, name: str, **options):
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    source = Path(name).expanduser() if looks_like_path else name
+    if looks_like_path and not source.is_dir():
+        raise ValueError(f"--model {name}: no such directory.")
+    try:
+        return auto.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"--model {name} could not be loaded: {reason}") from error
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)

@@ -1,0 +1,92 @@
+"""What a training run is asked to do, and the directory it goes to."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from multilora_fast.checks import check_hyperparameters
+
+RECORD = "train.json"  # in the output directory, of what it is the output
+FREE = ("output", "resume", "epochs", "max_steps", "save_steps")  # what may change when a run is resumed
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    output: Path
+    files: tuple[Path, ...] = ()
+    named: dict[str, Path] = field(default_factory=dict)
+    dtype: str = "auto"
+    quantization: str | None = None
+    gradient_checkpointing: bool = False
+    resume: bool = False
+    lora_num: int = 3
+    r: int = 32
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    scaling: str = "vector"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate: float = 2e-4
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    max_length: int = 1024
+    eval_fraction: float = 0.05
+    save_steps: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range, and for an output directory that must not be written to."""
+        check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
+        if self.quantization not in (None, "4bit"):
+            raise ValueError(f"--quantization must be 4bit, not {self.quantization!r}.")
+        if not self.target_modules:
+            raise ValueError("--target-modules must name a module or be all-linear.")
+        for name in ("epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name.replace('_', '-')} must be more than 0, not {value}.")
+        if self.max_length < 2:
+            raise ValueError(f"--max-length must be at least 2, not {self.max_length}.")
+        if not 0.0 <= self.eval_fraction < 1.0:
+            raise ValueError(f"--eval-fraction must be in [0, 1), not {self.eval_fraction}.")
+        self._check_output()
+
+    def _check_output(self) -> None:
+        folder = self.output
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--output {folder} is a file; give a directory.")
+        filled = folder.is_dir() and any(folder.iterdir())
+        if filled and not self.resume:
+            raise ValueError(f"--output {folder} is not empty: give another directory, or --resume to go on in it.")
+        if self.resume and not (folder / RECORD).is_file():
+            raise ValueError(f"--resume: {folder} holds no earlier run of multilora-fast train.")
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not os.access(existing, os.W_OK):
+            raise ValueError(f"--output {folder} cannot be written: no permission for {existing}.")
+
+    def record(self, rows: Iterable[object]) -> dict:
+        """What must stay the same for a resumed run to be the same run, as JSON holds it."""
+        fixed = {key: value for key, value in asdict(self).items() if key not in (*FREE, "files", "named")}
+        data = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
+        return json.loads(json.dumps({**fixed, "data": data}))
+
+
+def check_same_run(folder: Path, record: dict) -> None:
+    """Raise ValueError, naming what differs, if the run in ``folder`` was not one of this record."""
+    try:
+        earlier = json.loads((folder / RECORD).read_text())
+        changed = [key for key in record if earlier.get(key) != record[key]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"--resume: {folder / RECORD} is damaged: {error}.") from error
+    if "data" in changed:
+        raise ValueError(f"--resume: the data is not that of the run in {folder}.")
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"--resume: the run in {folder} had --{key.replace('_', '-')} {earlier.get(key)}, not {record[key]}."
+        )

@@ -1,0 +1,36 @@
+"""Every Python block of the README runs, in order, in one namespace."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import llama
+from torch import nn
+
+from multilora_fast import MultiLoRALinear
+
+BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
+
+
+def test_blocks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fused, swapped, peft = BLOCKS
+    names = {"model": nn.Sequential(MultiLoRALinear(nn.Linear(8, 8), r=2, lora_num=2))}
+    exec(fused, names)
+    assert names["report"].swapped == ["0"]
+    exec(swapped, names)
+    assert names["layer"].lora_scaling.grad is not None
+    names |= {"model": llama(), "base": llama()}
+    exec(peft, names)
+    ids = torch.arange(8)[None]
+    assert torch.equal(names["model"](ids).logits, names["base"](ids).logits)
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "export", "merge", "info"])
+def test_commands_it_names_exist(command):
+    from typer.testing import CliRunner
+
+    from multilora_fast.cli import app
+
+    assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
