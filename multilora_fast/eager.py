@@ -75,18 +75,16 @@ def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, alpha: float)
     ``w`` is lora_B as a view (n, r, D). Both gradients come in w's and scale's dtypes.
     """
     n, r, D = w.shape
-    B = w.transpose(1, 2)
     P = (dy.t() @ h).view(D, n, r).to(torch.promote_types(w.dtype, scale.dtype)).movedim(0, 1)
-    db = torch.mul(P, (alpha * scale).unsqueeze(2), out=P.new_empty(n, D, r))
-    ds = torch.linalg.vecdot(P, B.to(P.dtype)).mul_(alpha)
-    return db.to(w.dtype), ds.to(scale.dtype).contiguous()
+    db = P * (alpha * scale).unsqueeze(2)
+    ds = torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)).mul_(alpha)
+    return db.to(w.dtype).contiguous(), ds.to(scale.dtype).contiguous()
 
 
 def _stack(w: Tensor, scale: Tensor | None, alpha: float, dtype: torch.dtype) -> Tensor:
     """The branches below each other, (R, D), scaled in their own precision and then cast."""
-    n, r, D = w.shape
-    if scale is None:
-        return (w if alpha == 1.0 else w * alpha).to(dtype).reshape(n * r, D)
-    columns = torch.empty(D, n, r, dtype=torch.promote_types(w.dtype, scale.dtype), device=w.device)
-    torch.mul(w, (alpha * scale).unsqueeze(1), out=columns.permute(1, 2, 0))
-    return columns.view(D, n * r).t().to(dtype)
+    if scale is not None:
+        w = w * (alpha * scale).unsqueeze(1)
+    elif alpha != 1.0:
+        w = w * alpha
+    return w.to(dtype).reshape(-1, w.shape[2])
