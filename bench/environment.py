@@ -2,15 +2,14 @@
 
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from multilora_fast.devices import choose_device, hardware_name, installed_version
+
 
 def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return hardware_name(choose_device("auto"))
 
 
 def conditions() -> dict[str, object]:
@@ -18,7 +17,7 @@ def conditions() -> dict[str, object]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("torch", "triton", "transformers", "peft", "numpy")},
+        "versions": {name: installed_version(name) for name in ("torch", "triton", "transformers", "peft", "numpy")},
         "cuda": torch.version.cuda,
         "commit": commit(),
     }
@@ -38,13 +37,6 @@ def commit() -> str:
 def slug() -> str:
     """The device's name as a folder's."""
     return "-".join(device_name().split())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

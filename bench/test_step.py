@@ -17,7 +17,8 @@ from bench.candidates import CONCATENATED, LORA, OURS, REFERENCE, Concatenated, 
 from bench.timing import Turn, contest
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
 from multilora_fast.demo.compare import shallow_copy
-from multilora_fast.demo.model import LINEARS, choose_dtype, load_model
+from multilora_fast.demo.model import LINEARS, load_model
+from multilora_fast.devices import choose_dtype
 from multilora_fast.memory import peak_bytes, saved_bytes
 
 FULL = "full fine-tuning"

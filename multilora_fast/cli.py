@@ -94,8 +94,9 @@ def info(
     import torch
 
     from multilora_fast.backends import choose
-    from multilora_fast.demo.model import cache_dir, choose_device, choose_dtype
+    from multilora_fast.demo.model import cache_dir
     from multilora_fast.demo.report import environment
+    from multilora_fast.devices import choose_device, choose_dtype
 
     device = choose_device("auto")
     found = environment(device)

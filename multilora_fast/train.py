@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from multilora_fast.demo.model import choose_dtype
+from multilora_fast.devices import choose_dtype
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.train_data import IGNORED, Row, collate, encode, read_tasks, split
 from multilora_fast.train_settings import RECORD, Settings, check_same_run

@@ -17,12 +17,13 @@ from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear, cli
 from multilora_fast.demo import model as demo_model
 from multilora_fast.demo import report
 from multilora_fast.demo.compare import LORA, NAIVE, OURS, build_methods, compare, shallow_copy
-from multilora_fast.demo.model import LINEARS, add_branches, choose_dtype, load_model, packaged_model
+from multilora_fast.demo.model import LINEARS, add_branches, load_model, packaged_model
 from multilora_fast.demo.run import run
 from multilora_fast.demo.scoring import accuracy, encode, option_scores, sample
 from multilora_fast.demo.settings import Settings
 from multilora_fast.demo.tasks import Example, Task, load_tasks, majority_rate, number_options
 from multilora_fast.demo.training import check_packing, pack
+from multilora_fast.devices import choose_dtype
 from multilora_fast.memory import peak_bytes
 
 CPU = torch.device("cpu")

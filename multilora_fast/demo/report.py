@@ -8,12 +8,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from multilora_fast.demo.compare import LORA, Cost
+from multilora_fast.devices import hardware_name, installed_version
 
 METRICS, PLOT, ADAPTER = "metrics.json", "comparison.png", "adapter"
 UNFINISHED = ".unfinished-"
@@ -97,24 +97,13 @@ def cost_notes(settings, device: torch.device, *, tokens: int, adapter_dtype: st
 
 def environment(device: torch.device) -> dict[str, object]:
     names = ("multilora-fast", "torch", "transformers", "peft", "triton")
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        hardware = torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
     return {
         "device": device.type,
-        "hardware": hardware,
+        "hardware": hardware_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in names},
+        "versions": {name: installed_version(name) for name in names},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def check_output(folder: Path) -> None:

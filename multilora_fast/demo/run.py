@@ -14,11 +14,12 @@ from transformers import set_seed
 from multilora_fast.adapters import load_adapter, save_adapter
 from multilora_fast.demo import report
 from multilora_fast.demo.compare import Cost, build_methods, compare
-from multilora_fast.demo.model import PACKAGED, add_branches, choose_device, choose_dtype, load_model, load_tokenizer
+from multilora_fast.demo.model import PACKAGED, add_branches, load_model, load_tokenizer
 from multilora_fast.demo.scoring import Encoded, accuracy, sample
 from multilora_fast.demo.settings import Settings
 from multilora_fast.demo.tasks import SPLITS, Task, load_tasks, majority_rate
 from multilora_fast.demo.training import check_packing, pack, train
+from multilora_fast.devices import choose_device, choose_dtype
 from multilora_fast.layers import fuse
 
 
