@@ -24,7 +24,7 @@ def inverse_keep(p: float) -> float:
 
 def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """Keep-mask (M, K), bool: element m·K + k keeps when its 16-bit draw reaches ``threshold(p)``."""
-    return _words(seed, (M * K + 3) // 4).view(torch.int16)[: M * K].view(M, K) >= threshold(p) - 32768
+    return draw(seed, M, K, p, torch.bool)
 
 
 def _words(seed: Tensor, count: int) -> Tensor:
@@ -40,14 +40,20 @@ def _words(seed: Tensor, count: int) -> Tensor:
 
 
 def draw(seed: Tensor | None, M: int, K: int, p: float, dtype: torch.dtype) -> Tensor | None:
-    """What the products below take as ``keep``: the mask, 0 or 1 in ``dtype``, for one forward or one backward."""
-    return None if threshold(p) == 0 else dropout_mask(seed, M, K, p).to(dtype)
+    """What the products below take as ``keep``: the mask, 0 or 1 in ``dtype``, for one forward or one backward.
+
+    ``shrink`` and ``reduce`` use it up: dropout(x) takes its place, and no second tensor of x's size is made.
+    """
+    if threshold(p) == 0:
+        return None
+    draws = _words(seed, (M * K + 3) // 4).view(torch.int16)[: M * K].view(M, K)
+    return torch.ge(draws, threshold(p) - 32768, out=torch.empty(M, K, dtype=dtype, device=seed.device))
 
 
 def shrink(x: Tensor, w: Tensor, scale: Tensor | None = None, alpha: float = 1.0, keep=None, p: float = 0.0) -> Tensor:
     """dropout(x) (M, D) times (alpha·scale ⊙ w)ᵀ → (M, R) in x's dtype."""
     if keep is not None:
-        x, alpha = x * keep, alpha * inverse_keep(p)
+        x, alpha = keep.mul_(x), alpha * inverse_keep(p)
     return x @ _stack(w, scale, alpha, x.dtype).t()
 
 
@@ -65,7 +71,7 @@ def expand(
 def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, keep=None, p: float = 0.0) -> Tensor:
     """h (M, R) ᵀ times dropout(x) (M, D) → (n, r, D) in ``dtype``."""
     if keep is not None:
-        return (h.t() @ (x * keep)).to(dtype).mul_(inverse_keep(p)).view(n, -1, x.shape[1])
+        return (h.t() @ keep.mul_(x)).to(dtype).mul_(inverse_keep(p)).view(n, -1, x.shape[1])
     return (h.t() @ x).to(dtype).view(n, -1, x.shape[1])
 
 
@@ -76,15 +82,18 @@ def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, alpha: float)
     """
     n, r, D = w.shape
     P = (dy.t() @ h).view(D, n, r).to(torch.promote_types(w.dtype, scale.dtype)).movedim(0, 1)
-    db = P * (alpha * scale).unsqueeze(2)
+    db = torch.mul(P, (alpha * scale).unsqueeze(2), out=torch.empty(n, D, r, dtype=w.dtype, device=w.device))
     ds = torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)).mul_(alpha)
-    return db.to(w.dtype).contiguous(), ds.to(scale.dtype).contiguous()
+    return db, ds.to(scale.dtype).contiguous()
 
 
 def _stack(w: Tensor, scale: Tensor | None, alpha: float, dtype: torch.dtype) -> Tensor:
-    """The branches below each other, (R, D), scaled in their own precision and then cast."""
+    """The branches below each other, (R, D), scaled in their own precision and then cast.
+
+    lora_B, the one with a scale, has its ranks next to each other in memory, and so has what is returned for it.
+    """
+    n, r, D = w.shape
     if scale is not None:
-        w = w * (alpha * scale).unsqueeze(1)
-    elif alpha != 1.0:
-        w = w * alpha
-    return w.to(dtype).reshape(-1, w.shape[2])
+        stacked = torch.empty(D, n, r, dtype=dtype, device=w.device)
+        return torch.mul(w.permute(2, 0, 1), (alpha * scale).t().unsqueeze(2), out=stacked).view(D, -1).t()
+    return (w if alpha == 1.0 else w * alpha).to(dtype).reshape(-1, D)

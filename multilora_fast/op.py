@@ -92,12 +92,12 @@ def backward(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, settings: Set
     if needs.x or needs.lora_A:
         dH = ops.shrink(tokens, w, scale, c)
         mask = ops.draw(seed, tokens.shape[0], K, p, dtype)
-    if needs.lora_A:
-        dA = ops.reduce(dH, x, n, lora_A.dtype, mask, p)
     if needs.x:
         dx = tokens.new_zeros(tokens.shape[0], K) if weight is None else tokens @ weight.to(dtype)
         ops.expand(dx, dH, lora_A, None, 1.0, mask, p)
         dx = dx.view(*dy.shape[:-1], K)
+    if needs.lora_A:
+        dA = ops.reduce(dH, x, n, lora_A.dtype, mask, p)
     if needs.weight:
         dw = tokens.t() @ x
     if needs.bias:
