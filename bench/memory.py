@@ -105,13 +105,14 @@ def table(sizes: list[str], progress: Callable[[str], None] = print) -> list[dic
 
 
 def growth(size: str) -> list[dict]:
-    """Bytes per token beyond the frozen layer at one total rank, 160, cut into more and more branches."""
-    frozen = bytes_per_token(size, FROZEN)
-    return [
-        {"size": size, "n": n, "r": 160 // n, "dropout": 0.05,
-         "beyond": {m: bytes_per_token(size, m, n, 160 // n, 0.05) - frozen for m in (REFERENCE, OURS)}}
-        for n in (1, 2, 4, 5, 8)
-    ]  # fmt: skip
+    """Bytes per token beyond the frozen layer: total rank 160 in more and more branches, then ranks, then tokens."""
+    p, rows = 0.05, []
+    cuts = [(n, 160 // n, 128) for n in (1, 2, 4, 5, 8)]
+    for n, r, tokens in [*cuts, (5, 8, 128), (5, 64, 128), (5, 32, 32), (5, 32, 512)]:
+        counts = {m: bytes_per_token(size, m, n, r, p, tokens) for m in (FROZEN, LORA, REFERENCE, OURS)}
+        beyond = {m: count - counts[FROZEN] for m, count in counts.items() if m != FROZEN}
+        rows.append({"size": size, "n": n, "r": r, "tokens": tokens, "dropout": p, "beyond": beyond})
+    return rows
 
 
 def main() -> None:
@@ -129,9 +130,10 @@ def main() -> None:
             f"{row['size']:6}{row['dropout']:9.2f}{lora:12,.0f}{reference:16,.0f}{ours:10,.0f}"
             f"{ours / lora:12.3f}x{ours / reference:12.3f}x"
         )
-    print(f"\nat n·r = 160 in n branches, {sizes[0]}, dropout 0.05")
+    print(f"\nhow it grows, {sizes[0]}, dropout 0.05")
     for row in more:
-        print(f"n = {row['n']}: {REFERENCE} {row['beyond'][REFERENCE]:,.0f}, {OURS} {row['beyond'][OURS]:,.0f}")
+        counts = ", ".join(f"{name} {count:,.0f}" for name, count in row["beyond"].items())
+        print(f"n = {row['n']}, r = {row['r']}, {row['tokens']} tokens: {counts}")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         document = {"conditions": conditions(), "rows": rows, "growth": more}

@@ -43,14 +43,34 @@ def layer_tables(path: Path) -> str:
             case = f"{s['K']}→{s['N']}, n = {s['n']}, {s['dtype']}, dropout {s['dropout']:g}"
             times = [f"{1e3 * row['median'][n]:.1f}" if n in row["median"] else "" for n in names]
             work = row["work"]
-            body.append([case, *times, f"{100 * work['floor_by_frozen_layer'] / row['median'][OURS]:.0f} %"])
-        parts.append(f"### {direction}, ms\n\n{table(['layer', *names, 'of the floor'], body)}")
+            ours = row["median"][OURS]
+            rate, share = f"{work['flops'] / ours / 1e12:.3f}", f"{100 * work['floor_by_frozen_layer'] / ours:.0f} %"
+            body.append([case, *times, rate, share])
+        header = ["layer", *names, "ours, TFLOP/s", "ours, of the floor"]
+        parts.append(f"### {direction}, ms\n\n{table(header, body)}")
     s = rows[0]["settings"]
     note = (
         f"{s['M']} tokens, r = {s['r']}; medians of rounds in which all take turns. Floor: the frozen layer's time of "
         f"the same run times the FLOPs that the branches add. {conditions_line(machine)}"
     )
     return "\n\n".join([f"## One layer\n\n{note}", *parts])
+
+
+def ops_table(path: Path) -> str:
+    document = json.loads(path.read_text())
+    body = []
+    for bench in document["benchmarks"]:
+        found = bench["extra_info"]
+        s = found["settings"]
+        figures = [f"{1e3 * bench['stats']['median']:.3f}", f"{found['GB/s']:.1f}", f"{found['TFLOP/s']:.3f}"]
+        body.append([s["use"], str(s["n"]), f"{s['dropout']:g}", *figures, f"{100 * found['share_of_floor']:.0f} %"])
+    note = (
+        f"{s['M']} tokens, {s['D']} columns, r = {s['r']}, {s['dtype']}; medians. Floor: the FLOPs and the bytes that "
+        "each use must move, over the matrix rate and copy bandwidth measured in the same run. Where torch stands in "
+        f"for the kernels the mask is given, not drawn. {conditions_line(document['machine_info'])}"
+    )
+    header = ["product", "n", "dropout", "ms", "GB/s", "TFLOP/s", "of the floor"]
+    return f"## The three products\n\n{note}\n\n{table(header, body)}"
 
 
 def step_table(path: Path) -> str:
@@ -85,7 +105,19 @@ def memory_table(path: Path) -> str:
         "LoRA of rank 160, bfloat16, all seven linears; dropout masks counted as one byte per element, as on CUDA. "
         f"{conditions_line(document['conditions'])}"
     )
-    return f"## Memory saved for backward\n\n{note}\n\n{table(header, body)}"
+    growth = [
+        [f"{row['n']} x {row['r']}", str(row["tokens"]), *(f"{count:,.0f}" for count in row["beyond"].values())]
+        for row in document["growth"]
+    ]
+    more = table(["n x r", "tokens", LORA, REFERENCE, OURS], growth)
+    size, p = (document["growth"][0][key] for key in ("size", "dropout"))
+    return "\n\n".join(
+        [
+            f"## Memory saved for backward\n\n{note}\n\n{table(header, body)}",
+            f"### How it grows\n\nThe same bytes per token, LLaMA-{size}, dropout {p:g}: with the branches that one "
+            f"total rank is cut into, with the rank, and with the tokens.\n\n{more}",
+        ]
+    )
 
 
 def plot(directory: Path, rows: list[dict]) -> None:
@@ -110,7 +142,7 @@ def plot(directory: Path, rows: list[dict]) -> None:
     figure.savefig(directory / "layer.png", dpi=130)
 
 
-SECTIONS = {"layer": layer_tables, "step": step_table, "memory": memory_table}
+SECTIONS = {"ops": ops_table, "layer": layer_tables, "step": step_table, "memory": memory_table}
 
 
 def report(directory: Path) -> dict[str, str]:
@@ -130,7 +162,7 @@ def report(directory: Path) -> dict[str, str]:
 def fill(text: str, sections: dict[str, str]) -> str:
     """``text`` with every ``<!-- name -->`` … ``<!-- /name -->`` filled from the section of that name."""
     for name, section in sections.items():
-        body = section.partition("\n\n")[2]
+        body = section.partition("\n\n")[2].partition("\n\n### How")[0]
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S
         )

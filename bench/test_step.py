@@ -1,7 +1,8 @@
 """One training step of a real decoder (forward, backward, AdamW), beside its peers in turns.
 
 On a CPU: SmolLM2-135M in bfloat16, or float32 where the CPU has no bfloat16; on a GPU: decoder layers of LLaMA-7B's
-size in bfloat16, random weights. Adapters on all seven linears, in the base's dtype, n·r = 96.
+size in bfloat16, random weights. Adapters on all seven linears, in the base's dtype, n·r = 96. Each size of linear
+must pass the 2× rule before anything is timed; compilation is of each adapted linear alone.
 """
 
 import copy
@@ -13,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.candidates import CONCATENATED, LORA, OURS, REFERENCE, Concatenated, multilora
+from bench.candidates import COMPILED, CONCATENATED, LORA, OURS, REFERENCE, Concatenated, can_compile, multilora
+from bench.test_layer import gate
 from bench.timing import Turn, contest
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
 from multilora_fast.demo.compare import shallow_copy
@@ -40,16 +42,30 @@ def decoder(tiny: bool, device: str) -> tuple[str, nn.Module]:
     return "SmolLM2-135M", model
 
 
+def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The layers that every method adapts."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in LINEARS
+    ]
+
+
 def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
     """The candidates on the base's own weights; full fine-tuning on a copy."""
     full = copy.deepcopy(base).requires_grad_(True)
     base.requires_grad_(False)
     found = {FULL: full}
-    for name, cls in ((REFERENCE, MultiLoRALinear), (CONCATENATED, Concatenated)):
+    loops = {REFERENCE: MultiLoRALinear, COMPILED: MultiLoRALinear, CONCATENATED: Concatenated}
+    if not can_compile(base.device.type):
+        del loops[COMPILED]
+    for name, cls in loops.items():
         model = found[name] = shallow_copy(base)
-        for path, module in list(model.named_modules()):
-            if isinstance(module, nn.Linear) and path.rpartition(".")[2] in LINEARS:
-                model.set_submodule(path, multilora(cls, module, n, r, p))
+        for path, module in linears(model):
+            layer = multilora(cls, module, n, r, p)
+            model.set_submodule(path, layer)
+            if name == COMPILED:
+                layer.compile()
     shared = {"lora_dropout": p, "target_modules": list(LINEARS)}
     lora = LoraConfig(r=n * r, lora_alpha=n * r, **shared)
     found[LORA] = get_peft_model(shallow_copy(base), lora, autocast_adapter_dtype=False)
@@ -64,6 +80,8 @@ def test_step(benchmark, p, tiny, device):
     batch, length = (2, 8) if tiny else (8, 1024) if device == "cuda" else (4, 128)
     torch.manual_seed(0)
     name, base = decoder(tiny, device)
+    for K, N in {(layer.in_features, layer.out_features) for _, layer in linears(base)}:
+        gate(K, N, n, r, p, base.dtype, device)
     models = methods(base, n, r, p)
     tokens = torch.randint(base.config.vocab_size, (batch, length), device=device)
 
