@@ -22,7 +22,7 @@ from multilora_fast.memory import saved_bytes
 
 SIZES = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40), "65B": (8192, 22016, 64), "tiny": (64, 96, 4)}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FROZEN, LORA, REFERENCE, OURS = "frozen layer", "PEFT LoRA", "reference loop", "ours"
+FROZEN, LORA, REFERENCE, OURS, FP8 = "frozen layer", "PEFT LoRA", "reference loop", "ours", "ours, fp8 inputs"
 
 
 class OneByteDropout(nn.Module):
@@ -68,14 +68,15 @@ def adapted(layer: nn.Module, method: str, n: int, r: int, p: float) -> nn.Modul
     if method == LORA:
         config = LoraConfig(r=n * r, lora_alpha=n * r, lora_dropout=p, target_modules=LINEARS)
         layer = get_peft_model(layer, config, autocast_adapter_dtype=False)
-    elif method == OURS:
-        config = MultiLoraConfig(r=r, lora_num=n, lora_dropout=p, target_modules=LINEARS)
+    elif method in (OURS, FP8):
+        saved = "fp8" if method == FP8 else "exact"
+        config = MultiLoraConfig(r=r, lora_num=n, lora_dropout=p, target_modules=LINEARS, save_inputs=saved)
         layer = get_peft_model(layer, config, autocast_adapter_dtype=False)
     elif method == REFERENCE:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
                 layer.set_submodule(name, MultiLoRALinear(module, r=r, lora_num=n, lora_dropout=p))
-    if method != OURS:
+    if method not in (OURS, FP8):
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Dropout):
                 layer.set_submodule(name, OneByteDropout(module.p))
@@ -99,7 +100,7 @@ def table(sizes: list[str], progress: Callable[[str], None] = print) -> list[dic
         progress(f"Counting one decoder layer of LLaMA-{size} ...")
         frozen = bytes_per_token(size, FROZEN)
         for p in (0.0, 0.05):
-            beyond = {m: bytes_per_token(size, m, p=p) - frozen for m in (LORA, REFERENCE, OURS)}
+            beyond = {m: bytes_per_token(size, m, p=p) - frozen for m in (LORA, REFERENCE, OURS, FP8)}
             rows.append({"size": size, "dropout": p, "n": 5, "r": 32, "frozen": frozen, "beyond": beyond})
     return rows
 
@@ -109,7 +110,7 @@ def growth(size: str) -> list[dict]:
     p, rows = 0.05, []
     cuts = [(n, 160 // n, 128) for n in (1, 2, 4, 5, 8)]
     for n, r, tokens in [*cuts, (5, 8, 128), (5, 64, 128), (5, 32, 32), (5, 32, 512)]:
-        counts = {m: bytes_per_token(size, m, n, r, p, tokens) for m in (FROZEN, LORA, REFERENCE, OURS)}
+        counts = {m: bytes_per_token(size, m, n, r, p, tokens) for m in (FROZEN, LORA, REFERENCE, OURS, FP8)}
         beyond = {m: count - counts[FROZEN] for m, count in counts.items() if m != FROZEN}
         rows.append({"size": size, "n": n, "r": r, "tokens": tokens, "dropout": p, "beyond": beyond})
     return rows
@@ -123,12 +124,15 @@ def main() -> None:
     sizes = ["tiny"] if arguments.quick else ["7B", "13B", "65B"]
     rows, more = table(sizes), growth(sizes[0])
     print("\nbytes per token saved beyond the frozen layer (n·r = 160, bfloat16)")
-    print(f"{'layer':6}{'dropout':>9}{LORA:>12}{REFERENCE:>16}{OURS:>10}{'ours / LoRA':>13}{'ours / loop':>13}")
+    print(
+        f"{'layer':6}{'dropout':>9}{LORA:>12}{REFERENCE:>16}{OURS:>10}{FP8:>18}"
+        f"{'ours / LoRA':>13}{'ours / loop':>13}{'fp8 / LoRA':>12}"
+    )
     for row in rows:
-        lora, reference, ours = (row["beyond"][m] for m in (LORA, REFERENCE, OURS))
+        lora, reference, ours, fp8 = (row["beyond"][m] for m in (LORA, REFERENCE, OURS, FP8))
         print(
-            f"{row['size']:6}{row['dropout']:9.2f}{lora:12,.0f}{reference:16,.0f}{ours:10,.0f}"
-            f"{ours / lora:12.3f}x{ours / reference:12.3f}x"
+            f"{row['size']:6}{row['dropout']:9.2f}{lora:12,.0f}{reference:16,.0f}{ours:10,.0f}{fp8:18,.0f}"
+            f"{ours / lora:12.3f}x{ours / reference:12.3f}x{fp8 / lora:11.3f}x"
         )
     print(f"\nhow it grows, {sizes[0]}, dropout 0.05")
     for row in more:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from bench.candidates import LORA, OURS, REFERENCE
+from bench.memory import FP8
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
@@ -96,10 +97,12 @@ def memory_table(path: Path) -> str:
     document = json.loads(path.read_text())
     body = []
     for row in document["rows"]:
-        lora, loop, ours = (row["beyond"][name] for name in (LORA, REFERENCE, OURS))
-        figures = [*(f"{v:,.0f}" for v in (lora, loop, ours)), f"{ours / lora:.2f}x", f"{ours / loop:.3f}x"]
+        counts = [row["beyond"][name] for name in (LORA, REFERENCE, OURS, FP8)]
+        lora, loop, ours, fp8 = counts
+        ratios = [f"{ours / lora:.2f}x", f"{fp8 / lora:.2f}x", f"{ours / loop:.3f}x"]
+        figures = [*(f"{count:,.0f}" for count in counts), *ratios]
         body.append([f"LLaMA-{row['size']}", f"{row['dropout']:g}", *figures])
-    header = ["decoder layer", "dropout", LORA, REFERENCE, OURS, "ours / LoRA", "ours / loop"]
+    header = ["decoder layer", "dropout", LORA, REFERENCE, OURS, FP8, "ours / LoRA", "fp8 / LoRA", "ours / loop"]
     note = (
         "Bytes per token that one decoder layer saves for backward beyond the frozen layer, n = 5, r = 32 against "
         "LoRA of rank 160, bfloat16, all seven linears; dropout masks counted as one byte per element, as on CUDA. "
@@ -109,7 +112,7 @@ def memory_table(path: Path) -> str:
         [f"{row['n']} x {row['r']}", str(row["tokens"]), *(f"{count:,.0f}" for count in row["beyond"].values())]
         for row in document["growth"]
     ]
-    more = table(["n x r", "tokens", LORA, REFERENCE, OURS], growth)
+    more = table(["n x r", "tokens", LORA, REFERENCE, OURS, FP8], growth)
     size, p = (document["growth"][0][key] for key in ("size", "dropout"))
     return "\n\n".join(
         [

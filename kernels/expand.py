@@ -1,8 +1,9 @@
-"""expand, in place: y += H B̃ᵀ forward, dx += mask/(1−p) ⊙ (dH Ã) backward.
+"""expand, in place: y += H B̃ᵀ forward, dx += mask/(1−p) ⊙ (dH Ã) backward; or y = … instead of +=.
 
     y[m, d] += keep[m, d]/(1−p) · Σ_i Σ_j h[m, i·r + j] · alpha · scale[i, d] · w[i, j, d]
 
-One program owns a tile of y, which is read and written once; the sum runs over the branches in slices of their rank.
+One program owns a tile of y, which is read (unless it is overwritten) and written once; the sum runs over the branches
+in slices of their rank.
 """
 
 import torch
@@ -20,7 +21,7 @@ def expand_kernel(
     y_ptr, h_ptr, w_ptr, scale_ptr, seed_ptr, M, D, threshold,
     stride_ym, stride_hm, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
     alpha: tl.constexpr, n: tl.constexpr, r: tl.constexpr, HAS_SCALE: tl.constexpr, DROPOUT: tl.constexpr,
-    DOT: tl.constexpr, ACC: tl.constexpr,
+    ACCUMULATE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
@@ -49,13 +50,17 @@ def expand_kernel(
         elif alpha != 1.0:
             w = w.to(ACC) * alpha
         acc = tl.dot(h.to(DOT), w.to(DOT), acc, input_precision="ieee", out_dtype=ACC)
-    y = tl.load(y_ptrs, mask=mask, other=0.0)
+    if ACCUMULATE:
+        y = tl.load(y_ptrs, mask=mask, other=0.0)
     if DROPOUT:
         keep = keep_tile(seed_ptr, offs_m, start_d, D, threshold, BLOCK_D)
-        acc = tl.where(keep, acc * keep_inverse(threshold, ACC), 0.0)
-    # −0 + 0 is +0: where nothing is added the bits of y stay.
-    y = tl.where(acc == 0.0, y.to(ACC), y.to(ACC) + acc)
-    tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        # The mask changes layout on its way to the sums: as numbers that takes fewer instructions than as bits.
+        factor = tl.where(keep, keep_inverse(threshold, ACC), 0.0)
+        acc = tl.where(factor > 0.0, acc * factor, 0.0)
+    if ACCUMULATE:
+        # −0 + 0 is +0: where nothing is added the bits of y stay.
+        acc = tl.where(acc == 0.0, y.to(ACC), y.to(ACC) + acc)
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def expand(
@@ -66,12 +71,14 @@ def expand(
     alpha: float = 1.0,
     seed: torch.Tensor | None = None,
     p: float = 0.0,
+    accumulate: bool = True,
     config: Config | None = None,
 ) -> None:
     """Adds the branches to y (M, D) in place, from h (M, n·r), w (n, r, D) and scale None or (n, D) of any strides.
 
     The dropout mask of an (M, D) input multiplies what is added when `seed` (int64, one element) is given and p > 0.
-    Where that is zero the bits of y do not change. y needs a contiguous last dimension. Raises ValueError for shapes or
+    Where that is zero the bits of y do not change. With `accumulate=False` it is written instead: what y holds, which
+    may be nothing yet, is neither read nor kept. y needs a contiguous last dimension. Raises ValueError for shapes or
     strides that do not fit, p outside [0, 1) or a seed that is not one int64 element.
     """
     if y.dim() != 2 or y.dtype not in TL_DTYPES or (y.stride(1) != 1 and y.shape[1] > 1):
@@ -104,7 +111,7 @@ def expand(
             M=M, D=D, threshold=drop_threshold(p), stride_ym=y.stride(0), stride_hm=h.stride(0),
             stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
             alpha=float(alpha), n=n, r=r, HAS_SCALE=scale is not None, DROPOUT=dropout,
-            DOT=dot_dtype(h.dtype), ACC=TL_DTYPES[sum_dtype(h.dtype)],
+            ACCUMULATE=accumulate, DOT=dot_dtype(h.dtype), ACC=TL_DTYPES[sum_dtype(h.dtype)],
             BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D, BLOCK_R=16 if r <= 16 or h.element_size() > 2 else 32,
             **launch_options(config),
         )  # fmt: skip

@@ -1,5 +1,9 @@
 """One-sentence errors for the caller's mistakes: the argument, what came, what was wanted."""
 
+import math
+import re
+from collections.abc import Mapping
+
 from torch import Tensor
 
 
@@ -15,6 +19,39 @@ def check_hyperparameters(*, r: int, lora_num: int, lora_dropout: float, scaling
 def check_dropout(name: str, p: float) -> None:
     if not isinstance(p, (int, float)) or not 0.0 <= p < 1.0:
         raise ValueError(f"{name} must be a probability in [0, 1), not {p!r}.")
+
+
+def check_alpha(alpha: float | None) -> None:
+    good = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
+    if alpha is not None and not good:
+        raise ValueError(f"lora_alpha must be a number or None, not {alpha!r}.")
+
+
+def check_config(config: Mapping) -> None:
+    """r, lora_num and lora_alpha in an adapter's config, of which a LoRA's has no lora_num, and their patterns."""
+    for name, field in (("r", "rank_pattern"), ("lora_num", "lora_num_pattern"), ("lora_alpha", "alpha_pattern")):
+        pattern = config.get(field) or {}
+        if not isinstance(pattern, Mapping):
+            raise ValueError(f"{field} must be an object, not {pattern!r}.")
+        for key in pattern:
+            _check_expression(field, key)
+        for value in (config.get(name, 1), *pattern.values()):
+            if name == "lora_alpha":
+                check_alpha(value)
+            else:
+                check_hyperparameters(**{"r": 1, "lora_num": 1, name: value}, lora_dropout=0.0)
+
+
+def _check_expression(field: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{field} holds {expression!r}, which is no regular expression: {error}.") from None
+
+
+def check_save_inputs(choice: str) -> None:
+    if choice not in ("exact", "fp8"):
+        raise ValueError(f'save_inputs must be "exact" or "fp8", not {choice!r}.')
 
 
 def check_branches(x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tensor) -> None:
@@ -53,3 +90,14 @@ def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, N: int, *, autoca
             raise ValueError(f"{name} must be floating point, not {t.dtype}.")
         if t.dtype != x.dtype and not autocast:
             raise ValueError(f"{name} is {t.dtype}, but x is {x.dtype}: cast one of them, or use torch.autocast.")
+
+
+def check_output(x: Tensor, y: Tensor, N: int) -> None:
+    """y (..., N), the base layer's output for x: floating point, on x's device."""
+    wanted = (*x.shape[:-1], N)
+    if tuple(y.shape) != wanted:
+        raise ValueError(f"y must have shape {wanted} to match x and lora_B, not {tuple(y.shape)}.")
+    if not y.is_floating_point():
+        raise ValueError(f"y must be floating point, not {y.dtype}.")
+    if y.device != x.device:
+        raise ValueError(f"y is on {y.device}, but x is on {x.device}: put both on one device.")

@@ -58,14 +58,27 @@ def shrink(x: Tensor, w: Tensor, scale: Tensor | None = None, alpha: float = 1.0
 
 
 def expand(
-    y: Tensor, h: Tensor, w: Tensor, scale: Tensor | None = None, alpha: float = 1.0, keep=None, p: float = 0.0
+    y: Tensor,
+    h: Tensor,
+    w: Tensor,
+    scale: Tensor | None = None,
+    alpha: float = 1.0,
+    keep=None,
+    p: float = 0.0,
+    *,
+    accumulate: bool = True,
 ) -> None:
-    """y (M, D) += mask/(1−p) ⊙ (h (M, R) times alpha·scale ⊙ w), in place."""
+    """y (M, D) += mask/(1−p) ⊙ (h (M, R) times alpha·scale ⊙ w), in place; y = … without ``accumulate``."""
+    w = _stack(w, scale, alpha if keep is None else alpha * inverse_keep(p), y.dtype)
     h = h.to(y.dtype)
-    if keep is None:
-        y.addmm_(h, _stack(w, scale, alpha, y.dtype))
+    if not accumulate:
+        torch.mm(h, w, out=y)
+        if keep is not None:
+            y.mul_(keep)
+    elif keep is None:
+        y.addmm_(h, w)
     else:
-        y.addcmul_(h @ _stack(w, scale, alpha * inverse_keep(p), y.dtype), keep)
+        y.addcmul_(h @ w, keep)
 
 
 def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, keep=None, p: float = 0.0) -> Tensor:
@@ -95,5 +108,6 @@ def _stack(w: Tensor, scale: Tensor | None, alpha: float, dtype: torch.dtype) ->
     n, r, D = w.shape
     if scale is not None:
         stacked = torch.empty(D, n, r, dtype=dtype, device=w.device)
-        return torch.mul(w.permute(2, 0, 1), (alpha * scale).t().unsqueeze(2), out=stacked).view(D, -1).t()
+        torch.mul(w.transpose(1, 2), (alpha * scale).unsqueeze(2), out=stacked.transpose(0, 1))
+        return stacked.view(D, -1).t()
     return (w if alpha == 1.0 else w * alpha).to(dtype).reshape(-1, D)

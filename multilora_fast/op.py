@@ -8,8 +8,10 @@ the branches' A below each other, B̃ (N, R) the branches' c·sᵢ ⊙ Bᵢ besi
                                             dÃ = dHᵀ x̂                         reduce
     P = dyᵀ H, dBᵢ = c·sᵢ ⊙ Pᵢ, dsᵢ = c·rowsum(Bᵢ ⊙ Pᵢ)                        reduce, epilogue
 
-Saved for backward: x as it came, H (M, R), the seed of the mask, and the parameters. Everything else, the mask and a
-cast of x under autocast included, is made again.
+Saved for backward: x as it came or in 8 bits, H (M, R), the seed of the mask, and the parameters. Everything else, the
+mask and a cast of x under autocast included, is made again.
+
+The op is two halves, which `shared` runs apart: what reads x, dropout and Ã, and what reads H, B̃ and W.
 """
 
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from torch.nn import functional as F
 
 from multilora_fast import selfcheck
 from multilora_fast.backends import load
+from multilora_fast.inputs import Kept, keep, read
 
 
 class Settings(NamedTuple):
@@ -30,6 +33,7 @@ class Settings(NamedTuple):
     dropout_p: float
     dtype: torch.dtype  # of the products: x's, or autocast's
     backend: str
+    save_inputs: str = "exact"
 
 
 class Needs(NamedTuple):
@@ -47,61 +51,91 @@ class Needs(NamedTuple):
         x, _, *rest = ctx.needs_input_grad[:7]
         return cls(x, *rest)
 
-    def keep(self, x: Tensor, H: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What backward will read of x and H."""
-        return x if self.lora_A or self.weight else None, H if self.lora_B or self.lora_scaling else None
+    def kept_H(self, H: Tensor) -> Tensor | None:
+        return H if self.lora_B or self.lora_scaling else None
+
+    def kept_x(self, x: Tensor, settings: Settings) -> Kept:
+        return keep(x if self.lora_A or self.weight else None, "exact" if self.weight else settings.save_inputs)
 
 
-def forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The output (..., N), and H (M, R). Exactly one of y, the base layer's output, and weight is given."""
-    c, p, dtype, backend = settings
-    ops = load(backend)
-    x = x.to(dtype)
-    tokens = _tokens(x)
+def project(x: Tensor, lora_A: Tensor, seed: Tensor | None, settings: Settings) -> Tensor:
+    """H (M, R), the input's half of the forward."""
+    _, p, dtype, backend = settings[:4]
+    ops, tokens = load(backend), rows(x.to(dtype))
     if backend == "triton" and x.is_cuda:
-        selfcheck.check("forward", x, lora_A, settings, tokens.shape[0])
-    H = ops.shrink(tokens, lora_A, None, 1.0, ops.draw(seed, *tokens.shape, p, dtype), p)
+        selfcheck.check("forward", tokens, lora_A, settings)
+    return ops.shrink(tokens, lora_A, None, 1.0, ops.draw(seed, *tokens.shape, p, dtype), p)
+
+
+def finish(x, y, weight, bias, H, lora_B, lora_scaling, settings: Settings) -> Tensor:
+    """The output (..., N), the output's half of the forward. Exactly one of y, the base layer's output, and weight is
+    given."""
+    c, _, dtype, backend = settings[:4]
     if y is None:
-        y = F.linear(x, weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
         y = y.clone(memory_format=torch.contiguous_format)
-    out = _tokens(y)
-    w = lora_B.transpose(1, 2)
-    ops.expand(out, H, w, _per_column(lora_scaling, w), c)
-    return out.view(y.shape), H
+    out, w = rows(y), lora_B.transpose(1, 2)
+    if backend == "triton" and y.is_cuda:
+        selfcheck.check("forward", H, w, settings)
+    load(backend).expand(out, H, w, _per_column(lora_scaling, w), c)
+    return out.view(y.shape)
 
 
-def backward(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, settings: Settings, needs: Needs) -> list:
-    """The gradients in the order of ``needs``, None where none is needed."""
-    c, p, dtype, backend = settings
-    ops = load(backend)
-    n, _, K = lora_A.shape
-    w = lora_B.transpose(1, 2)
+def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: Needs) -> tuple:
+    """From dy (M, N): dW, db, dB, ds, and dH where ``needs`` has x or lora_A. ``x`` is read for dW alone."""
+    c, _, dtype, backend = settings[:4]
+    ops, w = load(backend), lora_B.transpose(1, 2)
     scale = _per_column(lora_scaling, w)
-    tokens = _tokens(dy.to(dtype))
-    if x is not None:
-        x = _tokens(x.to(dtype))
     if backend == "triton" and dy.is_cuda:
-        selfcheck.check("backward", dy, lora_A, settings, tokens.shape[0])
-
-    dx = dw = db = dA = dB = ds = None
+        selfcheck.check("backward", dy, w, settings)
+    dw = db = dB = ds = dH = None
     if needs.lora_B or needs.lora_scaling:
-        dB, ds = ops.reduce_scaled(H, tokens, w, scale, c)
+        dB, ds = ops.reduce_scaled(H, dy, w, scale, c)
         if lora_scaling.shape[1] == 1:
             ds = ds.sum(1, keepdim=True)
     if needs.x or needs.lora_A:
-        dH = ops.shrink(tokens, w, scale, c)
-        mask = ops.draw(seed, tokens.shape[0], K, p, dtype)
-    if needs.x:
-        dx = tokens.new_zeros(tokens.shape[0], K) if weight is None else tokens @ weight.to(dtype)
-        ops.expand(dx, dH, lora_A, None, 1.0, mask, p)
-        dx = dx.view(*dy.shape[:-1], K)
-    if needs.lora_A:
-        dA = ops.reduce(dH, x, n, lora_A.dtype, mask, p)
+        dH = ops.shrink(dy, w, scale, c)
     if needs.weight:
-        dw = tokens.t() @ x
+        dw = dy.t() @ rows(x.to(dtype))
     if needs.bias:
-        db = tokens.sum(0)
+        db = dy.sum(0)
+    return dw, db, dB, ds, dH
+
+
+def project_backward(dH, x: Kept, lora_A, seed, settings: Settings, needs: Needs) -> tuple:
+    """From dH (M, R): the branches' part of dx (M, K), and dÃ as (n, r, K)."""
+    _, p, dtype, backend = settings[:4]
+    ops, dx, dA = load(backend), None, None
+    n, _, K = lora_A.shape
+    if backend == "triton" and dH.is_cuda:
+        selfcheck.check("backward", dH, lora_A, settings)
+    mask = ops.draw(seed, dH.shape[0], K, p, dtype)
+    if needs.x:
+        dx = dH.new_empty(dH.shape[0], K)
+        ops.expand(dx, dH, lora_A, None, 1.0, mask, p, accumulate=False)
+    if needs.lora_A:
+        dA = ops.reduce(dH, rows(read(x, dtype)), n, lora_A.dtype, mask, p)
+    return dx, dA
+
+
+def forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The output (..., N), and H (M, R)."""
+    H = project(x, lora_A, seed, settings)
+    return finish(x, y, weight, bias, H, lora_B, lora_scaling, settings), H
+
+
+def backward(dy, x: Kept, H, weight, lora_A, lora_B, lora_scaling, seed, settings: Settings, needs: Needs) -> list:
+    """The gradients in the order of ``needs``, None where none is needed."""
+    tokens = rows(dy.to(settings.dtype))
+    dw, db, dB, ds, dH = finish_backward(tokens, x.x, H, lora_B, lora_scaling, settings, needs)
+    dx = dA = None
+    if needs.x or needs.lora_A:
+        dx, dA = project_backward(dH, x, lora_A, seed, settings, needs)
+    if needs.x:
+        if weight is not None:
+            dx.addmm_(tokens, weight.to(settings.dtype))
+        dx = dx.view(*dy.shape[:-1], dx.shape[1])
     grads = Needs(dx, dw, db, dA, dB, ds)
     return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
 
@@ -112,25 +146,25 @@ class MultiLoRA(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
         ctx.dense, ctx.settings, ctx.needs = weight if callable(weight) else None, settings, Needs.of(ctx)
-        with _no_autocast(x.device.type):
+        with no_autocast(x.device.type):
             dense = weight() if callable(weight) else weight
             out, H = forward(x, y, dense, bias, lora_A, lora_B, lora_scaling, seed, settings)
-        kept = None if callable(weight) else weight
-        ctx.save_for_backward(*ctx.needs.keep(x, H), kept, lora_A, lora_B, lora_scaling, seed)
+        kept = (*ctx.needs.kept_x(x, settings), ctx.needs.kept_H(H), None if callable(weight) else weight)
+        ctx.save_for_backward(*kept, lora_A, lora_B, lora_scaling, seed)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, H, weight, *rest = ctx.saved_tensors
-        with _no_autocast(dy.device.type):
+        x, scale, H, weight, *rest = ctx.saved_tensors
+        with no_autocast(dy.device.type):
             if ctx.dense is not None and ctx.needs.x:
                 weight = ctx.dense()
-            dx, *grads = backward(dy, x, H, weight, *rest, ctx.settings, ctx.needs)
+            dx, *grads = backward(dy, Kept(x, scale), H, weight, *rest, ctx.settings, ctx.needs)
         return dx, dy if ctx.needs_input_grad[1] else None, *grads, None, None
 
 
-def _tokens(t: Tensor) -> Tensor:
+def rows(t: Tensor) -> Tensor:
     """(..., D) as (M, D): a view where the strides allow it."""
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
@@ -139,7 +173,7 @@ def _per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:
     return lora_scaling.expand(w.shape[0], w.shape[2])
 
 
-def _no_autocast(kind: str):
+def no_autocast(kind: str):
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
@@ -163,7 +197,7 @@ def compiled(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     settings = Settings(scaling_factor, dropout_p, dtype, backend)
-    with _no_autocast(x.device.type):
+    with no_autocast(x.device.type):
         return forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
 
 
@@ -191,8 +225,8 @@ def compiled_backward(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     settings = Settings(scaling_factor, dropout_p, dtype, backend)
-    with _no_autocast(dy.device.type):
-        grads = backward(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, settings, Needs(*needs))
+    with no_autocast(dy.device.type):
+        grads = backward(dy, Kept(x), H, weight, lora_A, lora_B, lora_scaling, seed, settings, Needs(*needs))
     return [grad for grad in grads if grad is not None]
 
 
@@ -213,7 +247,8 @@ def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, scaling_factor, drop
 def _setup(ctx, inputs, output):
     x, _, weight, _, *rest, scaling_factor, dropout_p, dtype, backend = inputs
     ctx.needs, ctx.settings = Needs.of(ctx), (scaling_factor, dropout_p, dtype, backend)
-    ctx.save_for_backward(*ctx.needs.keep(x, output[1]), weight, *rest)
+    x = x if ctx.needs.lora_A or ctx.needs.weight else None
+    ctx.save_for_backward(x, ctx.needs.kept_H(output[1]), weight, *rest)
 
 
 def _compiled_backward(ctx, dy, _):

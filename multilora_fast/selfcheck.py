@@ -10,18 +10,19 @@ from multilora_fast import eager
 from multilora_fast.backends import load
 
 
-def check(direction: str, x: Tensor, lora_A: Tensor, settings, M: int) -> None:
-    """Check the kernels that ``direction``, "forward" or "backward", launches for M tokens in ``settings.dtype``.
+def check(direction: str, tokens: Tensor, w: Tensor, settings) -> None:
+    """Check the kernels that ``direction``, "forward" or "backward", launches for ``tokens`` (M, …) and branches ``w``
+    (n, r, …) in ``settings.dtype``.
 
     Raises:
         RuntimeError: a kernel's result is not what torch computes, by more than rounding.
     """
     from multilora_fast.kernels.configs import DECODE_TOKENS
 
-    few = M <= DECODE_TOKENS
-    n, r, _ = lora_A.shape
+    few = tokens.shape[0] <= DECODE_TOKENS
+    n, r, _ = w.shape
     dropout = settings.dropout_p if eager.threshold(settings.dropout_p) else 0.0
-    _check(direction, x.device, settings.dtype, lora_A.dtype, n, r, settings.scaling_factor, dropout, few)
+    _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, dropout, few)
 
 
 @cache

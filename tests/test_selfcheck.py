@@ -13,7 +13,7 @@ DIRECTIONS = ["forward", "backward"]
 def check(direction, device, dtype, p=0.1, M=100):
     selfcheck._check.cache_clear()
     settings = Settings(2.0, p, dtype, "triton")
-    selfcheck.check(direction, torch.zeros(1, device=device), torch.zeros(3, 12, 8, device=device), settings, M)
+    selfcheck.check(direction, torch.zeros(M, 1, device=device), torch.zeros(3, 12, 8, device=device), settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -51,4 +51,4 @@ def test_a_combination_is_checked_once(device, monkeypatch):
     monkeypatch.setattr(selfcheck, "load", lambda name: pytest.fail("checked again"))
     settings = Settings(2.0, 0.1, torch.float32, "triton")
     for M in (100, 8192):
-        selfcheck.check("forward", torch.zeros(1, device=device), torch.zeros(3, 12, 8, device=device), settings, M)
+        selfcheck.check("forward", torch.zeros(M, 1, device=device), torch.zeros(3, 12, 8, device=device), settings)

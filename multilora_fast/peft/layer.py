@@ -13,14 +13,18 @@ from transformers.pytorch_utils import Conv1D
 from multilora_fast.branches import Branches, as_lora
 from multilora_fast.functional import multilora_add, multilora_linear
 from multilora_fast.peft.quantization import base_weight, compute_as, dense_4bit, is_4bit, resolve_quantization_backend
+from multilora_fast.shared import SharedInput, finish_shared
 
 
 class MultiLoraBranches(nn.Module):
     """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1).
 
     A and B start Kaiming-uniform (a = √5), each branch on its own. The scales start at zero; ``init_weights=False``
-    draws them instead.
+    draws them instead. ``shared`` is the group that this adapter reads its input with, if any.
     """
+
+    backend = None
+    shared: SharedInput | None = None
 
     def __init__(
         self,
@@ -33,8 +37,10 @@ class MultiLoraBranches(nn.Module):
         lora_dropout: float,
         scaling: str,
         init_weights: bool,
+        save_inputs: str,
     ):
         super().__init__()
+        self.save_inputs = save_inputs
         self.lora_A = nn.Parameter(torch.empty(lora_num, r, in_features))
         self.lora_B = nn.Parameter(torch.empty(lora_num, out_features, r))
         self.lora_scaling = nn.Parameter(torch.empty(lora_num, out_features if scaling == "vector" else 1))
@@ -47,13 +53,20 @@ class MultiLoraBranches(nn.Module):
         else:
             nn.init.normal_(self.lora_scaling)
 
-    def forward(self, x: Tensor, *, weight=None, bias: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """The adapted layer's output: from its weight and bias, or added to ``y``, its output without the branches."""
+    def forward(
+        self, x: Tensor, *, weight=None, bias: Tensor | None = None, y: Tensor | None = None, alone: bool = False
+    ) -> Tensor:
+        """The adapted layer's output: from its weight and bias, or added to ``y``, its output without the branches.
+        ``alone`` says that x is this layer's own."""
+        H = self.shared.take(self, x) if self.shared is not None and not alone else None
+        if H is not None:
+            return finish_shared(self, x, H, weight=weight, bias=bias, y=y)
         branches = (self.lora_A, self.lora_B, self.lora_scaling)
         options = {
             "scaling_factor": self.scaling_factor,
             "dropout_p": self.lora_dropout.p,
             "training": self.lora_dropout.training,
+            "save_inputs": self.save_inputs,
         }
         if y is None:
             return multilora_linear(x, weight, bias, *branches, **options)
@@ -132,7 +145,8 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
             return None
         inner, context = compute_as(base, x)
         with context:
-            return branches(inner, weight=lambda: dense_4bit(base), bias=base.bias).to(x.dtype)
+            y = branches(inner, weight=lambda: dense_4bit(base), bias=base.bias, alone=inner is not x)
+            return y.to(x.dtype)
 
     def _check_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
         if adapter_names is None:
@@ -148,7 +162,7 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             if name in self.multilora_branches:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                y = y.index_copy(0, rows, self.multilora_branches[name](x[rows], y=y[rows]))
+                y = y.index_copy(0, rows, self.multilora_branches[name](x[rows], y=y[rows], alone=True))
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -17,6 +17,7 @@ from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraLinear
 from multilora_fast.peft.precision import warn_of_half_scales
 from multilora_fast.peft.quantization import get_quantization_kwargs, resolve_quantization_backend
+from multilora_fast.shared import find_groups
 
 
 class MultiLoraModel(BaseTuner):
@@ -49,6 +50,17 @@ class MultiLoraModel(BaseTuner):
         ]
         if idle:  # of the other patterns PEFT says so
             warnings.warn(f"lora_num_pattern {', '.join(sorted(idle))} matches no adapted module.", stacklevel=2)
+        if config.share_inputs:
+            find_groups({name: layer.multilora_branches[adapter_name] for name, layer in _layers(model)
+                         if adapter_name in layer.multilora_branches})  # fmt: skip
+
+    def shared_inputs(self, adapter_name: str = "default") -> dict[tuple[str, ...], str | None]:
+        """Which layers of an adapter read their input together, and for each such group None, or why it does so no
+        more. In evaluation, under torch.compile and where an adapter's parameters are sharded one by one, every layer
+        reads its own."""
+        adapters = (layer.multilora_branches for _, layer in _layers(self.model))
+        groups = {id(a[adapter_name].shared): a[adapter_name].shared for a in adapters if adapter_name in a}
+        return {tuple(group.members): group.left for group in groups.values() if group is not None}
 
     def _create_and_replace(
         self, config: MultiLoraConfig, adapter_name: str, target, target_name: str, parent, current_key: str, **_
@@ -63,6 +75,7 @@ class MultiLoraModel(BaseTuner):
             "scaling": config.scaling,
             "init_weights": config.init_weights,
             "inference_mode": config.inference_mode,
+            "save_inputs": config.save_inputs,
         }
         if isinstance(target, MultiLoraLinear):
             target.update_layer(adapter_name, **options)

@@ -1,0 +1,43 @@
+"""What of x is kept until backward: x itself, or x in 8 bits where nothing else keeps it.
+
+Only dÃ = dHᵀ x̂ reads x again, so rounding it touches no other gradient: dx, dB and ds stay exact.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_FP8 = torch.float8_e4m3fn
+_VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "TransposeBackward", "PermuteBackward")
+
+
+class Kept(NamedTuple):
+    """x (..., K) as it came, or its e4m3 values and the powers of two (..., 1), one per token, that they multiply."""
+
+    x: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def keep(x: Tensor | None, save_inputs: str) -> Kept:
+    """What to save of ``x`` under the choice "exact" or "fp8"."""
+    if x is None or save_inputs == "exact" or x.numel() == 0 or _kept_anyway(x):
+        return Kept(x)
+    largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float()
+    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / torch.finfo(_FP8).max).exponent)
+    scale = torch.where(largest.isfinite(), scale, torch.nan)
+    return Kept((x / scale.to(x.dtype)).to(_FP8), scale)
+
+
+def read(kept: Kept, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype``."""
+    x = kept.x.to(dtype)
+    return x if kept.scale is None else x.mul_(kept.scale)
+
+
+def _kept_anyway(x: Tensor) -> bool:
+    """Whether the operation that made x keeps it for its own backward, as attention kernels do with their output."""
+    node = x.grad_fn
+    while node is not None and node.name().startswith(_VIEWS):
+        node = node.next_functions[0][0]
+    return node is not None and "Attention" in node.name()
