@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multilora_fast.adapters import PREFIX, read_files, write_multilora
 from multilora_fast.branches import Branches, pattern_value, stack
-from multilora_fast.checks import check_hyperparameters
+from multilora_fast.checks import check_config, check_hyperparameters
 
 # Fields of a LoRA config that change what the adapter computes beyond B A x, or hold tensors outside of A and B.
 _NOT_PLAIN = (
@@ -60,7 +60,10 @@ def from_loras(
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights must be finite, not {weights}.")
     check_hyperparameters(r=1, lora_num=1, lora_dropout=lora_dropout, scaling=scaling)
-    loras = [_read_lora(directory) for directory in directories]
+    overwritten = [directory for directory in directories if Path(directory).resolve() == Path(out_dir).resolve()]
+    if overwritten:
+        raise ValueError(f"out_dir {out_dir} holds one of the LoRA adapters, which would be overwritten.")
+    loras = [read_lora(directory) for directory in directories]
     generator = torch.Generator().manual_seed(seed)
     modules = {}
     for name in dict.fromkeys(name for _, lora in loras for name in lora):
@@ -82,7 +85,7 @@ def from_loras(
     return Path(out_dir)
 
 
-def _read_lora(directory: str) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
+def read_lora(directory: str) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
     """The config, and A (r, K) and B (N, r) by module path, in float32, with alpha / r folded into B."""
     config, tensors = read_files(directory, "LoRA")
     if config.get("peft_type") != "LORA":
@@ -90,11 +93,18 @@ def _read_lora(directory: str) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
     for field in _NOT_PLAIN:
         if config.get(field):
             raise ValueError(f"{directory} has {field}={config[field]!r}, which MultiLoRA branches cannot hold.")
+    missing = {"r", "lora_alpha"} - {field for field, value in config.items() if value is not None}
+    if missing:
+        raise ValueError(f"{directory} has a config that lacks {', '.join(sorted(missing))}.")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{directory} has bias={config['bias']!r}, which MultiLoRA branches cannot hold.")
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_CHANGES_BASE):
         raise ValueError(f"{directory} was made with init_lora_weights={init!r}, which changes the base weights too.")
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{directory} has a config that is wrong: {error}") from None
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, dot, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")

@@ -87,7 +87,7 @@ def _from_pretrained(auto, name: str | None, **options):
         if not source.is_dir():
             raise ValueError(f"--model {name}: no such directory.")
     try:
-        return auto.from_pretrained(source, **options)
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"--model {name or PACKAGED} could not be loaded: {reason}") from error

@@ -14,6 +14,7 @@ import torch
 
 from multilora_fast.demo.compare import LORA, Cost
 from multilora_fast.devices import hardware_name, installed_version
+from multilora_fast.files import check_folder
 
 METRICS, PLOT, ADAPTER = "metrics.json", "comparison.png", "adapter"
 UNFINISHED = ".unfinished-"
@@ -108,14 +109,10 @@ def environment(device: torch.device) -> dict[str, object]:
 
 def check_output(folder: Path) -> None:
     """Raise ValueError if ``folder`` is a file, or holds something that is not an earlier demo's output."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file; give a directory.")
+    check_folder("--output", folder)
     found = folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
     if found and not _is_earlier_output(folder):
         raise ValueError(f"--output {folder} is not empty and not an earlier demo's output; give another directory.")
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(existing, os.W_OK):
-        raise ValueError(f"--output {folder} cannot be written: no permission for {existing}.")
 
 
 def _is_earlier_output(folder: Path) -> bool:

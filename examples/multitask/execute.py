@@ -1,0 +1,193 @@
+"""One run from a fresh model to its record; records as files, each written whole or not at all."""
+
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bench.environment import conditions
+from examples.multitask import methods
+from examples.multitask.data import Items, mixture
+from examples.multitask.plan import COST, ZERO_SHOT, Run, Study, next_run, validation_score
+from multilora_fast.demo.compare import build_methods, compare
+from multilora_fast.demo.model import LINEARS, PACKAGED
+from multilora_fast.demo.scoring import Encoded, all_scores
+from multilora_fast.demo.tasks import majority_rate
+from multilora_fast.demo.training import pack
+from multilora_fast.spectrum import by_kind, effective_rank, singular_values, top_share
+
+WITH_VALUES = ("k_proj", "v_proj")  # of seed 0, whose singular values are kept one by one
+
+
+@dataclass
+class Bench:
+    """What all runs share: the untouched model on its device, its tokenizer, the items."""
+
+    base: nn.Module
+    tokenizer: object
+    items: Items
+    name: str = PACKAGED
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.base.parameters()).device
+
+
+def run_missing(folder: Path, study: Study, bench: Bench, done: dict[str, dict], limit: int | None = None) -> None:
+    """Run what is not in ``done``, at most ``limit`` runs; each is added to it, and to ``folder`` as a file."""
+    for _ in itertools.count() if limit is None else range(limit):
+        run = next_run(study, done)
+        if run is None:
+            return
+        print(f"{time.strftime('%H:%M:%S')}  {run.name} ...", end="", flush=True)
+        record = execute(run, study, bench)
+        write_record(folder / f"{run.name}.json", record)
+        done[run.name] = record
+        said = f", validation {validation_score(record)[0]:.3f}" if "validation" in record else ""
+        print(f" {record['seconds']:.0f} s{said}", flush=True)
+
+
+def execute(run: Run, study: Study, bench: Bench) -> dict:
+    """The record of a run, ready for JSON."""
+    started = time.perf_counter()
+    record = {"method": run.method, "learning_rate": run.rate, "seed": run.seed, "settings": study.settings()}
+    record |= {"model": bench.name, "environment": conditions()}
+    if run.method == COST:
+        record |= _cost(study, bench)
+    elif run.method == ZERO_SHOT:
+        record |= _evaluated(bench.base, study, bench)
+        record["majority"] = {task: majority_rate(items) for task, items in bench.items.test.items()}
+    else:
+        record |= _trained(run, study, bench)
+    return record | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+def _trained(run: Run, study: Study, bench: Bench) -> dict:
+    torch.manual_seed(run.seed)
+    examples = mixture(bench.items, study, bench.tokenizer, run.seed)
+    record: dict = {}
+    if run.method == "task-arithmetic":
+        with tempfile.TemporaryDirectory() as scratch:
+            model, training = methods.task_sum(bench.base, examples, study, run.rate, Path(scratch))
+        record["task_weight"] = _best_weight(model, study, bench)
+        methods.set_task_weight(model, record["task_weight"])
+    else:
+        model = methods.adapted(bench.base, run.method, study.total_rank)
+        record["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        training = methods.train(model, examples, study, run.rate)
+    record["losses"] = [round(loss, 4) for loss in training.losses]
+    record |= {"tokens": training.tokens, "training_seconds": round(training.seconds, 2)}
+    record["tokens_per_second"] = round(training.tokens / training.seconds, 1)
+    record |= _evaluated(model.eval(), study, bench)
+    before = bench.base if run.method == "full" else None
+    record["spectrum"] = _spectrum(model, before, study.total_rank, run.seed == 0)
+    if run.method != "task-arithmetic":
+        record["memory"] = methods.memory(model.train(), examples, study)
+    return record
+
+
+def _evaluated(model: nn.Module, study: Study, bench: Bench) -> dict:
+    return {part: _answers(model, getattr(bench.items, part), study) for part in ("validation", "test")}
+
+
+def _answers(model: nn.Module, items: Mapping[str, list[Encoded]], study: Study) -> dict[str, dict]:
+    """By task: accuracy, mean negative log-likelihood of the right option among the options, and every item's mark."""
+    found = {}
+    with methods.autocast(study, next(model.parameters()).device):
+        for task, examples in items.items():
+            scores = all_scores(model, examples)
+            pairs = list(zip(scores, examples, strict=True))
+            right = [int(one.argmax()) == example.answer for one, example in pairs]
+            losses = [-one.log_softmax(0)[example.answer].item() for one, example in pairs]
+            found[task] = {
+                "accuracy": sum(right) / len(right),
+                "nll": round(sum(losses) / len(losses), 5),
+                "right": "".join("01"[mark] for mark in right),
+            }
+    return found
+
+
+def _best_weight(model: nn.Module, study: Study, bench: Bench) -> float:
+    """Of the task weights, the one with the best mean accuracy on the validation items, then likelihood."""
+    scores = {}
+    for weight in study.task_weights:
+        methods.set_task_weight(model, weight)
+        scores[weight] = validation_score({"validation": _answers(model, bench.items.validation, study)})
+    return max(scores, key=scores.get)
+
+
+def _spectrum(model: nn.Module, base: nn.Module | None, total_rank: int, keep_values: bool) -> dict[str, dict]:
+    """By projection, a number per layer: effective rank, also of the ``total_rank`` largest values alone, share of the
+    top direction; the values where they are kept."""
+    found = {}
+    for kind, values in by_kind(singular_values(model, modules=LINEARS, base=base)).items():
+        found[kind] = {
+            "effective_rank": [round(effective_rank(v), 3) for v in values],
+            "leading": [round(effective_rank(v[:total_rank]), 3) for v in values],
+            "top_share": [round(top_share(v), 4) for v in values],
+        }
+        if keep_values and kind in WITH_VALUES:
+            found[kind]["values"] = [[float(f"{x:.3g}") for x in v.tolist()] for v in values]
+    return found
+
+
+def _cost(study: Study, bench: Bench) -> dict:
+    """One step of LoRA, the loop over branches and the fused layers, in turn on one batch: seconds and bytes by n."""
+    examples = mixture(bench.items, study, bench.tokenizer, 0)[: study.batch_size]
+    batch = {name: tensor.to(bench.device) for name, tensor in pack(examples).items()}
+    costs = {}
+    for n in (3, 5):
+        r = study.total_rank // n
+        built = build_methods(bench.base, LINEARS, r=r, lora_num=n, lora_alpha=r, lora_dropout=0.0)
+        rounds = study.compared_rounds
+        with tqdm(total=3 * (2 + rounds), desc="comparing", disable=None, leave=False) as bar, \
+                methods.autocast(study, bench.device):  # fmt: skip
+            costs[str(n)] = [asdict(cost) for cost in compare(built, batch, rounds=rounds, progress=bar)]
+    return {"batch_tokens": batch["input_ids"].numel(), "rounds": study.compared_rounds, "costs": costs}
+
+
+def read_results(folder: Path, study: Study | None) -> dict[str, dict]:
+    """The finished runs in ``folder``, by name; None for ``study`` takes those of any settings.
+
+    Raises:
+        ValueError: a file that is damaged, or of a study with other settings.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            settings = record["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no record of a run ({type(error).__name__}): remove it to run it again."
+            ) from None
+        wanted = settings if study is None else study.settings()
+        odd = {key for key in settings.keys() | wanted.keys() if settings.get(key) != wanted.get(key)}
+        if odd:
+            raise ValueError(f"{path} was run with another {', '.join(sorted(odd))}: give another --output.")
+        found[path.stem] = record
+    return found
+
+
+def write_record(path: Path, record: Mapping) -> None:
+    """A line per field. A failed write leaves what stood there."""
+    lines = ",\n".join(f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in record.items())
+    write(path, f"{{\n{lines}\n}}\n")
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,144 @@
+"""The ways to train one model on the mixture, under one policy of precision: float32 weights, autocast products."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from examples.multitask.plan import Study
+from multilora_fast import from_loras, fuse, unfuse
+from multilora_fast.adapters import load_adapter
+from multilora_fast.branches import collect
+from multilora_fast.demo.model import LINEARS, add_branches, target_linears
+from multilora_fast.demo.scoring import Encoded
+from multilora_fast.demo.training import pack
+from multilora_fast.memory import peak_bytes
+
+
+@dataclass
+class Training:
+    """What a training did: the loss of every step, tokens that were read, seconds in the loop."""
+
+    losses: list[float]
+    tokens: int
+    seconds: float
+
+    def __add__(self, other: "Training") -> "Training":
+        return Training(self.losses + other.losses, self.tokens + other.tokens, self.seconds + other.seconds)
+
+
+class Float32Head(nn.Module):
+    """An output layer outside of autocast: bfloat16 logits are too coarse to rank answers by."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.linear(x.float())
+
+
+def prepared(base: nn.Module) -> nn.Module:
+    """``base`` with its output layer outside of autocast, in place."""
+    base.set_output_embeddings(Float32Head(base.get_output_embeddings()))
+    return base
+
+
+def autocast(study: Study, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16, enabled=study.dtype == "bfloat16")
+
+
+def adapted(base: nn.Module, method: str, rank: int) -> nn.Module:
+    """A copy of ``base`` in which what ``method`` trains, and nothing else, requires a gradient."""
+    model = copy.deepcopy(base).requires_grad_(method == "full")
+    if method == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        targets = target_linears(model, LINEARS)
+        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM"))
+    if method.startswith("multilora-"):
+        n = int(method.removeprefix("multilora-"))
+        add_branches(model, LINEARS, r=rank // n, lora_num=n)
+        fuse(model)
+    return model
+
+
+def train(model: nn.Module, examples: Sequence[Encoded], study: Study, rate: float) -> Training:
+    """One pass in the given order: AdamW without weight decay, gradients clipped to norm 1, a tenth of the steps to
+    warm up, then linear decay."""
+    device = next(model.parameters()).device
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    steps = len(examples) // study.batch_size
+    warmup = max(1, steps // 10)
+    done = Training([], 0, 0.0)
+    started = time.perf_counter()
+    for step in tqdm(range(steps), desc="training", unit="step", disable=None, leave=False):
+        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
+        batch = _batch(examples[step * study.batch_size : (step + 1) * study.batch_size], device)
+        with autocast(study, device):
+            loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        done.losses.append(loss.item())
+        done.tokens += batch["input_ids"].numel()
+    done.seconds = time.perf_counter() - started
+    return done
+
+
+def task_sum(
+    base: nn.Module, examples: Sequence[Encoded], study: Study, rate: float, scratch: Path
+) -> tuple[nn.Module, Training]:
+    """A LoRA per task, each on its task's part of ``examples``, as the branches of one MultiLoRA model of the study's
+    total rank: task arithmetic. :func:`set_task_weight` sets the LoRAs' weight."""
+    tasks = list(dict.fromkeys(example.task for example in examples))
+    done, folders = Training([], 0, 0.0), []
+    for task in tasks:
+        model = adapted(base, "lora", study.total_rank // len(tasks))
+        done += train(model, [example for example in examples if example.task == task], study, rate)
+        folders.append(scratch / task)
+        model.save_pretrained(str(folders[-1]))
+    model = copy.deepcopy(base).requires_grad_(False)
+    load_adapter(model, from_loras(folders, scratch / "sum"))
+    return model, done
+
+
+def set_task_weight(model: nn.Module, weight: float) -> None:
+    for layer in collect(model).values():
+        layer.lora_scaling.data.fill_(weight)
+
+
+def memory(model: nn.Module, examples: Sequence[Encoded], study: Study) -> dict[str, int]:
+    """Bytes, counted: of the optimizer's state, and the most that a step's other tensors take at once beyond weights
+    and state; for MultiLoRA also of the loop over branches that the fused layers replace. Takes steps: the model is
+    spent afterwards."""
+    device = next(model.parameters()).device
+    batch = _batch(examples[: study.batch_size], device)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+
+    def step() -> None:
+        with autocast(study, device):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    counted = {"step": peak_bytes(step, device)}
+    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    counted["optimizer"] = sum(t.numel() * t.element_size() for t in tensors)
+    if unfuse(model):
+        counted["step_as_loop"] = peak_bytes(step, device)
+    return counted
+
+
+def _batch(examples: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in pack(examples).items()}

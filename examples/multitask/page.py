@@ -1,0 +1,219 @@
+"""The report: summary.json, figures, and the part of README.md between its markers."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from examples.multitask.claims import RULES
+from examples.multitask.execute import write
+from examples.multitask.plan import METHODS, Results, Run, Study, next_run
+from examples.multitask.summary import summarise
+from multilora_fast.spectrum import save_histograms
+
+MIB = 2**20
+TELLING = 30  # test items of a task, below which no figure is worth reading
+START, END = "<!-- results -->", "<!-- /results -->"
+
+
+def report(folder: Path, study: Study, done: Results) -> dict:
+    """Write everything that follows from the records, and return the summary."""
+    summary = summarise(study, done)
+    write(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    figures = _figures(folder, summary, done)
+    unfinished = next_run(study, done)
+    parts = [*_sections(summary), *(f"![{name}]({name}.png)" for name in figures)]
+    if study.test_items < TELLING:
+        parts.insert(0, "**A trial of the program:** too short for any of its figures to mean something.")
+    if unfinished is not None:
+        parts.insert(0, f"**Unfinished:** the next run is `{unfinished.name}`.")
+    body = "\n\n".join(parts)
+    page = folder / "README.md"
+    text = page.read_text() if page.exists() else f"# Many tasks at once\n\n{START}\n{END}\n"
+    if START not in text or END not in text:
+        raise ValueError(f"{page} lacks the markers {START} and {END}, between which the report goes.")
+    write(page, re.sub(f"{START}.*{END}", lambda _: f"{START}\n{body}\n{END}", text, flags=re.S))
+    return summary
+
+
+def _sections(summary: Mapping):
+    methods = summary["methods"]
+    yield _conditions(summary)
+    if methods:
+        yield f"## Accuracy on test items\n\n{_accuracy(summary)}\n\n{_accuracy_notes(summary)}"
+        yield f"## Learning rates, by mean accuracy on validation items\n\n{_sweeps(methods)}"
+    if summary["pairs"]:
+        header = ["difference of mean accuracies", "", "95 % interval", "p", "seeds"]
+        rows = [
+            [_pair_name(name), f"{p['difference']:+.3f}", f"{p['low']:+.3f} to {p['high']:+.3f}", f"{p['p']:.3g}",
+             str(len(p["seeds"]))]
+            for name, p in summary["pairs"].items()
+        ]  # fmt: skip
+        yield (
+            f"## Differences\n\n{table(header, rows)}\n\nIntervals: bootstrap over items and seeds. p: paired "
+            "sign-flip test over items, seeds as they are; not corrected for the number of rows."
+        )
+    if methods:
+        yield f"## Cost of the runs\n\n{_run_costs(methods)}"
+    if "cost" in summary:
+        yield f"## Cost of a step, in turn on one batch\n\n{_step_costs(summary['cost'])}"
+    if methods:
+        yield f"## Spectrum of ΔW\n\n{_spectra(methods, summary['settings']['total_rank'])}"
+    if summary["claims"]:
+        rows = [[c["claim"], f"**{c['verdict']}**", c["figures"]] for c in summary["claims"]]
+        yield f"## The paper's claims at this size\n\n{table(['claim', 'verdict', 'figures'], rows)}\n\n{RULES}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _conditions(summary: Mapping) -> str:
+    s, seen = summary["settings"], summary["conditions"]
+    if not seen:
+        return "No run is finished."
+    first = (
+        f"{' and '.join(seen['model'])}: {s['steps']} steps of {s['batch_size']} examples of at most {s['max_length']} "
+        f"tokens, total rank {s['total_rank']} on all seven linears; float32 weights, products in {s['dtype']}."
+    )
+    items = "; ".join(
+        f"{task} {count} validation, {summary['items']['test'][task]} test"
+        for task, count in summary.get("items", {}).get("validation", {}).items()
+    )
+    last = "; ".join(
+        f"{key} {', '.join(map(str, seen[key]))}" for key in ("device", "threads", "python", "versions", "commit")
+    )
+    return f"{first} Items: {items}.\n\n{last}."
+
+
+def _accuracy(summary: Mapping) -> str:
+    tasks = list(next(iter(summary["methods"].values()))["tasks"])
+    rows = []
+    for label, key in (("always the most frequent option", "majority"), ("before training", "zero_shot")):
+        if key in summary:
+            found = [summary[key][task] for task in tasks]
+            rows.append([label, *(f"{a:.3f}" for a in found), f"{sum(found) / len(found):.3f}", "", ""])
+    for method, one in summary["methods"].items():
+        spread = f"{one['sd']:.3f}" if one["sd"] is not None else ""
+        accuracies = [f"{one['tasks'][task]:.3f}" for task in tasks]
+        rows.append([METHODS[method], *accuracies, f"**{one['mean']:.3f}**", spread, str(len(one["seeds"]))])
+    return table(["method", *tasks, "mean", "sd of the mean over seeds", "seeds"], rows)
+
+
+def _accuracy_notes(summary: Mapping) -> str:
+    notes = ["An answer is the option of the highest summed log-probability."]
+    for method, one in summary["methods"].items():
+        if not one["sweep_complete"]:
+            notes.append(f"The sweep of {METHODS[method]} is not finished: its row is provisional.")
+        elif one["at_edge"]:
+            notes.append(f"The learning rate of {METHODS[method]} is the edge of what was tried.")
+        if "task_weight" in one:
+            notes.append(f"{METHODS[method]}: weight {one['task_weight']:g} for each, chosen on validation items.")
+    return " ".join(notes)
+
+
+def _sweeps(methods: Mapping) -> str:
+    rows = []
+    for method, one in methods.items():
+        marks = {rate: "**" if float(rate) == one["learning_rate"] else "" for rate in one["sweep"]}
+        tried = [f"{rate}: {marks[rate]}{accuracy:.3f}{marks[rate]}" for rate, accuracy in one["sweep"].items()]
+        rows.append([METHODS[method], "; ".join(tried)])
+    return table(["method", "learning rate: accuracy, seed 0"], rows)
+
+
+def _pair_name(name: str) -> str:
+    first, second = name.split(" - ")
+    return f"{METHODS[first]} − {METHODS[second]}"  # noqa: RUF001
+
+
+def _run_costs(methods: Mapping) -> str:
+    rows = []
+    for method, one in methods.items():
+        memory = one.get("memory", {})
+        figures = [memory.get(key) for key in ("step", "optimizer", "step_as_loop")]
+        rows.append(
+            [METHODS[method], f"{one['mean']:.3f}", f"{one['trainable']:,}" if "trainable" in one else "",
+             f"{one['tokens']:,.0f}", f"{one['tokens_per_second']:,.0f}",
+             *(f"{v / MIB:,.0f}" if v is not None else "" for v in figures)]
+        )  # fmt: skip
+    header = ["method", "accuracy", "trainable parameters", "training tokens", "tokens/s", "peak of a step, MiB",
+              "optimizer, MiB", "peak as a loop over branches, MiB"]  # fmt: skip
+    return (
+        f"{table(header, rows)}\n\nTokens/s: median of the runs, each alone at its own time, on a machine that may "
+        "have been shared. Peak: tensors alive at once beyond weights and optimizer state, counted."
+    )
+
+
+def _step_costs(cost: Mapping) -> str:
+    rows = []
+    for n, costs in cost["costs"].items():
+        lora = next(c for c in costs if c["method"] == "PEFT LoRA")
+        for c in costs:
+            figures = [c["seconds"], c["saved"] / MIB, c["peak"] / MIB]
+            ratios = [c[key] / lora[key] for key in ("seconds", "saved", "peak")]
+            cells = [f"{v:,.{d}f} ({r:.2f}x)" for v, r, d in zip(figures, ratios, (2, 0, 0), strict=True)]
+            rows.append(
+                [c["method"], n if c is not lora else "", *cells, f"{cost['batch_tokens'] / c['seconds']:,.0f}"]
+            )
+    header = ["method", "n", "s/step", "saved for backward, MiB", "peak, MiB", "tokens/s"]
+    return (
+        f"{table(header, rows)}\n\nMedian of {cost['rounds']} rounds; in brackets against LoRA of the same total rank."
+    )
+
+
+def _spectra(methods: Mapping, total_rank: int) -> str:
+    kinds = list(next(iter(methods.values()))["spectrum"])
+    parts = []
+    names = ("effective rank", f"effective rank of the {total_rank} largest", "top share")
+    for name, key, digits in zip(names, ("effective_rank", "leading", "top_share"), (2, 2, 3), strict=True):
+        rows = []
+        for method, one in methods.items():
+            rows.append([METHODS[method], *(f"{one['spectrum'][kind][key]:.{digits}f}" for kind in kinds)])
+        parts.append(table([name, *kinds], rows))
+    note = "Means over layers and seeds. p: a singular value's share of their sum. Effective rank: exp(−Σ p log p). "  # noqa: RUF001
+    return "\n\n".join([*parts, note + f"Top share: the largest p. An adapter has at most {total_rank} values."])
+
+
+def _figures(folder: Path, summary: Mapping, done: Results) -> list[str]:
+    spectra = {}
+    for method, one in summary["methods"].items():
+        record = done[Run(method, one["learning_rate"]).name]
+        kept = {kind: s["values"] for kind, s in record["spectrum"].items() if "values" in s}
+        spectra[METHODS[method]] = {kind: [torch.tensor(v) for v in values] for kind, values in kept.items()}
+    if not spectra:
+        return []
+    save_histograms(folder / "spectrum.png", spectra)
+    _accuracy_figure(folder / "accuracy.png", summary)
+    return ["accuracy", "spectrum"]
+
+
+def _accuracy_figure(path: Path, summary: Mapping) -> None:
+    from matplotlib.figure import Figure
+
+    methods = summary["methods"]
+    tasks = list(next(iter(methods.values()))["tasks"])
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    axis = figure.subplots()
+    width = 0.8 / len(methods)
+    for i, (method, one) in enumerate(methods.items()):
+        at = [x + i * width for x in range(len(tasks) + 1)]
+        errors = [0.0] * len(tasks) + [one["sd"] or 0.0]
+        heights = [*(one["tasks"][task] for task in tasks), one["mean"]]
+        axis.bar(at, heights, width, yerr=errors, label=METHODS[method])
+    for key, style in (("majority", "dashed"), ("zero_shot", "dotted")):
+        if key in summary:
+            values = [summary[key][task] for task in tasks]
+            starts = [x - width / 2 for x in range(len(tasks) + 1)]
+            ends = [x + 0.8 - width / 2 for x in range(len(tasks) + 1)]
+            axis.hlines([*values, sum(values) / len(values)], starts, ends, colors="#444444", linestyles=style,
+                        label=key.replace("_", " "))  # fmt: skip
+    axis.set_xticks([x + 0.4 - width / 2 for x in range(len(tasks) + 1)], [*tasks, "mean"])
+    axis.set(ylabel="accuracy on test items", ylim=(0, 1))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(ncols=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=130)
+    temporary.replace(path)

@@ -1,0 +1,42 @@
+"""What commands write: checked before anything slow happens, and whole or not there at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raise ValueError if ``folder``, the value of the argument ``name``, can be no directory to write to."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{name} {folder} is a file; give a directory.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"{name} {folder} cannot be written: {existing} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"{name} {folder} cannot be written: no permission for {existing}.")
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to. The file moves to ``path`` if the block ends well, else it vanishes."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """``folder`` with its parents, made where missing; those that are empty vanish again if the block fails."""
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for path in missing:
+            with suppress(OSError):  # it holds something
+                path.rmdir()
+        raise

@@ -1,0 +1,251 @@
+"""What training added to each weight, seen through its singular values: how many directions, how balanced, and which.
+
+An adapter's ΔW is B̃ Ã with B̃ (N, R) and Ã (R, K), R = n·r. From the QR factors B̃ = Q_b R_b and Ãᵀ = Q_a R_a its
+singular values are those of the small R_b R_aᵀ, and its directions those of that matrix turned by Q_b and Q_a, so no
+(N, K) matrix is built. All of it runs in float64 on the CPU.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from multilora_fast.adapters import read_files, read_multilora
+from multilora_fast.branches import Branches, as_lora, collect
+from multilora_fast.task_arithmetic import read_lora
+
+Source = nn.Module | str | os.PathLike
+Core = tuple[Tensor | None, Tensor, Tensor | None]
+
+
+class Factors(NamedTuple):
+    """ΔW = B A of an adapted module: A (R, K), B (N, R)."""
+
+    A: Tensor
+    B: Tensor
+
+    def core(self) -> Core:
+        """Q_b (N, p), core (p, q), Q_a (K, q) with ΔW = Q_b · core · Q_aᵀ; Q_b and Q_a have orthonormal columns."""
+        Q_b, R_b = torch.linalg.qr(_exact(self.B))
+        Q_a, R_a = torch.linalg.qr(_exact(self.A).T)
+        return Q_b, R_b @ R_a.T, Q_a
+
+
+class Difference(NamedTuple):
+    """ΔW = after − before of a module trained whole, both (N, K)."""
+
+    before: Tensor
+    after: Tensor
+
+    def core(self) -> Core:
+        return None, _exact(self.after) - _exact(self.before), None
+
+
+def singular_values(
+    source: Source,
+    *,
+    modules: str | Iterable[str] | None = None,
+    base: nn.Module | None = None,
+    adapter_name: str | None = None,
+) -> dict[str, Tensor]:
+    """The singular values of ΔW of every adapted module, by its name: 1-D, float64, descending, min(R, N, K) of them.
+
+    Args:
+        source: a PEFT model with a MultiLoRA or LoRA adapter, any model with MultiLoRA layers (ours or fused), or the
+            directory of a saved MultiLoRA or LoRA adapter. With ``base``, a model that was fine-tuned whole.
+        modules: the modules wanted, by name or the end of their names, as in ``target_modules``; all when None.
+        base: the model before full fine-tuning. ΔW is then the difference of every nn.Linear's weight, min(N, K)
+            values from a dense decomposition.
+        adapter_name: which adapter of a PEFT model; the active one when None.
+
+    Raises:
+        ValueError: no adapter there, one that is more than B A (DoRA, embeddings, convolutions), ``modules`` that
+            match nothing, models of other shapes than ``base``, values that are not finite.
+    """
+    found = updates(source, modules=modules, base=base, adapter_name=adapter_name)
+    return {name: torch.linalg.svdvals(_core(name, update)[1]) for name, update in found.items()}
+
+
+def directions(
+    source: Source,
+    *,
+    top: int,
+    modules: str | Iterable[str] | None = None,
+    base: nn.Module | None = None,
+    adapter_name: str | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Orthonormal U (N, k) and V (K, k) of each ΔW's ``top`` largest singular values, or as many as are not zero.
+
+    The arguments and errors are otherwise those of :func:`singular_values`.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, not {top}.")
+    found = {}
+    for name, update in updates(source, modules=modules, base=base, adapter_name=adapter_name).items():
+        Q_b, core, Q_a = _core(name, update)
+        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+        k = min(top, numerical_rank(S))
+        U, V = U[:, :k], Vh[:k].T
+        found[name] = (U if Q_b is None else Q_b @ U), (V if Q_a is None else Q_a @ V)
+    return found
+
+
+def overlap(first: Tensor, second: Tensor) -> float:
+    """How much of the smaller of two subspaces of R^D lies in the other: ‖UᵀU'‖² / min(k, k') of orthonormal U (D, k)
+    and U' (D, k'), from 0 to 1. Two random ones overlap by max(k, k') / D on average; 0 where one is empty.
+
+    Raises:
+        ValueError: subspaces of spaces of different dimensions.
+    """
+    if first.shape[0] != second.shape[0]:
+        raise ValueError(f"second must hold vectors of {first.shape[0]} values, not {second.shape[0]}.")
+    smaller = min(first.shape[1], second.shape[1])
+    return (first.T @ second).square().sum().item() / smaller if smaller else 0.0
+
+
+def numerical_rank(values: Tensor) -> int:
+    """How many singular values stand out of float32 rounding of the largest."""
+    return int((values > 1e-6 * values.max()).sum()) if values.numel() else 0
+
+
+def effective_rank(values: Tensor) -> float:
+    """exp(−Σ p log p) of p = σ / Σσ (Roy and Vetterli, 2007): k for k equal singular values, 0 when all are zero."""
+    total = values.sum()
+    return float(torch.special.entr(values / total).sum().exp()) if total > 0 else 0.0
+
+
+def top_share(values: Tensor) -> float:
+    """σ₁ / Σσ, 0 when all are zero."""
+    total = values.sum()
+    return float(values.max() / total) if total > 0 else 0.0
+
+
+def by_kind(values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """The singular values grouped by the last part of the modules' names (q_proj, k_proj, …), in their order."""
+    kinds: dict[str, list[Tensor]] = {}
+    for name, one in values.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(one)
+    return kinds
+
+
+def updates(
+    source: Source,
+    *,
+    modules: str | Iterable[str] | None = None,
+    base: nn.Module | None = None,
+    adapter_name: str | None = None,
+) -> dict[str, Factors | Difference]:
+    """ΔW by module name, as factors or as a pair of weights; arguments and errors of :func:`singular_values`."""
+    if base is not None:
+        found = _differences(base, source)
+    elif isinstance(source, nn.Module):
+        found = _of_model(source, adapter_name)
+    else:
+        found = _of_directory(source)
+    if modules is None:
+        return found
+    wanted = [modules] if isinstance(modules, str) else list(modules)
+    hits = {end: [name for name in found if f".{name}".endswith(f".{end}")] for end in wanted}
+    missing = [end for end, names in hits.items() if not names]
+    if missing or not wanted:
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in found))
+        raise ValueError(f"modules {missing} match nothing: the adapted modules end in {kinds}.")
+    chosen = {name for names in hits.values() for name in names}
+    return {name: update for name, update in found.items() if name in chosen}
+
+
+def _of_model(model: nn.Module, adapter_name: str | None) -> dict[str, Factors]:
+    found = {name: Factors(*as_lora(Branches.of(module))) for name, module in collect(model, adapter_name).items()}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for path, module in inner.named_modules():
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # of PEFT's LoRA layers
+            factors = _of_lora_layer(path, module, adapter_name)
+            if factors is not None:
+                found[path.removeprefix("_orig_mod.").replace("._orig_mod", "")] = factors
+    if not found:
+        wanted = "" if adapter_name is None else f" called {adapter_name!r}"
+        raise ValueError(f"model holds no MultiLoRA or LoRA adapter{wanted}.")
+    return found
+
+
+def _of_lora_layer(path: str, layer: nn.Module, adapter_name: str | None) -> Factors | None:
+    wanted = layer.active_adapters if adapter_name is None else [adapter_name]
+    here = [name for name in wanted if name in layer.lora_A or name in layer.lora_embedding_A]
+    if not here:
+        return None
+    if len(here) > 1:
+        raise ValueError(f"model has several active adapters, {', '.join(here)}: pass adapter_name.")
+    name = here[0]
+    variant = layer.use_dora.get(name) or name in getattr(layer, "lora_variant", ())
+    plain = name in layer.lora_A and not variant and not hasattr(layer, "parameter_name")
+    if not plain or layer.lora_A[name].weight.dim() != 2:
+        raise ValueError(f"the adapter {name!r} on {path} is no plain LoRA of a linear layer.")
+    A, B = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+    return Factors(A, _exact(B) * layer.scaling[name])
+
+
+def _of_directory(directory: str | os.PathLike) -> dict[str, Factors]:
+    config, _ = read_files(directory, "MultiLoRA or LoRA")
+    if config.get("peft_type") == "LORA":
+        return {name: Factors(A, B) for name, (A, B) in read_lora(os.fspath(directory))[1].items()}
+    return {name: Factors(*as_lora(branches)) for name, branches in read_multilora(directory)[1].items()}
+
+
+def _differences(base: nn.Module, tuned: Source) -> dict[str, Difference]:
+    if not isinstance(base, nn.Module) or not isinstance(tuned, nn.Module):
+        raise ValueError("base and source must both be models, whose weights differ by full fine-tuning.")
+    before, after = (
+        {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        for model in (base, tuned)
+    )
+    if not before or before.keys() != after.keys():
+        odd = sorted(before.keys() ^ after.keys())
+        raise ValueError(f"base and source must have the same nn.Linear layers, but differ in {odd[:1] or 'none'}.")
+    for name, weight in before.items():
+        if weight.shape != after[name].shape:
+            was, now = tuple(weight.shape), tuple(after[name].shape)
+            raise ValueError(f"base and source must have equal shapes, but {name} is {was} and {now}.")
+    return {name: Difference(weight, after[name]) for name, weight in before.items()}
+
+
+def _core(name: str, update: Factors | Difference) -> Core:
+    Q_b, core, Q_a = update.core()
+    if not torch.isfinite(core).all():
+        raise ValueError(f"the update of {name} holds values that are not finite.")
+    return Q_b, core, Q_a
+
+
+def _exact(t: Tensor) -> Tensor:
+    if t.is_meta:
+        raise ValueError("source holds tensors on the meta device, which have no values.")
+    return t.detach().to("cpu", torch.float64)
+
+
+def save_histograms(path: str | os.PathLike, spectra: Mapping[str, Mapping[str, list[Tensor]]]) -> None:
+    """A PNG with a panel per projection and, in each, one histogram per entry of ``spectra``.
+
+    ``spectra`` maps a label to :func:`by_kind`'s lists. Every value is divided by the largest of its module, so that
+    updates of different sizes compare: a balanced update has values all over the axis, one of few directions has
+    nearly all of them near 0. A failed write leaves the file that stood there.
+    """
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(kind for one in spectra.values() for kind in one))
+    figure = Figure(figsize=(5.5 * len(kinds), 4), layout="constrained")
+    for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for label, lists in spectra.items():
+            values = [value for v in lists.get(kind, ()) if v.max() > 0 for value in (v / v.max()).tolist()]
+            weights = [1 / len(values) for _ in values]
+            axis.hist(values, bins=25, range=(0, 1), weights=weights, histtype="step", lw=1.6, label=label)
+        axis.set(title=kind, xlabel="singular value / the module's largest", ylabel="share of singular values")
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.axes[-1].legend(frameon=False, fontsize=8)
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=130)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,120 @@
+"""What a training run leaves in its output directory, so that it can be broken off at any moment and resumed."""
+
+import filecmp
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerState
+
+from multilora_fast.adapters import CONFIG, WEIGHTS, read_multilora
+from multilora_fast.files import made, replaced
+from multilora_fast.train_settings import RECORD, UNFINISHED, Settings
+
+STATE = "trainer_state.json"  # the last file of a checkpoint to be written
+_TO_RESUME = ("optimizer", "scheduler", "scaler", "rng_state")  # how a checkpoint's other files begin
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Put RECORD in ``folder``, which is made if missing; on an error nothing has changed."""
+    with made(folder), replaced(folder / RECORD) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint in ``folder``, or None. One whose writing was broken off is passed over.
+
+    Raises:
+        ValueError: it was damaged after it was written.
+    """
+    found = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_step_of, reverse=True)
+    last = next((path.parent for path in found if _state(path) is not None), None)
+    if last is None:
+        return None
+    try:
+        read_multilora(last)
+        for path in sorted(last.glob("*.pt*")):
+            if not zipfile.is_zipfile(path):
+                raise ValueError(f"{path} is damaged.")
+    except ValueError as error:
+        raise ValueError(f"--resume: {error} Delete {last} to go on from what was before it.") from error
+    return last
+
+
+def finish(checkpoint: Path, settings: Settings) -> bool:
+    """Whether the checkpoint has taken all steps that are asked for. Its adapter, the tokenizer and its state are then
+    put in their places by the first process, each file in one move.
+
+    Raises:
+        ValueError: they are there already; the Trainer would take one more step than is asked for.
+    """
+    state, folder = _state(checkpoint / STATE), settings.output
+    done = state.epoch >= settings.epochs if settings.max_steps is None else state.global_step >= settings.max_steps
+    if not done or not is_first():
+        return done
+    there = all((folder / name).exists() for name in (CONFIG, WEIGHTS))
+    if there and filecmp.cmp(checkpoint / WEIGHTS, folder / WEIGHTS, shallow=False):
+        raise ValueError(
+            f"--resume: the run has taken its {state.global_step} steps, and {checkpoint} holds its adapter: "
+            "ask for more with --max-steps or --epochs."
+        )
+    stage = folder / UNFINISHED
+    shutil.rmtree(stage, ignore_errors=True)
+    others = [path.name for path in checkpoint.iterdir() if path.name.startswith(_TO_RESUME)]
+    shutil.copytree(checkpoint, stage, ignore=lambda *_: others)
+    _move(stage, folder)
+    return True
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the one of several that speaks and writes, before they form a group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Write the adapter and the tokenizer beside their places, then move each file there."""
+    stage = folder / UNFINISHED
+    trainer.save_model(str(stage))
+    if trainer.is_world_process_zero():
+        _move(stage, folder)
+
+
+def _move(stage: Path, folder: Path) -> None:
+    for path in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG):  # the adapter's config last
+        os.replace(path, folder / path.name)
+    shutil.rmtree(stage)
+
+
+@contextmanager
+def failures_named(folder: Path) -> Iterator[None]:
+    """A full disk is an OSError also where safetensors and torch.save tell otherwise of it, and a checkpoint that asks
+    for code a ValueError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"--resume: the checkpoint in {folder} holds more than tensors.") from error
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OSError(f"{folder} cannot be written: {reason}. --resume goes on from the last checkpoint.") from error
+
+
+def _step_of(path: Path) -> int:
+    """Of a file in a checkpoint's directory; -1 for a directory that is named otherwise."""
+    step = path.parent.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
+
+
+def _state(path: Path) -> TrainerState | None:
+    """None where the writing was broken off."""
+    try:
+        return TrainerState.load_from_json(str(path))
+    except (OSError, ValueError, TypeError):
+        return None
