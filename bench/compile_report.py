@@ -10,6 +10,7 @@ for dropout (sm_90); the exit status is then 1. --quick compiles the widest rank
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ import torch
 import triton
 
 from bench.compiled import compile_for, inspect, launches, options, source, tile_instructions
-from multilora_fast.kernels.configs import ROWS, find_row
+from multilora_fast.kernels.configs import ROWS, find_row, rank_tiles
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.reduce import reduce, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
@@ -41,11 +42,11 @@ DROPOUT_ARCH, DROPOUT_LIMIT = "sm_90", 24.0
 MATRIX_KERNELS = ("shrink_kernel", "expand_kernel", "reduce_kernel")
 # use -> whether it regenerates the dropout mask
 USES = {
-    "shrink.forward": True, "shrink.backward": False, "expand.forward": False,
-    "expand.backward": True, "reduce.forward": False, "reduce.backward": True,
+    "shrink.forward": True, "shrink.backward": False, "expand.forward": False, "expand.backward": True,
+    "expand.write": True, "reduce.forward": False, "reduce.backward": True,
 }  # fmt: skip
 TOKENS = (8192, 16)
-RANKS = ((2, 32), (3, 32), (4, 32), (5, 32), (8, 32), (5, 12))
+RANKS = ((2, 32), (3, 32), (4, 32), (5, 32), (8, 32), (5, 12), (9, 32), (10, 32), (12, 32), (15, 32))
 DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32"))
 
 
@@ -84,6 +85,8 @@ class Case:
                 expand(big, h, b, scale, 0.5, config=config)
             case "expand.backward":
                 expand(big, h, a, **drop, config=config)
+            case "expand.write":
+                expand(big, h, a, **drop, accumulate=False, config=config)
             case "reduce.forward":
                 reduce_scaled(h, big, b, scale, 0.5, config=config)
             case "reduce.backward":
@@ -100,11 +103,14 @@ def odd_cases() -> Iterator[Case]:
 
 
 def all_cases() -> Iterator[Case]:
-    """Every use on every architecture: many and few tokens, every rank class, every dtype, dropout on and off."""
+    """Every use on every architecture: many and few tokens, every rank class, every dtype, dropout on and off.
+
+    expand takes its rank in slices, so ranks beyond 256 compile to nothing new there.
+    """
     for arch in SHARED_LIMITS:
         for use, may_drop in USES.items():
             for M in TOKENS:
-                for n, r in RANKS:
+                for n, r in (rank for rank in RANKS if math.prod(rank) <= 256 or not use.startswith("expand")):
                     for dtype, params in DTYPES:
                         for dropout in sorted({False, may_drop}):
                             yield Case(use, arch, M, 4096, n, r, dtype, params, dropout)
@@ -114,7 +120,7 @@ def quick_cases() -> list[Case]:
     """The widest rank of every row in both of its uses on every architecture, bf16 and fp16 taking turns.
 
     Added are float32 parameters where a row of shrink casts them on the tile, which takes the most shared memory, and
-    ranks that are no power of two, whose second tile or padding takes registers.
+    ranks that are no power of two, whose second tile or padding takes registers: one of each width of the second tile.
     """
     chosen: dict[tuple, Case] = {}
     for case in all_cases():
@@ -126,7 +132,8 @@ def quick_cases() -> list[Case]:
             continue
         rank = case.n * case.r
         uneven = case.dtype == half and not case.use.startswith("expand") and rank & (rank - 1) > 0
-        key = (case.arch, case.use, case.row, mixed, uneven)
+        second = rank_tiles(rank, ROWS[case.row])[1] if uneven else 0
+        key = (case.arch, case.use, case.row, mixed, uneven, second)
         if key not in chosen or chosen[key].n * chosen[key].r < rank:
             chosen[key] = case
     return [*chosen.values(), *odd_cases()]

@@ -33,7 +33,7 @@ P = 0.05
 SHARED_LIMIT = 224 * 1024
 TOKENS = {"tokens": (8192, 2048), "decode": (1, 64)}
 FEATURES = (4096, 11008)
-RANKS = {64: (2, 32), 128: (3, 32), 256: (5, 32)}
+RANKS = {64: (2, 32), 128: (3, 32), 288: (5, 32), 512: (15, 32)}
 DTYPE = torch.bfloat16
 
 
@@ -49,12 +49,15 @@ class Stage:
 
 
 def stages(kernel: str | None = None, size: str | None = None) -> list[Stage]:
-    """The headline rank classes first. reduce has no decode rows: nothing trains on a handful of tokens."""
-    every = (Stage(k, s, rank) for rank in (128, 256, 64) for k in ("shrink", "expand", "reduce") for s in TOKENS)
+    """The headline rank classes first. reduce has no decode rows: nothing trains on a handful of tokens. Rank 512 is
+    several layers at once in training, for shrink and reduce alone: expand takes any rank in slices.
+    """
+    every = (Stage(k, s, rank) for rank in (128, 288, 512, 64) for k in ("shrink", "expand", "reduce") for s in TOKENS)
     return [
         stage
         for stage in every
         if (stage.kernel, stage.size) != ("reduce", "decode")
+        and (stage.rank < 512 or (stage.size == "tokens" and stage.kernel != "expand"))
         and kernel in (None, stage.kernel)
         and size in (None, stage.size)
     ]
@@ -62,7 +65,7 @@ def stages(kernel: str | None = None, size: str | None = None) -> list[Stage]:
 
 def shared_bytes(kernel: str, config: Config, R: int, itemsize: int = 2) -> int:
     """Roughly the shared memory of the pipelined tiles."""
-    columns = 32 if kernel == "expand" else sum(rank_tiles(R, config.two_tiles))
+    columns = 32 if kernel == "expand" else sum(rank_tiles(R, config))
     across, along = (config.BLOCK_D, config.BLOCK_M) if kernel == "reduce" else (config.BLOCK_M, config.BLOCK_D)
     tiles = (across + along) * columns if kernel == "expand" else along * (across + columns)
     return config.num_stages * tiles * itemsize
@@ -79,7 +82,8 @@ def candidates(stage: Stage, present: Config) -> list[Config]:
         columns, steps = (64, 128, 256), (4,)
     if stage.kernel == "reduce":
         rows, columns, steps = (32, 64, 128), (64, 128), (2, 4, 8)
-    product = itertools.product(rows, columns, (4, 8), (2, 3, 4), steps, packs)
+    whole = (256, 512) if n * r > 256 else (256,)
+    product = itertools.product(rows, columns, (4, 8), (2, 3, 4), steps, packs, (True,), whole)
     others = [Config(*values) for values in product]
     others = [c for c in others if c != present and shared_bytes(stage.kernel, c, n * r) <= SHARED_LIMIT]
     random.Random(0).shuffle(others)

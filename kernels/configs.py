@@ -11,7 +11,7 @@ import torch
 import triton
 from triton import knobs
 
-MAX_RANK_TILE = 256
+RANK_CLASSES = (64, 128, 288, 320, 512)  # 288 is three layers of rank 96, 320 two of 160
 DECODE_TOKENS = 64
 
 
@@ -20,7 +20,8 @@ class Config:
     """A tile of BLOCK_M tokens by BLOCK_D features.
 
     min_steps is the least number of tiles a split of the summed axis gets; pack builds c·s⊙w once in the dtype of the
-    product instead of on every tile; two_tiles lets a rank run as two tiles where that pads less than one.
+    product instead of on every tile; two_tiles lets a rank run as two tiles where that pads less than one; columns, a
+    power of two, is the most of the rank that one program holds: a larger rank runs in chunks.
     """
 
     BLOCK_M: int
@@ -30,6 +31,7 @@ class Config:
     min_steps: int = 4
     pack: bool = False
     two_tiles: bool = True
+    columns: int = 256
 
 
 def size_class(M: int) -> str:
@@ -37,8 +39,8 @@ def size_class(M: int) -> str:
 
 
 def rank_class(R: int) -> int:
-    """The rank tile's size, at most 64, 128 or 256; a larger R runs in chunks of 256."""
-    return 64 if R <= 64 else 128 if R <= 128 else MAX_RANK_TILE
+    """The least of RANK_CLASSES that holds R, or the largest."""
+    return next((rank for rank in RANK_CLASSES if rank >= R), RANK_CLASSES[-1])
 
 
 def dtype_class(dtype: torch.dtype) -> str:
@@ -47,31 +49,40 @@ def dtype_class(dtype: torch.dtype) -> str:
 
 # (kernel, size class, dtype class, architecture, rank class). LARGE serves the architectures with 160 KB of shared
 # memory or more; what fits 64 KB fits anywhere. A missing row is served by the next wider rank, then by "tokens".
+# Ranks of 257 to 320 run as two chunks where mma.sync would hold the sums: a tile of 256 beside one of 64 spills there.
 DEFAULT, LARGE = "default", "large"
 ARCHITECTURES = {"sm_80": LARGE, "sm_90": LARGE, "sm_100": LARGE}
 ROWS = {
     ("shrink", "tokens", "half", DEFAULT, 128): Config(64, 64, 4, 3, pack=True),
-    ("shrink", "tokens", "half", DEFAULT, 256): Config(64, 64, 8, 2, pack=True),
+    ("shrink", "tokens", "half", DEFAULT, 320): Config(64, 64, 8, 2, pack=True),
+    ("shrink", "tokens", "half", DEFAULT, 512): Config(64, 32, 8, 2, pack=True, columns=512),
     ("shrink", "tokens", "half", LARGE, 128): Config(128, 64, 8, 4, pack=True),
-    ("shrink", "tokens", "half", LARGE, 256): Config(128, 64, 8, 3, pack=True),
-    ("shrink", "tokens", "half", "sm_80", 256): Config(128, 32, 8, 4, pack=True),
-    ("shrink", "tokens", "float", DEFAULT, 256): Config(64, 32, 8, 2, pack=True, two_tiles=False),
-    ("shrink", "decode", "half", DEFAULT, 256): Config(64, 32, 8, 2, two_tiles=False),
-    ("shrink", "decode", "half", "gfx942", 256): Config(64, 32, 8, 1, two_tiles=False),
-    ("expand", "tokens", "half", DEFAULT, 256): Config(64, 64, 4, 2),
-    ("expand", "tokens", "half", LARGE, 256): Config(128, 64, 8, 3),
-    ("expand", "tokens", "float", DEFAULT, 256): Config(32, 64, 4, 2),
-    ("expand", "decode", "half", DEFAULT, 256): Config(64, 32, 4, 2),
+    ("shrink", "tokens", "half", LARGE, 288): Config(128, 64, 8, 3, pack=True, columns=512),
+    ("shrink", "tokens", "half", LARGE, 512): Config(64, 32, 8, 4, pack=True, columns=512),
+    ("shrink", "tokens", "half", "sm_80", 320): Config(128, 32, 8, 4, pack=True),
+    ("shrink", "tokens", "float", DEFAULT, 512): Config(64, 32, 8, 2, pack=True, two_tiles=False),
+    ("shrink", "decode", "half", DEFAULT, 512): Config(64, 32, 8, 2, two_tiles=False),
+    ("shrink", "decode", "half", "gfx942", 512): Config(64, 32, 8, 1, two_tiles=False),
+    ("expand", "tokens", "half", DEFAULT, 512): Config(64, 64, 4, 2),
+    ("expand", "tokens", "half", LARGE, 512): Config(128, 64, 8, 3),
+    ("expand", "tokens", "float", DEFAULT, 512): Config(32, 64, 4, 2),
+    ("expand", "decode", "half", DEFAULT, 512): Config(64, 32, 4, 2),
     ("reduce", "tokens", "half", DEFAULT, 128): Config(64, 64, 4, 3),
-    ("reduce", "tokens", "half", DEFAULT, 256): Config(64, 64, 8, 2),
+    ("reduce", "tokens", "half", DEFAULT, 320): Config(64, 64, 8, 2),
+    ("reduce", "tokens", "half", DEFAULT, 512): Config(32, 64, 8, 2, columns=512),
     ("reduce", "tokens", "half", LARGE, 128): Config(64, 128, 8, 4),
-    ("reduce", "tokens", "half", LARGE, 256): Config(64, 128, 8, 3),
+    ("reduce", "tokens", "half", LARGE, 288): Config(64, 128, 8, 3, columns=512),
+    ("reduce", "tokens", "half", LARGE, 512): Config(32, 64, 8, 4, columns=512),
+    ("reduce", "tokens", "half", "sm_80", 128): Config(64, 128, 8, 4),
+    ("reduce", "tokens", "half", "sm_80", 320): Config(64, 128, 8, 3),
     # One tile: Triton 3.6 cannot pipeline two products of one transposed tile behind a dropout mask for sm_100.
     ("reduce", "tokens", "half", "sm_100", 128): Config(64, 128, 8, 4, two_tiles=False),
-    ("reduce", "tokens", "half", "sm_100", 256): Config(64, 128, 8, 3, two_tiles=False),
-    ("reduce", "tokens", "float", DEFAULT, 256): Config(32, 64, 8, 2, two_tiles=False),
-    ("reduce", "tokens", "float", "sm_80", 256): Config(16, 64, 8, 2, two_tiles=False),
-    ("reduce", "tokens", "float", "sm_120", 256): Config(16, 64, 8, 2),
+    ("reduce", "tokens", "half", "sm_100", 288): Config(64, 128, 8, 3, two_tiles=False),
+    ("reduce", "tokens", "half", "sm_100", 512): Config(32, 64, 8, 4, two_tiles=False, columns=512),
+    ("reduce", "tokens", "float", DEFAULT, 512): Config(32, 64, 8, 2, two_tiles=False),
+    ("reduce", "tokens", "float", "sm_80", 512): Config(16, 64, 8, 2, two_tiles=False),
+    ("reduce", "tokens", "float", "sm_120", 320): Config(16, 64, 8, 2),
+    ("reduce", "tokens", "float", "sm_120", 512): Config(16, 64, 8, 2, columns=128),
 }
 
 
@@ -80,7 +91,7 @@ def find_row(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> tupl
     kind = dtype_class(dtype)
     for size in dict.fromkeys((size_class(M), "tokens")):
         for architecture in (arch, ARCHITECTURES.get(arch, DEFAULT), DEFAULT):
-            for rank in (64, 128, MAX_RANK_TILE):
+            for rank in RANK_CLASSES:
                 key = (kernel, size, kind, architecture, rank)
                 if rank >= rank_class(R) and key in ROWS:
                     return key
@@ -106,14 +117,15 @@ def device_of(x: torch.Tensor) -> tuple[str, int]:
     return ("interpreter" if knobs.runtime.interpret else "cpu"), 4
 
 
-def rank_tiles(R: int, two_tiles: bool = True) -> tuple[int, int]:
+def rank_tiles(R: int, config: Config) -> tuple[int, int]:
     """R columns as a tile of a power of two and, where that pads less, a second one: 96 = 64 + 32, 160 = 128 + 32.
 
-    A second tile of 0 columns is none. More than 256 columns run as chunks of 256.
+    A second tile of 0 columns is none. More columns than the configuration holds run as equal chunks of such tiles.
     """
-    whole = min(max(16, triton.next_power_of_2(R)), MAX_RANK_TILE)
+    R = triton.cdiv(R, triton.cdiv(R, config.columns))
+    whole = max(16, triton.next_power_of_2(R))
     half = whole // 2
-    if not two_tiles or half < 64 or half + half // 2 < R:
+    if not config.two_tiles or half < 64 or half + half // 2 < R:
         return whole, 0
     return half, max(16, triton.next_power_of_2(R - half))
 

@@ -2,15 +2,17 @@
 
     P[d, c] = Σ_m z[m, d] · h[m, c]        z = x̂ or dy
 
-The first kernel sums a part of the tokens for BLOCK_D features and all R columns (up to 256), so z is read once; it
-accumulates (D, R), which stays on the tensor cores however few columns there are. The second adds the parts in order.
+The first kernel sums a part of the tokens for BLOCK_D features and as many of the R columns as its configuration holds
+(256 or 512), so z is read once; where that is not all of R, the programs of one tile of z are neighbours and the later
+ones find it in L2. It accumulates (D, R), which stays on the tensor cores however few columns there are. The second
+adds the parts in order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import MAX_RANK_TILE, Config, device_of, pick, rank_tiles, split
+from .configs import Config, device_of, pick, rank_tiles, split
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
 from .launch import TL_DTYPES, check_weight, dot_dtype, launch_options, on_device, rows, strides, sum_dtype
 
@@ -21,9 +23,10 @@ def reduce_kernel(
     R: tl.constexpr, DROPOUT: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R2: tl.constexpr,
 ):  # fmt: skip
-    start_d = tl.program_id(0) * BLOCK_D
-    start_c = tl.program_id(1) * (BLOCK_R + BLOCK_R2)
-    part = tl.program_id(2)
+    chunks: tl.constexpr = (R + BLOCK_R + BLOCK_R2 - 1) // (BLOCK_R + BLOCK_R2)
+    pid, part = tl.program_id(0), tl.program_id(1)
+    start_d = (pid // chunks) * BLOCK_D
+    start_c = (pid % chunks) * (BLOCK_R + BLOCK_R2)
     offs_d = start_d + tl.arange(0, BLOCK_D)
     offs_c = start_c + tl.arange(0, BLOCK_R)
     mask_d, mask_c = offs_d < D, offs_c < R
@@ -93,14 +96,13 @@ def _sum_tokens(h, z, seed, p, dropout, config):
     (M, R), D = h.shape, z.shape[1]
     arch, processors = device_of(z)
     config = config or pick("reduce", M, R, z.dtype, arch)
-    block_r, block_r2 = rank_tiles(R, config.two_tiles)
-    chunks = triton.cdiv(R, MAX_RANK_TILE)
-    tiles = triton.cdiv(D, config.BLOCK_D)
-    parts, steps = split(tiles * chunks, triton.cdiv(M, config.BLOCK_M), processors, config.min_steps)
+    block_r, block_r2 = rank_tiles(R, config)
+    tiles = triton.cdiv(D, config.BLOCK_D) * triton.cdiv(R, block_r + block_r2)
+    parts, steps = split(tiles, triton.cdiv(M, config.BLOCK_M), processors, config.min_steps)
     sums = sum_dtype(z.dtype)
     out = torch.empty((parts, D, R), dtype=sums, device=z.device)
     with on_device(z):
-        reduce_kernel[tiles, chunks, parts](
+        reduce_kernel[tiles, parts](
             z_ptr=z, h_ptr=h, parts_ptr=out, seed_ptr=seed if dropout else None, M=M, D=D, steps=steps,
             threshold=drop_threshold(p), stride_zm=z.stride(0), stride_hm=h.stride(0), R=R, DROPOUT=dropout,
             DOT=dot_dtype(z.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,

@@ -2,15 +2,16 @@
 
     H[m, i·r + j] = Σ_d x̂[m, d] · alpha · scale[i, d] · w[i, j, d]
 
-One program owns BLOCK_M tokens, all R columns (up to 256) and a part of D, so x is read once. With few tokens D is
-split over programs and a second pass adds the parts in order.
+One program owns BLOCK_M tokens, as many of the R columns as its configuration holds (256 or 512) and a part of D, so x
+is read once. Where that is not all of R, the programs of one tile of x are neighbours and the later ones find it in L2.
+With few tokens D is split over programs and a second pass adds the parts in order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .configs import MAX_RANK_TILE, Config, device_of, pick, rank_tiles, split
+from .configs import Config, device_of, pick, rank_tiles, split
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
 from .launch import TL_DTYPES, check_weight, dot_dtype, launch_options, on_device, rows, strides, sum_dtype
 from .pack import pack
@@ -43,9 +44,10 @@ def shrink_kernel(
     DOT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R2: tl.constexpr,
 ):  # fmt: skip
-    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    start_c = tl.program_id(1) * (BLOCK_R + BLOCK_R2)
-    part = tl.program_id(2)
+    chunks: tl.constexpr = (R + BLOCK_R + BLOCK_R2 - 1) // (BLOCK_R + BLOCK_R2)
+    pid, part = tl.program_id(0), tl.program_id(1)
+    offs_m = (pid // chunks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_c = (pid % chunks) * (BLOCK_R + BLOCK_R2)
     offs_c = start_c + tl.arange(0, BLOCK_R)
     mask_m = offs_m < M
     x_ptrs = x_ptr + offs_m[:, None] * stride_xm
@@ -127,14 +129,13 @@ def shrink(
         w = w.reshape(1, R, D)
     stride_wi, stride_wj, stride_wd = w.stride()
     stride_si, stride_sd = strides(scale, 2)
-    block_r, block_r2 = rank_tiles(R, config.two_tiles)
-    chunks = triton.cdiv(R, MAX_RANK_TILE)
-    tiles = triton.cdiv(M, config.BLOCK_M)
-    parts, steps = split(tiles * chunks, triton.cdiv(D, config.BLOCK_D), processors, config.min_steps)
+    block_r, block_r2 = rank_tiles(R, config)
+    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(R, block_r + block_r2)
+    parts, steps = split(tiles, triton.cdiv(D, config.BLOCK_D), processors, config.min_steps)
     sums = sum_dtype(x.dtype)
     target = out if parts == 1 else torch.empty((parts, M, R), dtype=sums, device=x.device)
     with on_device(x):
-        shrink_kernel[tiles, chunks, parts](
+        shrink_kernel[tiles, parts](
             x_ptr=x, w_ptr=w, scale_ptr=scale, out_ptr=target, seed_ptr=seed if dropout else None,
             M=M, D=D, steps=steps, threshold=drop_threshold(p), stride_xm=x.stride(0),
             stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,

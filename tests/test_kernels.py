@@ -91,7 +91,7 @@ def problem(shape, dtype, params, scalar=False):
     return make(M, K), make(M, N), a, b.transpose(1, 2), scale, make(M, n * r)
 
 
-def check_all_uses(shape, dtype, params, p, scalar=False):
+def check_all_uses(shape, dtype, params, p, scalar=False, config=None):
     x, dy, a, b, scale, h = problem(shape, dtype, params, scalar)
     n = a.shape[0]
     drop = {"seed": seed_of(-(2**62) + 12345), "p": p}
@@ -100,17 +100,17 @@ def check_all_uses(shape, dtype, params, p, scalar=False):
     scaled = (ALPHA * scale.double()).to(torch.float64)
     on = torch.ones((), device=DEVICE)
 
-    within(shrink(x, a, **drop), shrunk, x, a, ones, keep, dtype=dtype)
-    within(shrink(dy, b, scale, ALPHA), shrunk, dy, b, scaled, on, dtype=dtype)
+    within(shrink(x, a, **drop, config=config), shrunk, x, a, ones, keep, dtype=dtype)
+    within(shrink(dy, b, scale, ALPHA, config=config), shrunk, dy, b, scaled, on, dtype=dtype)
     y = dy.clone()
     expand(y, h, b, scale, ALPHA)
     within(y, expanded, dy, h, b, scaled, on, dtype=dtype)
     dx = x.clone()
     expand(dx, h, a, **drop)
     within(dx, expanded, x, h, a, ones, keep, dtype=dtype)
-    da = reduce(h, x, n, params, **drop)
+    da = reduce(h, x, n, params, **drop, config=config)
     within(da, lambda h, x, keep: reduced(h, x, keep, n), h, x, keep, dtype=dtype)
-    db, ds = reduce_scaled(h, dy, b, scale, ALPHA)
+    db, ds = reduce_scaled(h, dy, b, scale, ALPHA, config=config)
     within(db, lambda *t: reduced_scaled(*t)[0], h, dy, b, scaled, dtype=dtype)
     within(ds, lambda *t: reduced_scaled(*t)[1], h, dy, b, scaled, dtype=dtype)
     assert (da.dtype, db.dtype) == (params, params)
@@ -127,6 +127,16 @@ def test_every_use_agrees_with_the_formula(shape, dtype):
 @pytest.mark.parametrize(("n", "r"), [(1, 4), (2, 12), (3, 1), (5, 4), (3, 32), (5, 32), (1, 300)])
 def test_ranks(n, r):
     check_all_uses((18, 40, 24, n, r), torch.float32, torch.float32, P)
+
+
+@pytest.mark.parametrize("columns", [256, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "r"), [(3, 96), (3, 160), (4, 128), (4, 130)])
+def test_ranks_of_several_layers_summed_in_parts(n, r, dtype, columns, monkeypatch):
+    for module in ("shrink", "reduce"):
+        monkeypatch.setattr(f"multilora_fast.kernels.{module}.device_of", lambda x: ("interpreter", 132))
+    tile = Config(32, 32, 8, 1, min_steps=1, pack=True, columns=columns)
+    check_all_uses((70, 136, 40, n, r), dtype, dtype, P, config=tile)
 
 
 @pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (70, 40, 64, 2, 32)], ids=str)
@@ -185,6 +195,31 @@ def test_a_zero_scale_leaves_the_bits_of_y_and_the_gradient_of_b_zero():
     db, ds = reduce_scaled(h, y, b, torch.zeros_like(scale), ALPHA)
     assert torch.count_nonzero(db) == 0
     assert torch.count_nonzero(ds) == ds.numel()
+
+
+@pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (3, 48, 1, 2, 4), (70, 128, 64, 5, 32)], ids=str)
+def test_writing_instead_of_adding(shape, p):
+    """Whatever the strides of y, h, w and scale, NaN in y is neither read nor kept, and nothing beside y is written."""
+    x, dy, a, b, scale, h = problem(shape, torch.float32, torch.float32)
+    N, drop = dy.shape[1], {"seed": seed_of(23), "p": p}
+    keep = dropout_mask(drop["seed"], *dy.shape, p).double() * 65536 / (65536 - drop_threshold(p))
+    scalar = scale[:, :1].expand_as(scale)
+    heads = torch.cat([h, h], 1)[:, h.shape[1] :]
+    for head, w, s in ((h, b, scale), (heads, b.contiguous(), scale.T.contiguous().T), (h, b, scalar)):
+        wide = torch.full((dy.shape[0], N + 40), math.nan, device=DEVICE)
+        y, added = wide[:, 20 : 20 + N], torch.zeros_like(dy)
+        expand(y, head, w, s, ALPHA, **drop, accumulate=False)
+        within(y, lambda *t: expanded(0.0, *t), head, w, ALPHA * s.double(), keep, dtype=torch.float32)
+        assert wide[:, :20].isnan().all()
+        assert wide[:, 20 + N :].isnan().all()
+        expand(added, head, w, s, ALPHA, **drop)
+        assert torch.equal(y, added)
+    dx = torch.full_like(x, math.nan)
+    keep = dropout_mask(drop["seed"], *x.shape, p).double() * 65536 / (65536 - drop_threshold(p))
+    expand(dx, h, a, **drop, accumulate=False, config=Config(32, 32, 4, 2, pack=True))
+    ones = torch.ones(a.shape[0], x.shape[1], device=DEVICE)
+    within(dx, lambda *t: expanded(0.0, *t), h, a, ones, keep, dtype=torch.float32)
 
 
 def test_strided_inputs_and_outputs():
@@ -290,19 +325,33 @@ def test_mistakes_are_named():
 def test_every_lookup_finds_a_row():
     for kernel in ("shrink", "expand", "reduce"):
         for M in (1, 64, 65, 10**6):
-            for R in (1, 64, 65, 128, 129, 1000):
+            for R in (1, 64, 65, 128, 129, 256, 257, 1000):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
                     for arch in ("sm_90", "sm_75", "gfx1100", "interpreter"):
                         assert isinstance(configs.pick(kernel, M, R, dtype, arch), Config)
     assert configs.find_row("shrink", 8192, 96, torch.bfloat16, "sm_75") in configs.ROWS
 
 
-@given(R=st.integers(1, 600))
-def test_rank_tiles_cover_the_rank(R):
-    first, second = configs.rank_tiles(R)
+@given(R=st.integers(1, 1200), columns=st.sampled_from([256, 512]), two_tiles=st.booleans())
+def test_rank_tiles_cover_the_rank(R, columns, two_tiles):
+    first, second = configs.rank_tiles(R, Config(64, 32, 8, 2, two_tiles=two_tiles, columns=columns))
     assert first & (first - 1) == 0
     assert second & (second - 1) == 0
-    assert min(R, configs.MAX_RANK_TILE) <= first + second <= configs.MAX_RANK_TILE
+    assert first + second <= columns
+    chunks = -(-R // (first + second))
+    assert chunks == -(-R // columns)
+
+
+@pytest.mark.parametrize(
+    ("R", "wide", "narrow"),
+    [
+        (96, (64, 32), (64, 32)), (160, (128, 32), (128, 32)), (288, (256, 32), (128, 16)), (320, (256, 64), (128, 32)),
+        (384, (256, 128), (128, 64)), (480, (512, 0), (256, 0)), (512, (512, 0), (256, 0)), (520, (256, 16), (128, 64)),
+    ],
+)  # fmt: skip
+def test_two_tiles_where_that_pads_less(R, wide, narrow):
+    assert configs.rank_tiles(R, Config(64, 32, 8, 2, columns=512)) == wide
+    assert configs.rank_tiles(R, Config(64, 32, 8, 2, columns=256)) == narrow
 
 
 @given(tiles=st.integers(1, 5000), steps=st.integers(0, 5000), processors=st.integers(1, 200), least=st.integers(1, 8))

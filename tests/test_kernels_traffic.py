@@ -1,6 +1,7 @@
 """Bytes loaded and stored, counted in the interpreter: each large tensor crosses the memory bus once per kernel."""
 
 from collections import Counter
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import triton
 
 from multilora_fast.kernels import configs
+from multilora_fast.kernels.configs import Config
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.reduce import reduce, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
@@ -21,11 +23,12 @@ RANKS = [(1, 16), (3, 32), (5, 32), (8, 32)]
 
 
 class Traffic:
-    """Unmasked bytes by tensor; what lies in none of them (partial sums, packed weights) is counted as "other"."""
+    """Unmasked bytes by tensor, and the order it is loaded in; what lies in no tensor (partial sums, packed weights) is
+    counted as "other"."""
 
     def __init__(self, **tensors):
         self.spans = {name: (t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in tensors.items()}
-        self.loads, self.stores = Counter(), Counter()
+        self.loads, self.stores, self.order = Counter(), Counter(), []
 
     def count(self, counter, pointers, mask):
         addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)]
@@ -34,6 +37,8 @@ class Traffic:
         for name, (first, last) in self.spans.items():
             inside = int(np.count_nonzero((addresses >= first) & (addresses < last)))
             counter[name] += inside * size
+            if inside and counter is self.loads:
+                self.order.append(name)
             left -= inside
         counter["other"] += left * size
 
@@ -136,8 +141,35 @@ def test_the_gradient_of_the_scale_reads_nothing_large_again(watch, n, r):
     assert both[1].loads["other"] == both[0].loads["other"]
 
 
-def test_a_rank_beyond_256_reads_x_once_per_chunk(watch):
-    x, a = torch.randn(40, K), torch.randn(2, 150, K)
+@pytest.mark.parametrize(("n", "r", "columns", "reads"), [(3, 96, 512, 1), (3, 160, 512, 1), (3, 96, 256, 2)])
+def test_a_rank_beyond_256_reads_its_large_tensor_once_per_chunk(watch, n, r, columns, reads):
+    x, a, h = torch.randn(40, K), torch.randn(n, r, K), torch.randn(40, n * r)
+    config = Config(32, 32, 8, 2, columns=columns)
     traffic = watch(x=x)
-    shrink(x, a)
-    assert traffic.loads["x"] == 2 * x.nbytes
+    shrink(x, a, **drop(0.1), config=config)
+    assert traffic.loads["x"] == reads * x.nbytes
+    traffic = watch(x=x)
+    reduce(h, x, n, x.dtype, **drop(0.1), config=config)
+    assert traffic.loads["x"] == reads * x.nbytes
+
+
+def test_the_chunks_of_one_tile_run_next_to_each_other(watch):
+    config = Config(32, 32, 4, 2, min_steps=100)
+    x, a = torch.randn(64, 40), torch.randn(2, 150, 40)
+    traffic = watch(first=x[:32], second=x[32:])
+    shrink(x, a, config=config)
+    assert [tile for tile, _ in groupby(traffic.order)] == ["first", "second"]
+    assert traffic.loads["first"] == 2 * x[:32].nbytes
+    z, h = torch.randn(1, 64), torch.randn(1, 300)
+    traffic = watch(first=z[:, :32], second=z[:, 32:])
+    reduce(h, z, 2, z.dtype, config=config)
+    assert [tile for tile, _ in groupby(traffic.order)] == ["first", "second"]
+    assert traffic.loads["first"] == 2 * z[:, :32].nbytes
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_expand_does_not_read_what_it_overwrites(watch, p):
+    y, h, a = torch.empty(M, N), torch.randn(M, 96), torch.randn(3, 32, N)
+    traffic = watch(y=y)
+    expand(y, h, a, **drop(p), accumulate=False)
+    assert (traffic.loads["y"], traffic.stores["y"]) == (0, y.nbytes)
