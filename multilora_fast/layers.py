@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from multilora_fast.checks import check_branches
+from multilora_fast.checks import check_branches, check_save_inputs
 from multilora_fast.functional import multilora_linear
 from multilora_fast.reference import MultiLoRALinear
+from multilora_fast.shared import SharedInput, find_groups, finish_shared
 
 _PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "lora_scaling")
 
@@ -16,16 +17,23 @@ _PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "lora_scaling")
 class FusedMultiLoRALinear(MultiLoRALinear):
     """:class:`MultiLoRALinear`, with the same parameters, at about the time and memory of one LoRA of rank n·r.
 
-    ``backend`` is "triton", "torch", or None for Triton on a CUDA device and torch elsewhere.
+    ``backend`` is "triton", "torch", or None for Triton on a CUDA device and torch elsewhere; ``save_inputs`` "exact",
+    or "fp8" to keep x for backward in 8 bits. ``shared`` is the group of layers that it reads its input with, if any.
     """
 
     backend: str | None = None
+    save_inputs: str = "exact"
+    shared: SharedInput | None = None
     fan_in_fan_out: bool = False  # a weight stored as (K, N)
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        H = None if self.shared is None else self.shared.take(self, x)
+        if H is not None:
+            return finish_shared(self, x, H, weight=weight, bias=self.bias)
         return multilora_linear(
             x,
-            self.weight.t() if self.fan_in_fan_out else self.weight,
+            weight,
             self.bias,
             self.lora_A,
             self.lora_B,
@@ -34,6 +42,7 @@ class FusedMultiLoRALinear(MultiLoRALinear):
             dropout_p=self.lora_dropout.p,
             training=self.lora_dropout.training,
             backend=self.backend,
+            save_inputs=self.save_inputs,
         )
 
     def extra_repr(self) -> str:
@@ -52,16 +61,24 @@ class FuseReport:
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.left.items()])
 
 
-def fuse(model: nn.Module, *, backend: str | None = None) -> FuseReport:
+def fuse(
+    model: nn.Module, *, backend: str | None = None, save_inputs: str = "exact", share_inputs: bool = True
+) -> FuseReport:
     """Swap every MultiLoRALinear in ``model``, ours or any module with its attributes, for the fused layer, in place.
 
     The Parameter objects and state_dict keys stay, so an optimizer or checkpoint made before stays valid. A module
     that is used in several places stays shared. Modules with merged weights, hooks, a forward of another formula, or
     anything the fused layer does not hold are left alone and reported; so is ``model`` itself.
 
+    With ``share_inputs`` layers that read the same input (q, k, v; gate, up) read it once in training; the result is
+    the same but for rounding, and with dropout one mask serves all of them.
+
     Raises:
-        ValueError: ``backend`` is not "triton", "torch" or None.
+        ValueError: ``model`` is no nn.Module, ``backend`` is not "triton", "torch" or None, or ``save_inputs`` not
+            "exact" or "fp8".
     """
+    check_save_inputs(save_inputs)
+    _check_model(model)
     if backend not in (None, "triton", "torch"):
         raise ValueError(f'backend must be "triton", "torch" or None, not {backend!r}.')
     report = FuseReport()
@@ -75,6 +92,7 @@ def fuse(model: nn.Module, *, backend: str | None = None) -> FuseReport:
             reason = _why_not(module)
             if reason is None:
                 fused[id(module)] = _fused(module, backend)
+                fused[id(module)].save_inputs = save_inputs
             else:
                 refused[id(module)] = reason
         if id(module) in refused:
@@ -86,11 +104,14 @@ def fuse(model: nn.Module, *, backend: str | None = None) -> FuseReport:
     if _is_multilora(model) and not isinstance(model, FusedMultiLoRALinear):
         report.left[""] = "it is the model itself, which has no parent to swap it in: build a FusedMultiLoRALinear"
     _swap_children(model, swap)
+    if share_inputs:
+        find_groups({name: model.get_submodule(name) for name in report.swapped})
     return report
 
 
 def unfuse(model: nn.Module) -> list[str]:
     """Put back the module objects that :func:`fuse` replaced, with the parameters and mode of now; return the names."""
+    _check_model(model)
     names: list[str] = []
 
     def swap(name: str, module: nn.Module) -> nn.Module | None:
@@ -106,6 +127,11 @@ def unfuse(model: nn.Module) -> list[str]:
 
     _swap_children(model, swap)
     return names
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, not {type(model).__name__}.")
 
 
 def _swap_children(model: nn.Module, swap) -> None:

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from tiny import IDS, branches, config, layers, llama, logits, two_adapters
 from torch import nn
 
-from multilora_fast import functional, shared
+from multilora_fast import MultiLoRALinear, functional, fuse, shared
 from multilora_fast.memory import saved_bytes
 
 EVERYTHING = "all-linear"
@@ -222,3 +222,22 @@ def test_under_compilation_every_layer_shrinks_alone(projections):
     )
     assert projections == [2]
     torch.compiler.reset()
+
+
+def test_fuse_shares_too(one_seed, projections):
+    models = []
+    for share in (False, True):
+        model = llama(torch.float64)
+        for block in model.model.layers:
+            for parent, name in ((block.self_attn, "q_proj"), (block.self_attn, "v_proj"), (block.mlp, "down_proj")):
+                layer = MultiLoRALinear(getattr(parent, name), r=3, lora_num=2, lora_dropout=0.1)
+                nn.init.normal_(layer.lora_scaling)
+                setattr(parent, name, layer)
+        report = fuse(model, share_inputs=share)
+        assert len(report.swapped) == 6
+        models.append(model.train())
+    twins(*models)
+    wanted = gradients(models[0])
+    assert not projections
+    assert_same(gradients(models[1]), wanted, 1e-6)
+    assert projections == [2, 2]
