@@ -21,6 +21,7 @@ tune) $python -m bench.tune --out "$out" ;;
 bench)
     bench ops
     bench layer
+    bench group
     bench step
     $python -m bench.memory_profile --out "$out" --tokens 2048
     ;;

@@ -74,6 +74,44 @@ def ops_table(path: Path) -> str:
     return f"## The three products\n\n{note}\n\n{table(header, body)}"
 
 
+def group_table(path: Path) -> str:
+    machine, rows = benches(path)
+    names = list(rows[0]["median"])
+    body = []
+    for row in rows:
+        s = row["settings"]
+        sizes = ", ".join(map(str, s["N"]))
+        case = f"{s['K']}→{sizes}, n = {s['n']}, {s['dtype']}, dropout {s['dropout']:g}"
+        times = [f"{1e3 * row['median'][name]:.1f}" for name in names]
+        body.append([case, *times, f"{row['ratios']['alone / shared']:.2f}x"])
+    s = rows[0]["settings"]
+    note = (
+        f"{s['M']} tokens, r = {s['r']}; forward + backward, ms; medians of rounds in which all take turns. "
+        f"{conditions_line(machine)}"
+    )
+    return f"## q, k and v together\n\n{note}\n\n{table(['layers', *names, 'alone / shared'], body)}"
+
+
+def fp8_table(path: Path) -> str:
+    document = json.loads(path.read_text())
+    errors = [[kind, f"{100 * value:.1f} %"] for kind, value in document["error of lora_A's gradient"].items()]
+    losses = [[name, f"{value:.4f}"] for name, value in document["summary"].items()]
+    note = (
+        f"{document['model']}, {document['dtype']}, {document['steps']} steps of {document['batch']} examples of the "
+        f"demo's mixture, n = {document['n']}, r = {document['r']}, no dropout. A distance is the mean over all steps "
+        f"of how far a run's loss is from the exact run's. {conditions_line(document['conditions'])}"
+    )
+    return "\n\n".join(
+        [
+            f"## Inputs kept in 8 bits\n\n{note}",
+            table(["loss", "value"], losses),
+            "After training, on one batch: the error of lora_A's gradient, the median over the layers of a kind.",
+            table(["layer", "relative error"], errors),
+            "![losses](fp8_inputs.png)",
+        ]
+    )
+
+
 def step_table(path: Path) -> str:
     machine, rows = benches(path)
     body = []
@@ -145,7 +183,10 @@ def plot(directory: Path, rows: list[dict]) -> None:
     figure.savefig(directory / "layer.png", dpi=130)
 
 
-SECTIONS = {"ops": ops_table, "layer": layer_tables, "step": step_table, "memory": memory_table}
+SECTIONS = {
+    "ops": ops_table, "layer": layer_tables, "group": group_table, "step": step_table, "memory": memory_table,
+    "fp8_inputs": fp8_table,
+}  # fmt: skip
 
 
 def report(directory: Path) -> dict[str, str]:

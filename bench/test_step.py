@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.candidates import COMPILED, CONCATENATED, LORA, OURS, REFERENCE, Concatenated, can_compile, multilora
+from bench.memory import FP8
 from bench.test_layer import gate
 from bench.timing import Turn, contest
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
@@ -69,8 +70,9 @@ def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
     shared = {"lora_dropout": p, "target_modules": list(LINEARS)}
     lora = LoraConfig(r=n * r, lora_alpha=n * r, **shared)
     found[LORA] = get_peft_model(shallow_copy(base), lora, autocast_adapter_dtype=False)
-    ours = get_peft_model(shallow_copy(base), MultiLoraConfig(r=r, lora_num=n, **shared), autocast_adapter_dtype=False)
-    found[OURS] = ours
+    for name, choice in ((OURS, "exact"), (FP8, "fp8")):
+        config = MultiLoraConfig(r=r, lora_num=n, save_inputs=choice, **shared)
+        found[name] = get_peft_model(shallow_copy(base), config, autocast_adapter_dtype=False)
     return found
 
 
