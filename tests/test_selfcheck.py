@@ -25,8 +25,8 @@ def test_right_kernels_pass(direction, M, p, dtype, device):
 
 
 def off_by_a_percent(function):
-    def wrong(*arguments):
-        out = function(*arguments)
+    def wrong(*arguments, **options):
+        out = function(*arguments, **options)
         if out is None:  # expand works in place
             arguments[0].mul_(1.01)
             return None
