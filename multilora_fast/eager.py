@@ -5,6 +5,8 @@ is, or lora_B transposed. ``scale`` is a view (n, D); ``alpha`` a constant. Drop
 int64 tensor of one element on x's device, once in forward and once in backward: the mask is never kept.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,13 @@ def inverse_keep(p: float) -> float:
     return 65536 / (65536 - threshold(p))
 
 
-def dropout_mask(seed: Tensor, M: int, K: int, p: float) -> Tensor:
-    """Keep-mask (M, K), bool: element m·K + k keeps when its 16-bit draw reaches ``threshold(p)``."""
-    return draw(seed, M, K, p, torch.bool)
+def dropout_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.bool) -> Tensor:
+    """Keep-mask (M, K) in ``dtype``: element m·K + k keeps when its 16-bit draw reaches ``threshold(p)``."""
+    draws = _words(seed, (M * K + 3) // 4).view(torch.int16)[: M * K].view(M, K)
+    return torch.ge(draws, threshold(p) - 32768, out=torch.empty(M, K, dtype=dtype, device=seed.device))
 
 
-def _words(seed: Tensor, count: int) -> Tensor:
+def _words(seed: Any, count: int) -> Tensor:
     """``count`` random 64-bit words. On a CPU from torch's generator, which takes one pass; elsewhere from SplitMix64
     (Steele, Lea, Flood 2014), which reads the seed on its device and so waits for nothing."""
     if seed.device.type == "cpu":
@@ -39,15 +42,12 @@ def _words(seed: Tensor, count: int) -> Tensor:
     return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
 
 
-def draw(seed: Tensor | None, M: int, K: int, p: float, dtype: torch.dtype) -> Tensor | None:
+def draw(seed: Any, M: int, K: int, p: float, dtype: torch.dtype) -> Tensor | None:
     """What the products below take as ``keep``: the mask, 0 or 1 in ``dtype``, for one forward or one backward.
 
     ``shrink`` and ``reduce`` use it up: dropout(x) takes its place, and no second tensor of x's size is made.
     """
-    if threshold(p) == 0:
-        return None
-    draws = _words(seed, (M * K + 3) // 4).view(torch.int16)[: M * K].view(M, K)
-    return torch.ge(draws, threshold(p) - 32768, out=torch.empty(M, K, dtype=dtype, device=seed.device))
+    return None if threshold(p) == 0 else dropout_mask(seed, M, K, p, dtype)
 
 
 def shrink(x: Tensor, w: Tensor, scale: Tensor | None = None, alpha: float = 1.0, keep=None, p: float = 0.0) -> Tensor:
@@ -95,8 +95,8 @@ def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, alpha: float)
     """
     n, r, D = w.shape
     P = (dy.t() @ h).view(D, n, r).to(torch.promote_types(w.dtype, scale.dtype)).movedim(0, 1)
-    db = torch.mul(P, (alpha * scale).unsqueeze(2), out=torch.empty(n, D, r, dtype=w.dtype, device=w.device))
-    ds = torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)).mul_(alpha)
+    db = torch.mul(P, _times(scale, alpha).unsqueeze(2), out=torch.empty(n, D, r, dtype=w.dtype, device=w.device))
+    ds = _times(torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)), alpha)
     return db, ds.to(scale.dtype).contiguous()
 
 
@@ -108,6 +108,10 @@ def _stack(w: Tensor, scale: Tensor | None, alpha: float, dtype: torch.dtype) ->
     n, r, D = w.shape
     if scale is not None:
         stacked = torch.empty(D, n, r, dtype=dtype, device=w.device)
-        torch.mul(w.transpose(1, 2), (alpha * scale).unsqueeze(2), out=stacked.transpose(0, 1))
+        torch.mul(w.transpose(1, 2), _times(scale, alpha).unsqueeze(2), out=stacked.transpose(0, 1))
         return stacked.view(D, -1).t()
-    return (w if alpha == 1.0 else w * alpha).to(dtype).reshape(-1, D)
+    return _times(w, alpha).to(dtype).reshape(-1, D)
+
+
+def _times(t: Tensor, alpha: float) -> Tensor:
+    return t if alpha == 1.0 else t * alpha

@@ -16,7 +16,7 @@ The op is two halves, which `shared` runs apart: what reads x, dropout and Ã, a
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,7 +129,8 @@ def backward(dy, x: Kept, H, weight, lora_A, lora_B, lora_scaling, seed, setting
     """The gradients in the order of ``needs``, None where none is needed."""
     tokens = rows(dy.to(settings.dtype))
     dw, db, dB, ds, dH = finish_backward(tokens, x.x, H, lora_B, lora_scaling, settings, needs)
-    dx = dA = None
+    dx: Any = None
+    dA: Any = None
     if needs.x or needs.lora_A:
         dx, dA = project_backward(dH, x, lora_A, seed, settings, needs)
     if needs.x:
@@ -174,7 +175,8 @@ def _per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:
 
 
 def no_autocast(kind: str):
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    known = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if known and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 # The same op for torch.compile, which keeps it whole in its graph. A library call costs more than the eager Function,

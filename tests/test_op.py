@@ -78,9 +78,7 @@ def test_two_times_rule(dtypes, p, scaling, backend, device):
     dtype, adapter_dtype = DTYPES[dtypes]
     if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("bfloat16 is wrong in Triton's interpreter")
-    case = random_case(
-        (2, 33, 72), 48, 3, 12, dtype=dtype, adapter_dtype=adapter_dtype, scaling=scaling, device=device
-    )
+    case = random_case((2, 33, 72), 48, 3, 12, dtype=dtype, adapter_dtype=adapter_dtype, scaling=scaling, device=device)
     assert_two_times_rule(op_for(case, p, backend), case)
 
 
@@ -147,6 +145,10 @@ def test_mask_keeps_at_the_rate_asked_and_shows_no_pattern(p):
     centred = (keep - keep.mean()) / keep.std()
     for a, b in ((centred[0], centred[1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])):
         assert abs((a * b).mean().item()) < 5 / a.numel() ** 0.5
+
+
+def test_mask_without_dropout_keeps_everything():
+    assert dropout_mask(3, 4, 5, 0.0, backend="torch").all()
 
 
 def test_words_of_other_devices_are_splitmix64(monkeypatch):
