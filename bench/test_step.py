@@ -106,7 +106,7 @@ def test_step(benchmark, p, tiny, device):
         memory[method] = {"saved": saved.total}
         del saved
         memory[method]["peak"] = peak_bytes(partial(turns[method].run, None), torch.device(device))
-    medians = contest(benchmark, turns, OURS, rounds=6)
+    medians = contest(benchmark, turns, OURS, rounds=4, warmup=1)
     benchmark.extra_info["settings"] = {
         "model": name, "batch": batch, "length": length, "n": n, "r": r, "dropout": p, "dtype": str(base.dtype),
     }  # fmt: skip

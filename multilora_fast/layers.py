@@ -1,6 +1,7 @@
 """The layer on the fused op, and the swap of a model's MultiLoRALinear modules for it and back."""
 
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ class FusedMultiLoRALinear(MultiLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        H = None if self.shared is None else self.shared.take(self, x)
-        if H is not None:
-            return finish_shared(self, x, H, weight=weight, bias=self.bias)
+        taken = None if self.shared is None else self.shared.take(self, x)
+        if taken is not None:
+            return finish_shared(self, *taken, weight=weight, bias=self.bias)
         return multilora_linear(
             x,
             weight,
@@ -46,7 +47,15 @@ class FusedMultiLoRALinear(MultiLoRALinear):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, backend={self.backend!r}"
+        dropout = f", lora_dropout={self.lora_dropout.p:g}" if self.lora_dropout.p else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"lora_num={self.lora_num}, r={self.r}{dropout}, backend={self.backend!r}"
+        )
+
+    def __repr__(self) -> str:
+        """One line, where nn.Module's would show the dropout on lines of its own."""
+        return f"{type(self).__name__}({self.extra_repr()})"
 
 
 @dataclass
@@ -82,7 +91,7 @@ def fuse(
     if backend not in (None, "triton", "torch"):
         raise ValueError(f'backend must be "triton", "torch" or None, not {backend!r}.')
     report = FuseReport()
-    fused: dict[int, nn.Module] = {}
+    fused: dict[int, FusedMultiLoRALinear] = {}
     refused: dict[int, str] = {}
 
     def swap(name: str, module: nn.Module) -> nn.Module | None:
@@ -148,7 +157,7 @@ def _is_multilora(module: nn.Module) -> bool:
     return all(hasattr(module, key) for key in (*_PARAMETERS, "lora_num", "lora_dropout", "scaling_factor"))
 
 
-def _why_not(module: nn.Module) -> str | None:
+def _why_not(module: Any) -> str | None:
     """The reason to leave a MultiLoRALinear alone, or None."""
     if getattr(module, "merged", False):
         return "its branches are merged into the weight"
@@ -174,7 +183,7 @@ def _why_not(module: nn.Module) -> str | None:
     return None if type(module) is MultiLoRALinear else _other_formula(module)
 
 
-def _dropout(module: nn.Module) -> nn.Dropout | None:
+def _dropout(module: Any) -> nn.Dropout | None:
     """The module's dropout; an inactive one for a plain function or nn.Identity, which stand for p = 0."""
     dropout = module.lora_dropout
     if type(dropout) is nn.Dropout:
@@ -182,7 +191,7 @@ def _dropout(module: nn.Module) -> nn.Dropout | None:
     return None if isinstance(dropout, nn.Module) and not isinstance(dropout, nn.Identity) else nn.Dropout(0.0)
 
 
-def _fused(module: nn.Module, backend: str | None) -> FusedMultiLoRALinear:
+def _fused(module: Any, backend: str | None) -> FusedMultiLoRALinear:
     """A fused layer on the module's own parameters. It remembers the module, outside of its own submodules."""
     fused = FusedMultiLoRALinear.__new__(FusedMultiLoRALinear)
     nn.Module.__init__(fused)
@@ -192,7 +201,7 @@ def _fused(module: nn.Module, backend: str | None) -> FusedMultiLoRALinear:
     fused.out_features = module.lora_B.shape[1]
     fused.scaling_factor = module.scaling_factor
     fused.fan_in_fan_out = getattr(module, "fan_in_fan_out", False)
-    fused.lora_dropout = _dropout(module)
+    fused.lora_dropout = cast(nn.Dropout, _dropout(module))
     fused.backend = backend
     fused.training = module.training
     fused.__dict__["_unfused"] = module
@@ -200,7 +209,7 @@ def _fused(module: nn.Module, backend: str | None) -> FusedMultiLoRALinear:
 
 
 @torch.no_grad()
-def _other_formula(module: nn.Module) -> str | None:
+def _other_formula(module: Any) -> str | None:
     """Why a module of another class is not the same function of x and its parameters, tried on two tokens."""
     if module.weight.is_meta:
         return "its forward cannot be tried on the meta device"
@@ -212,7 +221,7 @@ def _other_formula(module: nn.Module) -> str | None:
 
     x = draw(module.lora_A[:1, :2])
     parameters = {key: draw(getattr(module, key)) for key in ("lora_A", "lora_B", "lora_scaling")}
-    dropout = _dropout(module)
+    dropout = cast(nn.Dropout, _dropout(module))
     training, dropout.training = dropout.training, False
     try:
         theirs, ours = (functional_call(m, parameters, (x,)).double() for m in (module, fused))

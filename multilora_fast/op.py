@@ -103,17 +103,18 @@ def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: N
     return dw, db, dB, ds, dH
 
 
-def project_backward(dH, x: Kept, lora_A, seed, settings: Settings, needs: Needs) -> tuple:
-    """From dH (M, R): the branches' part of dx (M, K), and dÃ as (n, r, K)."""
+def project_backward(dH, x: Kept, dx, lora_A, seed, settings: Settings, needs: Needs) -> tuple:
+    """From dH (M, R): the branches' part of dx (M, K), added to ``dx`` in place if it is given, and dÃ as (n, r, K)."""
     _, p, dtype, backend = settings[:4]
-    ops, dx, dA = load(backend), None, None
+    ops, dA = load(backend), None
     n, _, K = lora_A.shape
     if backend == "triton" and dH.is_cuda:
         selfcheck.check("backward", dH, lora_A, settings)
     mask = ops.draw(seed, dH.shape[0], K, p, dtype)
     if needs.x:
-        dx = dH.new_empty(dH.shape[0], K)
-        ops.expand(dx, dH, lora_A, None, 1.0, mask, p, accumulate=False)
+        given = dx is not None
+        dx = dx if given else dH.new_empty(dH.shape[0], K)
+        ops.expand(dx, dH, lora_A, None, 1.0, mask, p, accumulate=given)
     if needs.lora_A:
         dA = ops.reduce(dH, rows(read(x, dtype)), n, lora_A.dtype, mask, p)
     return dx, dA
@@ -132,7 +133,7 @@ def backward(dy, x: Kept, H, weight, lora_A, lora_B, lora_scaling, seed, setting
     dx: Any = None
     dA: Any = None
     if needs.x or needs.lora_A:
-        dx, dA = project_backward(dH, x, lora_A, seed, settings, needs)
+        dx, dA = project_backward(dH, x, None, lora_A, seed, settings, needs)
     if needs.x:
         if weight is not None:
             dx.addmm_(tokens, weight.to(settings.dtype))

@@ -7,9 +7,10 @@ its neighbours. M tokens, Rᵢ the total rank of layer i.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import TensorWeakRef
 
@@ -24,9 +25,10 @@ SIBLINGS = (
     ("to_q", "to_k", "to_v"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
 _NOTHING = Needs(*[False] * 6)
+Layer = Any  # a fused layer or a PEFT adapter of ours
 
 
-def find_groups(modules: Mapping[str, nn.Module]) -> list["SharedInput"]:
+def find_groups(modules: Mapping[str, Layer]) -> list["SharedInput"]:
     """Of modules by path, those under one parent whose names say that they read the same x, and have the same K."""
     groups = []
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in modules):
@@ -44,7 +46,7 @@ class SharedInput:
     ``left`` is None, or why the group shares no more: its layers were seen to read different tensors.
     """
 
-    def __init__(self, members: dict[str, nn.Module]):
+    def __init__(self, members: dict[str, Layer]):
         self.members = members
         for member in members.values():
             member.shared = self
@@ -55,8 +57,9 @@ class SharedInput:
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_waiting": None}
 
-    def take(self, member: nn.Module, x: Tensor) -> Tensor | None:
-        """H (M, R) of ``member`` for x, or None where nothing can be shared, and the layer computes it itself."""
+    def take(self, member: Layer, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """x as :func:`finish_shared` takes it, and H (M, R) of ``member``; None where nothing can be shared, and the
+        layer computes it itself."""
         name = next((name for name, other in self.members.items() if other is member), None)
         if name is None or self.left or not member.training or torch.compiler.is_compiling() or x.is_inference():
             return None
@@ -65,27 +68,26 @@ class SharedInput:
             return None
         state = (x._version, torch.is_grad_enabled(), autocasts(x), *ways)
         if self._waiting is not None:
-            expected, before, H = self._waiting
+            expected, before, passed, H = self._waiting
             if expected() is x and before == state and name in H:
                 found = H.pop(name)
                 if not H:
                     self._waiting, self._deserted = None, 0
-                return found
+                return passed, found
             self._deserted += 1
             if name in H or self._deserted > 1:
                 self.left, self._waiting = "its layers were not given the same tensor", None
                 return None
-        H = dict(zip(self.members, self._project(x), strict=True))
-        found = H.pop(name)
-        self._waiting = (TensorWeakRef(x), state, H)
-        return found
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         settings, seed = _prepared(next(iter(self.members.values())), x, dropout=True)
-        return Project.apply(x, seed, settings, *(member.lora_A for member in self.members.values()))
+        passed, *Hs = Project.apply(x, seed, settings, *(member.lora_A for member in self.members.values()))
+        passed = passed if x.requires_grad else x
+        H = dict(zip(self.members, Hs, strict=True))
+        found = H.pop(name)
+        self._waiting = (TensorWeakRef(x), state, passed, H)
+        return passed, found
 
 
-def finish_shared(member: nn.Module, x: Tensor, H: Tensor, *, weight=None, bias=None, y=None) -> Tensor:
+def finish_shared(member: Layer, x: Tensor, H: Tensor, *, weight=None, bias=None, y=None) -> Tensor:
     """The output (..., N) of a layer whose H is known: x Wᵀ + b + H B̃ᵀ, or y + H B̃ᵀ."""
     settings, _ = _prepared(member, x, dropout=False)
     N = member.lora_B.shape[1]
@@ -96,7 +98,7 @@ def finish_shared(member: nn.Module, x: Tensor, H: Tensor, *, weight=None, bias=
     return Finish.apply(x, y, weight, bias, H, member.lora_B, member.lora_scaling, settings)
 
 
-def _way(member: nn.Module) -> tuple:
+def _way(member: Layer) -> tuple:
     """What must agree for one shrink to serve several members. A parameter that FSDP or ZeRO has taken away agrees with
     no x: it has another shape, or is a DTensor."""
     A, dropout = member.lora_A, member.lora_dropout
@@ -104,7 +106,7 @@ def _way(member: nn.Module) -> tuple:
     return A.device, K, A.dtype, dropout.p if dropout.training else 0.0, member.backend, member.save_inputs
 
 
-def _prepared(member: nn.Module, x: Tensor, *, dropout: bool) -> tuple[Settings, Tensor | None]:
+def _prepared(member: Layer, x: Tensor, *, dropout: bool) -> tuple[Settings, Tensor | None]:
     branches = (member.lora_A, member.lora_B, member.lora_scaling)
     p = member.lora_dropout.p if dropout else 0.0
     training = member.lora_dropout.training
@@ -117,7 +119,10 @@ def _beside(lora_As: Sequence[Tensor]) -> Tensor:
 
 
 class Project(torch.autograd.Function):
-    """The H (M, Rᵢ) of every layer of a group, as slices of one tensor."""
+    """x itself, and the H (M, Rᵢ) of every layer of a group, as slices of one tensor.
+
+    The layers take the x that comes out: the sum of their dy W comes back here, and grows in place.
+    """
 
     @staticmethod
     def forward(ctx, x, seed, settings, *lora_As):
@@ -128,27 +133,32 @@ class Project(torch.autograd.Function):
             H = project(x, _beside(lora_As), seed, settings)
         ctx.shape = x.shape
         ctx.save_for_backward(*ctx.needs.kept_x(x, settings), seed, *lora_As)
-        return H.split([A.shape[:2].numel() for A in lora_As], dim=1)
+        return x, *H.split([A.shape[:2].numel() for A in lora_As], dim=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *dHs):
+    def backward(ctx, dx, *dHs):
         x, scale, seed, *lora_As = ctx.saved_tensors
         given = next((dH for dH in dHs if dH is not None), None)
         if given is None:
-            return (None,) * len(ctx.needs_input_grad)
+            return dx, None, None, *[None] * len(lora_As)
         sizes = [A.shape[:2].numel() for A in lora_As]
         whole = torch.cat(
             [given.new_zeros(len(given), R) if dH is None else dH for dH, R in zip(dHs, sizes, strict=True)], 1
         )
         with no_autocast(whole.device.type):
-            dx, dA = project_backward(whole, Kept(x, scale), _beside(lora_As), seed, ctx.settings, ctx.needs)
+            grows = dx is not None and dx.dtype == ctx.settings.dtype  # it is wider under autocast
+            own = rows(dx) if grows else None
+            own, dA = project_backward(whole, Kept(x, scale), own, _beside(lora_As), seed, ctx.settings, ctx.needs)
+            if own is not None:
+                own = own.view(ctx.shape)
+                dx = own if grows or dx is None else dx.add_(own)
         grads = [None] * len(lora_As) if dA is None else dA[0].split(sizes)
         dAs = (
             g.view(A.shape) if needed and dH is not None else None
             for g, A, dH, needed in zip(grads, lora_As, dHs, ctx.needs_input_grad[3:], strict=True)
         )
-        return None if dx is None else dx.view(ctx.shape), None, None, *dAs
+        return dx, None, None, *dAs
 
 
 class Finish(torch.autograd.Function):

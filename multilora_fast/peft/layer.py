@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -58,11 +59,11 @@ class MultiLoraBranches(nn.Module):
     ) -> Tensor:
         """The adapted layer's output: from its weight and bias, or added to ``y``, its output without the branches.
         ``alone`` says that x is this layer's own."""
-        H = self.shared.take(self, x) if self.shared is not None and not alone else None
-        if H is not None:
-            return finish_shared(self, x, H, weight=weight, bias=bias, y=y)
+        taken = self.shared.take(self, x) if self.shared is not None and not alone else None
+        if taken is not None:
+            return finish_shared(self, *taken, weight=weight, bias=bias, y=y)
         branches = (self.lora_A, self.lora_B, self.lora_scaling)
-        options = {
+        options: dict[str, Any] = {
             "scaling_factor": self.scaling_factor,
             "dropout_p": self.lora_dropout.p,
             "training": self.lora_dropout.training,
@@ -95,6 +96,10 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("multilora_branches",)
     other_param_names = ()
+    base_layer: Any
+    multilora_branches: Any  # an nn.ModuleDict, a MultiLoraBranches by the name of each adapter
+    in_features: Any
+    out_features: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, quantization: dict, **options):
         super().__init__()
