@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 
 @dataclass
@@ -77,3 +81,39 @@ def timeline(step: Callable[[], object]) -> list[tuple[float, int]]:
         live += change
         points.append(((at - changes[0][0]) / 1e3, live))
     return points
+
+
+class AliveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made inside the block while they are alive: ``live`` now, and ``peaks`` by phase.
+
+    The caller names the ``phase``, and in ``exclude`` the tensors from before that are not to be counted. A storage
+    counts once; what a kernel allocates for itself is not seen. For use under torch's FakeTensorMode, where nothing is
+    allocated: a tensor that is asked there for its value, which does not exist, says 1.
+    """
+
+    def __init__(self, exclude: Iterable[Tensor]):
+        super().__init__()
+        self.live, self.phase = 0, ""
+        self.peaks: Counter[str] = Counter()
+        self._known = {tensor.untyped_storage()._cdata for tensor in exclude}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.live)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.live += size
+            weakref.finalize(storage, self._release, key, size).atexit = False
+
+    def _release(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

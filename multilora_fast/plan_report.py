@@ -1,0 +1,186 @@
+"""The plan as a table, a dict and a bar chart, and the sizes of GPUs."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from multilora_fast.files import replaced
+from multilora_fast.plan_step import FORWARD, FULL, PHASES, REFERENCE, TOP
+
+UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+# GiB that the driver reports, rounded down.
+GPUS = {
+    "T4": 15, "V100-16GB": 16, "V100-32GB": 32, "RTX 3090": 24, "RTX 4090": 23, "RTX 5090": 31, "L4": 22, "A10": 22,
+    "A10G": 22, "L40S": 44, "RTX A6000": 47, "A100-40GB": 39, "A100-80GB": 79, "H100": 79, "H200": 140, "B200": 178,
+    "MI300X": 191,
+}  # fmt: skip
+KINDS = ("weights", "adapter", "optimizer", "gradients", "activations", "logits and temporaries")
+COLORS = ("#5b6770", "#e0a030", "#8d6cab", "#b5483a", "#1f5fa8", "#a9c4e0")
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """Bytes that one method holds. ``activations`` is what the decoder layers keep for backward, ``logits`` the logits
+    and what the loss keeps of them, ``peak`` the most that is alive at once, in ``phase``; ``largest_batch`` the rows
+    that fit the device, None where none was named."""
+
+    method: str
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    peak: int
+    phase: str
+    largest_batch: int | None = None
+
+    @classmethod
+    def of(cls, method: str, figures: dict[str, int]) -> "MethodPlan":
+        phase = max(PHASES, key=figures.__getitem__)
+        kinds = {key: value for key, value in figures.items() if key not in PHASES}
+        return cls(method, **kinds, peak=figures[phase], phase=phase)
+
+    def at_peak(self) -> dict[str, int]:
+        """The peak by kind. Gradients take the place of activations as backward goes on: whichever it is then."""
+        held = {"weights": self.weights, "adapter": self.adapter, "optimizer": self.optimizer}
+        rest = self.peak - sum(held.values())
+        growing = self.phase in (FORWARD, TOP)
+        gradients = 0 if growing else min(self.gradients, rest)
+        activations = min(self.activations, rest) if growing else 0
+        return held | {
+            "gradients": gradients,
+            "activations": activations,
+            "logits and temporaries": rest - gradients - activations,
+        }
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What :func:`plan_memory` found: ``asked`` holds its arguments, ``methods`` a :class:`MethodPlan` each."""
+
+    asked: dict[str, Any]
+    methods: Sequence[MethodPlan]
+
+    def __getitem__(self, method: str) -> MethodPlan:
+        return next(plan for plan in self.methods if plan.method == method)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data for JSON; all sizes in bytes."""
+        return {"asked": self.asked, "methods": {plan.method: asdict(plan) for plan in self.methods}}
+
+    def __str__(self) -> str:
+        return "\n".join([self.title(), "", *self._table(), "", *self._notes()])
+
+    __repr__ = __str__
+
+    def title(self) -> str:
+        a = self.asked
+        parts = [
+            f"{a['model']}, {a['layers']} layers, {a['dtype']}"
+            + (f", {a['quantization']}" if a["quantization"] else ""),
+            f"batch {a['batch']} of {a['seq_len']} tokens" + (", checkpointing" if a["checkpointing"] else ""),
+            f"{a['lora_num']} branches of rank {a['r']}, adapters in {a['adapter_dtype']}",
+            f"dropout {a['lora_dropout']:g}, {a['optimizer']}, {a['device']}",
+        ]
+        return "; ".join(parts)
+
+    def _table(self) -> list[str]:
+        unit = _unit(self.methods)
+        columns = ["weights", "adapter", "optimizer", "gradients", "activations", "logits", "peak"]
+        header = [f"in {unit}", *columns, "reached in"]
+        memory = self.asked["device_memory"]
+        if memory is not None:
+            header.append(f"largest batch in {memory / 2**30:.4g} GiB")
+        rows = [header]
+        for plan in self.methods:
+            cells = [f"{getattr(plan, column) / _SIZE[unit]:,.{_DIGITS[unit]}f}" for column in columns]
+            last = [] if plan.largest_batch is None else [str(plan.largest_batch or "none")]
+            rows.append([plan.method, *cells, plan.phase, *last])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        text = [
+            "  ".join(_aligned(i, cell, w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows
+        ]
+        return [text[0], "-" * len(text[0]), *text[1:]]
+
+    def _notes(self) -> list[str]:
+        notes = ["Gradients replace activations as backward goes on, so the peak is less than the sum of a row."]
+        if self.asked["quantization"]:
+            notes.append(f"{FULL.capitalize()} and the {REFERENCE} cannot train a quantized base: theirs is dense.")
+        if self.asked["device_memory"] is not None:
+            notes.append(f"Of the device's memory {self.asked['headroom']:.0%} is left free.")
+        return notes
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a bar chart of the peaks, by kind; the format is the path's suffix.
+
+        Raises:
+            ValueError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ValueError("plot needs matplotlib: run pip install matplotlib.") from error
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        axis: Any = figure.subplots()
+        unit = _unit(self.methods)
+        names = [plan.method for plan in self.methods]
+        left = [0.0] * len(names)
+        for kind, color in zip(KINDS, COLORS, strict=True):
+            sizes = [plan.at_peak()[kind] / _SIZE[unit] for plan in self.methods]
+            axis.barh(names, sizes, left=left, label=kind, color=color, height=0.62)
+            left = [a + b for a, b in zip(left, sizes, strict=True)]
+        axis.bar_label(axis.containers[-1], [f"{total:,.{_DIGITS[unit]}f}" for total in left], padding=4)
+        memory = self.asked["device_memory"]
+        if memory is not None:
+            axis.axvline(memory / _SIZE[unit], color="black", linestyle="--", linewidth=1)
+        axis.invert_yaxis()
+        axis.margins(x=0.1)
+        axis.set(xlabel=f"{unit} at the peak of a training step")
+        axis.set_title("\n".join(_halves(self.title())), fontsize=9, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=8)
+        with replaced(Path(path)) as unfinished:
+            figure.savefig(unfinished, dpi=140)
+        return Path(path)
+
+
+def parse_memory(value: int | str) -> int:
+    """Bytes of a size, such as 25769803776 or "24GiB", or of a GPU by its name.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    text = str(value)
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if isinstance(value, str) and size and size[2] in UNITS and float(size[1]) > 0:
+        return int(float(size[1]) * UNITS[size[2]])
+    known = {_plain(name): gib for name, gib in GPUS.items()}
+    if isinstance(value, str) and _plain(text) in known:
+        return known[_plain(text)] * 2**30
+    raise ValueError(f'device_memory must be a size such as "24GiB", or one of {", ".join(GPUS)}, not {value!r}.')
+
+
+_SIZE = {"GiB": 2**30, "MiB": 2**20}
+_DIGITS = {"GiB": 2, "MiB": 1}
+
+
+def _unit(methods: Sequence[MethodPlan]) -> str:
+    return "GiB" if max(plan.peak for plan in methods) >= 2**30 else "MiB"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia"))
+
+
+def _aligned(column: int, cell: str, width: int) -> str:
+    return f"{cell:<{width}}" if column in (0, 8) else f"{cell:>{width}}"
+
+
+def _halves(title: str) -> list[str]:
+    parts = title.split("; ")
+    return ["; ".join(parts[:2]), "; ".join(parts[2:])]

@@ -1,0 +1,329 @@
+"""plan_memory: its figures are those of real steps, its extrapolation is exact, its mistakes are explained."""
+
+import json
+import subprocess
+import sys
+import time
+from functools import cache
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import gpt2
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen2Config, T5Config
+
+from bench.memory import FP8, bytes_per_token
+from multilora_fast import MultiLoraConfig, MultiLoRALinear, plan_memory
+from multilora_fast.memory import peak_bytes
+from multilora_fast.plan import FEW, counter, largest_batch
+from multilora_fast.plan_report import MethodPlan, parse_memory
+from multilora_fast.plan_step import FULL, LORA, METHODS, OURS, PHASES, REFERENCE, Settings, Step
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFIG = "model_or_config must be"
+SMALL = {"batch": 2, "seq_len": 16, "r": 4}
+
+
+def config(layers=5, **options) -> LlamaConfig:
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4}
+    return LlamaConfig(**{**sizes, "num_hidden_layers": layers, "num_key_value_heads": 2, **options})
+
+
+def llama(dtype=torch.bfloat16, **options) -> nn.Module:
+    return AutoModelForCausalLM.from_config(config(**options), dtype=dtype)
+
+
+def settings(**options) -> Settings:
+    return Settings(
+        **{
+            "seq_len": 64, "r": 8, "lora_num": 3, "dtype": torch.bfloat16, "adapter_dtype": torch.bfloat16,
+            "lora_dropout": 0.0, "target_modules": LINEARS, "quantization": None, "checkpointing": False,
+            "optimizer": "adamw", "device": "cpu", **options,
+        }
+    )  # fmt: skip
+
+
+def trained(method: str, model: nn.Module, p: float, float32: bool) -> nn.Module:
+    """The model as its users make it."""
+    if method == REFERENCE:
+        model.requires_grad_(False)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LINEARS:
+                model.set_submodule(name, MultiLoRALinear(module, r=8, lora_num=3, lora_dropout=p))
+    elif method == LORA:
+        lora = LoraConfig(r=24, lora_dropout=p, target_modules=LINEARS)
+        model = get_peft_model(model, lora, autocast_adapter_dtype=float32)
+    elif method == OURS:
+        ours = MultiLoraConfig(r=8, lora_num=3, lora_dropout=p, target_modules=LINEARS)
+        model = get_peft_model(model, ours, autocast_adapter_dtype=float32)
+    return model.train()
+
+
+def measured(model: nn.Module, batch: int, length: int, cls=torch.optim.AdamW) -> int:
+    """The bytes of tensors alive at the peak of a step beyond those alive between steps."""
+    ids = torch.randint(512, (batch, length))
+    optimizer = cls([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step():
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    return peak_bytes(step, torch.device("cpu"))
+
+
+def beyond(plan) -> int:
+    return plan.peak - plan.weights - plan.adapter - plan.optimizer
+
+
+def assert_within_5_percent(predicted: int, real: int) -> None:
+    print(f"predicted {predicted:,}, measured {real:,}: {predicted / real - 1:+.1%}")
+    assert abs(predicted / real - 1) <= 0.05
+
+
+@cache
+def planned(batch: int, length: int, p: float, checkpointing: bool):
+    return plan_memory(
+        config(), batch=batch, seq_len=length, r=8, lora_dropout=p, target_modules=LINEARS, device="cpu",
+        checkpointing=checkpointing, adapter_dtype="bfloat16",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.05])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_peak_is_a_real_steps(method, p, checkpointing):
+    model = llama()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = trained(method, model, p, float32=False)
+    batch, length = (4, 128) if p else (9, 40)
+    plan = planned(batch, length, p, checkpointing)[method]
+    assert_within_5_percent(beyond(plan), measured(model, batch, length))
+
+
+@pytest.mark.parametrize("method", [LORA, OURS])
+def test_adapters_are_float32_where_peft_makes_them_so(method):
+    model = trained(method, llama(), 0.05, float32=True)
+    own = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    plan = plan_memory(
+        config(), batch=4, seq_len=128, r=8, lora_dropout=0.05, target_modules=LINEARS, device="cpu"
+    )[method]  # fmt: skip
+    assert (plan.adapter, plan.gradients) == (own, own)
+    assert plan.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - own
+    assert_within_5_percent(beyond(plan), measured(model, 4, 128))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+def test_the_optimizers_state_and_its_temporaries(optimizer):
+    cls = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor}[optimizer]
+    model = llama(torch.float32, vocab_size=4096).train()
+    s = settings(seq_len=8, dtype=torch.float32, optimizer=optimizer)
+    plan = MethodPlan.of(FULL, counter(config(vocab_size=4096), FULL, s, whole=False)(1))
+    assert (plan.phase == "optimizer step") == (optimizer != "sgd")
+    assert_within_5_percent(beyond(plan), measured(model, 1, 8, cls))
+
+
+def test_other_architectures_are_counted():
+    small = GPT2Config(vocab_size=512, n_positions=128, n_embd=64, n_layer=5, n_head=4, resid_pdrop=0.1, attn_pdrop=0.0)
+    plan = plan_memory(small, batch=4, seq_len=64, dtype="float32", r=8, target_modules=["c_attn"], device="cpu")
+    ours = MultiLoraConfig(r=8, lora_num=3, target_modules=["c_attn"])
+    model = get_peft_model(GPT2LMHeadModel(small), ours).train()
+    assert_within_5_percent(beyond(plan[OURS]), measured(model, 4, 64))
+    assert plan[REFERENCE].peak > plan[OURS].peak
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [("cpu", {"checkpointing": True, "lora_dropout": 0.05}), ("cuda", {}), ("cuda", {"quantization": "4bit"})],
+)
+def test_few_layers_stand_for_all(method, device, options):
+    s = settings(device=device, **options)
+    few, all_ = (counter(config(), method, s, whole=whole)(3) for whole in (False, True))
+    assert few == all_
+
+
+def test_unequal_layers_are_counted_whole():
+    kinds = ["full_attention", "sliding_attention"] * 3
+    mixed = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, layer_types=kinds, use_sliding_window=True, sliding_window=8,
+    )  # fmt: skip
+    s = settings(seq_len=16, r=4, target_modules="all-linear", adapter_dtype=torch.float32, device="cuda")
+    for method, plan in zip(METHODS, plan_memory(mixed, **SMALL).methods, strict=True):
+        assert plan == MethodPlan.of(method, counter(mixed, method, s, whole=True)(2))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_a_gpu_keeps_masks_of_a_byte_and_ours_none_and_inputs_in_8_bits_if_asked(p):
+    """Against bench.memory, which counts a real layer with such masks: bytes per token and layer, but for seeds."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 4}
+    per_layer = {}
+    for name, method, options in (
+        (LORA, LORA, {}), (REFERENCE, REFERENCE, {}), (OURS, OURS, {}), (FP8, OURS, {"save_inputs": "fp8"})
+    ):  # fmt: skip
+        s = settings(device="cuda", lora_dropout=p, r=32, lora_num=5, options=options)
+        few, more = (counter(config(n, **sizes), method, s, whole=True)(2)["activations"] for n in FEW)
+        per_layer[name] = (more - few) / (2 * s.seq_len)
+    real = {name: bytes_per_token("tiny", name, p=p) for name in per_layer}
+    for name in (LORA, REFERENCE, FP8):
+        assert per_layer[name] - per_layer[OURS] == pytest.approx(real[name] - real[OURS], abs=0.5)
+
+
+def test_packed_weights_take_bitsandbytes_bytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    w = torch.randn(512, 1024)
+    packed, state = bnb.functional.quantize_4bit(w, compress_statistics=True, quant_type="nf4")
+    real = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    sizes = config(hidden_size=1024, intermediate_size=512)
+    weights = {q: Step(sizes, OURS, settings(quantization=q)).fixed()["weights"] for q in (None, "4bit", "8bit")}
+    numbers = 5 * (1024 * (1024 + 1024 + 512 + 512) + 3 * 1024 * 512)
+    rows = 5 * (1024 + 1024 + 512 + 512 + 2 * 512 + 1024)
+    assert weights[None] - weights["4bit"] == pytest.approx(numbers * (2 - real / w.numel()), rel=1e-3)
+    assert weights[None] - weights["8bit"] == numbers - 4 * rows
+
+
+def test_eight_bit_adam_takes_a_byte_per_moment():
+    names = ("adamw", "adamw_8bit")
+    full, eight = (counter(config(), FULL, settings(optimizer=name), whole=False)(1) for name in names)
+    assert eight["optimizer"] == pytest.approx(full["optimizer"] / 2, rel=0.05)  # of moments in bfloat16
+    assert eight["optimizer step"] < full["optimizer step"]
+
+
+def test_the_largest_batch_fits_and_one_more_does_not():
+    for method, q in ((LORA, None), (OURS, "4bit")):
+        count = cache(counter(config(), method, settings(device="cuda", quantization=q), whole=False))
+        tried = []
+
+        def peaks(rows, count=count, tried=tried):
+            tried.append(rows)
+            return [count(rows)[phase] for phase in PHASES]
+
+        rows = largest_batch(peaks, 60 * 2**20, 4)
+        assert max(peaks(rows)) <= 60 * 2**20 < max(peaks(rows + 1))
+        assert len(set(tried)) <= 6
+
+
+def test_the_largest_batch_is_in_the_plan():
+    plan = plan_memory(config(vocab_size=8), device_memory="1MiB", **SMALL)
+    assert [found.largest_batch for found in plan.methods] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("start", [1, 2, 17, 1000])
+@pytest.mark.parametrize(
+    "peaks_of",
+    [lambda b: [7 * b + 3], lambda b: [900, 7 * b], lambda b: [500 + b, max(2 * b, 50 * b - 3000), max(400, 3 * b)]],
+)
+def test_the_search_finds_what_trying_all_would(peaks_of, start):
+    for budget in (1, 10, 899, 900, 1000, 12345):
+        expected = max((b for b in range(1, 2000) if max(peaks_of(b)) <= budget), default=0)
+        assert largest_batch(peaks_of, budget, start) == expected
+
+
+def test_a_large_model_takes_seconds_and_no_memory():
+    llama = LlamaConfig(
+        vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
+    )
+    started = time.perf_counter()
+    allocated = peak_bytes(lambda: plan_memory(llama, batch=4, seq_len=2048), torch.device("cpu"))
+    assert time.perf_counter() - started < 60
+    assert allocated < 2**20
+
+
+def test_what_the_plan_shows(tmp_path):
+    config(1).save_pretrained(tmp_path)
+    plan = plan_memory(
+        tmp_path, target_modules=LINEARS, device_memory="24GiB", lora_dropout=0.05, quantization="4bit", **SMALL
+    )
+    text = str(plan)
+    assert text == repr(plan)
+    for method in METHODS:
+        assert method in text
+        assert sum(plan[method].at_peak().values()) == plan[method].peak
+        assert min(plan[method].at_peak().values()) >= 0
+    assert "largest batch in 24 GiB" in text
+    assert json.loads(json.dumps(plan.to_dict()))["methods"][OURS]["peak"] == plan[OURS].peak
+    assert plan.plot(tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert plan_memory(llama(num_hidden_layers=1), **SMALL)[OURS] == plan_memory(config(1), **SMALL)[OURS]
+
+
+def test_options_of_the_adapter_are_passed_on():
+    kinds = ("vector", "scalar")
+    vector, scalar = (Step(config(), OURS, settings(options={"scaling": kind})).fixed()["adapter"] for kind in kinds)
+    assert scalar < vector
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batch": 0}, "batch must be an integer of at least 1, not 0."),
+        ({"seq_len": 1.5}, "seq_len must be an integer of at least 1, not 1.5."),
+        ({"r": 0}, "r must be an integer of at least 1, not 0."),
+        ({"lora_dropout": 1.0}, "lora_dropout must be a probability in [0, 1), not 1.0."),
+        ({"quantization": "3bit"}, 'quantization must be None, "4bit" or "8bit", not \'3bit\'.'),
+        ({"optimizer": "lion"}, 'optimizer must be "adamw", "adamw_8bit", "adafactor" or "sgd", not \'lion\'.'),
+        ({"device": "tpu"}, 'device must be "cuda" or "cpu", not \'tpu\'.'),
+        ({"dtype": "int8"}, 'dtype must be "float32", "bfloat16" or "float16", not \'int8\'.'),
+        ({"adapter_dtype": torch.int8}, 'adapter_dtype must be "float32", "bfloat16" or "float16", not \'int8\'.'),
+        ({"headroom": 1}, "headroom must be a share in [0, 1), not 1."),
+        ({"scaling": "matrix"}, 'scaling must be "vector" or "scalar", not \'matrix\'.'),
+        ({"nonsense": 1}, "nonsense is no field of MultiLoraConfig."),
+        ({"model_or_config": 3}, f"{CONFIG} a transformers config, a model, a directory or a hub id, not int."),
+        ({"model_or_config": T5Config()}, f"{CONFIG} a causal LM's, which a T5Config is not."),
+        ({"model_or_config": "./nowhere"}, "model ./nowhere: no such directory."),
+    ],
+)  # fmt: skip
+def test_mistakes(wrong, message):
+    with pytest.raises(ValueError) as error:
+        plan_memory(**{"model_or_config": config(), **SMALL, **wrong})
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("memory", ["", "0GiB", "24 apples", "H1000", -1, True, 1.5])
+def test_memory_that_is_no_size(memory):
+    with pytest.raises(ValueError, match="device_memory must be a size"):
+        parse_memory(memory)
+
+
+def test_sizes_and_names_of_memory():
+    assert parse_memory("24GiB") == parse_memory(" 24 gib ") == parse_memory("24576MiB") == parse_memory(24 * 2**30)
+    assert parse_memory("80GB") == 80 * 10**9
+    assert parse_memory("NVIDIA H100") == parse_memory("h100") > parse_memory("rtx4090")
+
+
+def test_targets_that_match_nothing():
+    with pytest.raises(ValueError, match="nowhere"):
+        plan_memory(config(), target_modules=["nowhere"], **SMALL)
+
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "multilora_fast.cli", "plan", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(tmp_path):
+    gpt2().config.save_pretrained(tmp_path)
+    files = ("--plot", tmp_path / "p.png", "--output", tmp_path / "p.json")
+    done = run(tmp_path, "--batch", 2, "--seq-len", 16, "--gpu", "L4", *files)
+    assert done.returncode == 0, done.stderr
+    assert "largest batch in 22 GiB" in done.stdout
+    assert (tmp_path / "p.png").is_file()
+    assert json.loads((tmp_path / "p.json").read_text())["asked"]["device_memory"] == 22 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["./nowhere"], "model ./nowhere: no such directory."),
+        (["./nowhere", "--gpu", "H100", "--gpu-memory", "2GiB"], "--gpu and --gpu-memory both say"),
+        (["./nowhere", "--plot", "no/such/place.png"], "--plot no/such/place.png: its directory does not exist."),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(arguments, message):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
