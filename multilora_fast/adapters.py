@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multilora_fast.branches import CONTAINER, NAMES, Branches, collect, describe, shape_options, targets
-from multilora_fast.checks import check_hyperparameters
+from multilora_fast.checks import check_config, check_hyperparameters
+from multilora_fast.files import check_folder, made
 from multilora_fast.layers import FusedMultiLoRALinear
 from multilora_fast.reference import MultiLoRALinear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PREFIX = "base_model.model."
 _SUFFIX = f".{CONTAINER}."
 
@@ -96,8 +98,8 @@ def read_multilora(directory: str | os.PathLike) -> tuple[dict, dict[str, Branch
     if missing:
         raise ValueError(f"{directory / CONFIG} lacks {', '.join(sorted(missing))}.")
     try:
-        for r in (config["r"], *(config.get("rank_pattern") or {}).values()):
-            check_hyperparameters(r=r, **{k: config[k] for k in ("lora_num", "lora_dropout", "scaling")})
+        check_config(config)
+        check_hyperparameters(**{k: config[k] for k in ("r", "lora_num", "lora_dropout", "scaling")})
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG} is wrong: {error}") from None
     found: dict[str, dict[str, Tensor]] = {}
@@ -116,42 +118,60 @@ def read_multilora(directory: str | os.PathLike) -> tuple[dict, dict[str, Branch
         if lacking:
             raise ValueError(f"{directory / WEIGHTS} lacks {', '.join(lacking)} of {name}.")
         options = shape_options(config, name)
-        modules[name] = Branches(*(branches[key] for key in NAMES), options["lora_alpha"] / options["r"])
-        K, N = branches["lora_A"].shape[-1:], branches["lora_B"].shape[1:2]
-        _check_shapes(directory, config, name, modules[name], *K, *N)
+        modules[name] = Branches(**branches, scaling_factor=options["lora_alpha"] / options["r"])
+        K, N = ((*t.shape, 0, 0, 0)[axis] for t, axis in ((branches["lora_A"], 2), (branches["lora_B"], 1)))
+        _check_shapes(directory, config, name, modules[name], K, N)
     return config, modules
 
 
 def read_files(directory: str | os.PathLike, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """The config and the tensors of an adapter of any method."""
+    """The config and the tensors of an adapter of any method. Only safetensors are read: a pickle can run code."""
+    directory = Path(directory)
     try:
-        config = json.loads((Path(directory) / CONFIG).read_text())
-        tensors = load_file(Path(directory) / WEIGHTS)
+        config = json.loads((directory / CONFIG).read_text())
+        if not (directory / WEIGHTS).exists():
+            pickled = [path.name for path in sorted(directory.iterdir()) if path.suffix in PICKLED]
+            if pickled:
+                raise ValueError(f"{pickled[0]} is pickled, which could run code, and there is no {WEIGHTS}")
+        tensors = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{directory} is no readable {kind} adapter: {error}.") from error
+        raise ValueError(f"{directory} is no readable {kind} adapter: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{Path(directory) / CONFIG} does not describe a {kind} adapter.")
+        raise ValueError(f"{directory / CONFIG} does not describe a {kind} adapter.")
+    check_values(directory / WEIGHTS, tensors)
     return config, tensors
 
 
+def check_values(where: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming the first of ``tensors`` that is no floating-point tensor or not finite."""
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where} holds {key} of {tensor.dtype}, not of a floating-point dtype.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where} holds values that are not finite, in {key}.")
+
+
 def write_files(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> None:
-    """Both files of an adapter, put in their places once both are complete; on an error nothing has changed."""
+    """Both files of an adapter, put in their places once both are complete; on an error nothing has changed.
+
+    Raises:
+        ValueError: ``directory`` can be none, or a tensor is not finite.
+        OSError: the files cannot be written, on a full disk say.
+    """
     directory = Path(directory)
-    new = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
+    check_folder("the output", directory)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as temporary:
-            weights, text = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
+    check_values("the adapter", tensors)
+    with made(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as temporary:
+        weights, text = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
+        try:
             save_file(tensors, weights, metadata={"format": "pt"})
-            text.write_text(json.dumps(config, indent=2) + "\n")
-            os.chmod(weights, text.stat().st_mode)
-            os.replace(weights, directory / WEIGHTS)
-            os.replace(text, directory / CONFIG)
-    except BaseException:
-        if new:
-            directory.rmdir()
-        raise
+        except SafetensorError as error:
+            raise OSError(f"{directory} cannot be written: {error}") from error
+        text.write_text(json.dumps(config, indent=2) + "\n")
+        os.chmod(weights, text.stat().st_mode)
+        os.replace(weights, directory / WEIGHTS)
+        os.replace(text, directory / CONFIG)
 
 
 def _check_shapes(directory, config: dict, name: str, branches: Branches, K: int, N: int) -> None:

@@ -1,24 +1,24 @@
 """Fine-tuning on tasks in JSON Lines with transformers' Trainer: the data, the adapted model, a log by task."""
 
-import json
-import os
-import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from peft import get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -26,17 +26,20 @@ from transformers import (
 from multilora_fast.devices import choose_dtype
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.train_data import IGNORED, Row, collate, encode, read_tasks, split
-from multilora_fast.train_settings import RECORD, Settings, check_same_run
+from multilora_fast.train_files import failures_named, finish, is_first, last_checkpoint, save, write_record
+from multilora_fast.train_settings import Settings, check_same_run
 
-UNFINISHED = ".unfinished"
 Rows = list[dict[str, list[int]]]
 
 
-def run(settings: Settings) -> Trainer:
+def run(settings: Settings) -> Trainer | None:
     """Train an adapter and save it in ``settings.output``, beside the Trainer's checkpoints and its state.
+
+    Returns: the Trainer; None where a run is resumed of which only the adapter was still to be put in its place.
 
     Raises:
         ValueError: settings, data or a model that do not allow it; nothing is written then.
+        OSError: the output cannot be written, on a full disk say.
     """
     settings.check()
     tasks = read_tasks(settings.files, settings.named)
@@ -44,7 +47,10 @@ def run(settings: Settings) -> Trainer:
     checkpoint = None
     if settings.resume:
         check_same_run(settings.output, record)
-        checkpoint = last_checkpoint(settings)
+        checkpoint = last_checkpoint(settings.output)
+        if checkpoint is not None and finish(checkpoint, settings):
+            _say(f"All steps were taken: the adapter is in {settings.output}.")
+            return None
     arguments = training_arguments(settings)
     tokenizer = _loaded(AutoTokenizer, settings.model)
     train_rows, held_out = tokens(tasks, tokenizer, settings)
@@ -52,8 +58,7 @@ def run(settings: Settings) -> Trainer:
     model = adapted_model(settings, arguments.device)
 
     if arguments.process_index == 0:  # the others checked the directory before they all joined as a group
-        settings.output.mkdir(parents=True, exist_ok=True)
-        (settings.output / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+        write_record(settings.output, record)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     trainer = Trainer(
         model=model,
@@ -64,36 +69,17 @@ def run(settings: Settings) -> Trainer:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=_likeliest,
         compute_metrics=_accuracy,
-        callbacks=[TaskLog(held_out)],
+        callbacks=[TaskLog(held_out), *([Bars()] if sys.stderr.isatty() else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if held_out and not _is_evaluated(trainer):
-        trainer.evaluate()
-    trainer.save_state()
-    save(trainer, settings.output)
+    with failures_named(settings.output):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if held_out and not _is_evaluated(trainer):
+            trainer.evaluate()
+        trainer.save_state()
+        save(trainer, settings.output)
     _say(f"The adapter is in {settings.output}. Import multilora_fast.peft, then load it as any PEFT adapter.")
     return trainer
-
-
-def last_checkpoint(settings: Settings) -> str | None:
-    """The last whole checkpoint in the output directory, or None.
-
-    Raises:
-        ValueError: it has taken all steps that are asked for; the Trainer would take one more.
-    """
-    whole = [path.parent for path in settings.output.glob("checkpoint-*/trainer_state.json")]  # the last file written
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    if last is None:
-        return None
-    state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-    done = state.epoch >= settings.epochs if settings.max_steps is None else state.global_step >= settings.max_steps
-    if done:
-        raise ValueError(
-            f"--resume: the run has taken its {state.global_step} steps, and {last} holds its adapter: "
-            "ask for more with --max-steps or --epochs."
-        )
-    return str(last)
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
@@ -158,7 +144,7 @@ def tokens(tasks: dict[str, list[Row]], tokenizer, settings: Settings) -> tuple[
 
 def adapted_model(settings: Settings, device: torch.device) -> nn.Module:
     """The causal LM, frozen, with a fresh float32 adapter."""
-    options = {"dtype": choose_dtype(settings.dtype, device)}
+    options: dict[str, Any] = {"dtype": choose_dtype(settings.dtype, device)}
     if settings.quantization:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -174,27 +160,24 @@ def adapted_model(settings: Settings, device: torch.device) -> nn.Module:
         lora_num=settings.lora_num,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        scaling=settings.scaling,
+        scaling=cast(Literal["vector", "scalar"], settings.scaling),
         target_modules="all-linear" if targets == ("all-linear",) else list(targets),
         task_type="CAUSAL_LM",
     )
     return get_peft_model(base, config)
 
 
-def save(trainer: Trainer, folder: Path) -> None:
-    """Write the adapter and the tokenizer beside their places, then move each file there."""
-    stage = folder / UNFINISHED
-    trainer.save_model(str(stage))
-    if trainer.is_world_process_zero():
-        for path in sorted(stage.iterdir(), reverse=True):  # the weights before their config
-            os.replace(path, folder / path.name)
-        shutil.rmtree(stage)
+class Bars(ProgressCallback):
+    """The Trainer's progress bars, without its lines."""
+
+    def on_log(self, *args, **kwargs):
+        pass
 
 
 class TaskLog(TrainerCallback):
     """Prints what the Trainer logs, a line for every loss and for every task at an evaluation."""
 
-    def __init__(self, tasks: Sequence[str]):
+    def __init__(self, tasks: Collection[str]):
         self.width = max(map(len, tasks), default=0)
         self.tasks = list(tasks)
 
@@ -203,11 +186,11 @@ class TaskLog(TrainerCallback):
             return
         step = f"step {state.global_step:>{len(str(state.max_steps))}} of {state.max_steps}"
         if "loss" in logs:
-            print(f"{step}  loss {float(logs['loss']):.4f}", flush=True)
+            _print(f"{step}  loss {float(logs['loss']):.4f}")
         for task in self.tasks:
             if f"eval_{task}_loss" in logs:
                 loss, accuracy = logs[f"eval_{task}_loss"], logs[f"eval_{task}_accuracy"]
-                print(f"{step}  {task:<{self.width}}  held-out loss {loss:.4f}  accuracy {accuracy:.4f}", flush=True)
+                _print(f"{step}  {task:<{self.width}}  held-out loss {loss:.4f}  accuracy {accuracy:.4f}")
 
 
 def _likeliest(logits: Tensor, labels: Tensor) -> Tensor:
@@ -230,15 +213,20 @@ def _is_evaluated(trainer: Trainer) -> bool:
 def _loaded(auto, name: str, **options):
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     source = Path(name).expanduser() if looks_like_path else name
-    if looks_like_path and not source.is_dir():
+    if looks_like_path and not Path(source).is_dir():
         raise ValueError(f"--model {name}: no such directory.")
     try:
-        return auto.from_pretrained(source, **options)
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"--model {name} could not be loaded: {reason}") from error
 
 
 def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+    if is_first():
+        _print(line)
+
+
+def _print(line: str) -> None:
+    tqdm.write(line)  # above the bars
+    sys.stdout.flush()

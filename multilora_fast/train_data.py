@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ def _checked(row: object, where: str) -> dict:
     return row
 
 
-def _check_messages(messages: object, where: str) -> None:
+def _check_messages(messages: Any, where: str) -> None:
     wanted = "a list of objects with the texts role and content"
     good = isinstance(messages, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages

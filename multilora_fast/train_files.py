@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
@@ -54,7 +55,7 @@ def finish(checkpoint: Path, settings: Settings) -> bool:
     Raises:
         ValueError: they are there already; the Trainer would take one more step than is asked for.
     """
-    state, folder = _state(checkpoint / STATE), settings.output
+    state, folder = cast(TrainerState, _state(checkpoint / STATE)), settings.output
     done = state.epoch >= settings.epochs if settings.max_steps is None else state.global_step >= settings.max_steps
     if not done or not is_first():
         return done

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from multilora_fast.checks import check_hyperparameters
+from multilora_fast.checks import check_alpha, check_hyperparameters
+from multilora_fast.files import check_folder
 
 RECORD = "train.json"  # in the output directory, of what it is the output
+UNFINISHED = ".unfinished"  # how files begin that were not yet in their places when a run was broken off
 FREE = ("output", "resume", "epochs", "max_steps", "save_steps")  # what may change when a run is resumed
 
 
@@ -42,6 +43,7 @@ class Settings:
     def check(self) -> None:
         """Raise ValueError for a value outside its range, and for an output directory that must not be written to."""
         check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
+        check_alpha(self.lora_alpha)
         if self.quantization not in (None, "4bit"):
             raise ValueError(f"--quantization must be 4bit, not {self.quantization!r}.")
         if not self.target_modules:
@@ -52,22 +54,20 @@ class Settings:
                 raise ValueError(f"--{name.replace('_', '-')} must be more than 0, not {value}.")
         if self.max_length < 2:
             raise ValueError(f"--max-length must be at least 2, not {self.max_length}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 4294967295, not {self.seed}.")
         if not 0.0 <= self.eval_fraction < 1.0:
             raise ValueError(f"--eval-fraction must be in [0, 1), not {self.eval_fraction}.")
         self._check_output()
 
     def _check_output(self) -> None:
         folder = self.output
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output {folder} is a file; give a directory.")
-        filled = folder.is_dir() and any(folder.iterdir())
+        check_folder("--output", folder)
+        filled = folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
         if filled and not self.resume:
             raise ValueError(f"--output {folder} is not empty: give another directory, or --resume to go on in it.")
         if self.resume and not (folder / RECORD).is_file():
             raise ValueError(f"--resume: {folder} holds no earlier run of multilora-fast train.")
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not os.access(existing, os.W_OK):
-            raise ValueError(f"--output {folder} cannot be written: no permission for {existing}.")
 
     def record(self, rows: Iterable[object]) -> dict:
         """What must stay the same for a resumed run to be the same run, as JSON holds it."""

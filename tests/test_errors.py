@@ -76,7 +76,7 @@ LAYER_WRONG = [
     ({"r": 2.0}, "r must be an integer of at least 1, not 2.0."),
     ({"lora_num": -1}, "lora_num must be an integer of at least 1, not -1."),
     ({"lora_dropout": 1.0}, "lora_dropout must be a probability in [0, 1), not 1.0."),
-    ({"scaling": "matrix"}, "scaling must be \"vector\" or \"scalar\", not 'matrix'."),
+    ({"scaling": "matrix"}, 'scaling must be "vector" or "scalar", not \'matrix\'.'),
     ({"base": nn.Conv1d(1, 1, 1)}, "base must be an nn.Linear, not Conv1d."),
 ]
 
