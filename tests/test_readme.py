@@ -15,19 +15,21 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "REA
 
 def test_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fused, swapped, peft = BLOCKS
+    fused, peft, one_layer, plan = BLOCKS
     names = {"model": nn.Sequential(MultiLoRALinear(nn.Linear(8, 8), r=2, lora_num=2))}
     exec(fused, names)
     assert names["report"].swapped == ["0"]
-    exec(swapped, names)
-    assert names["layer"].lora_scaling.grad is not None
     names |= {"model": llama(), "base": llama()}
     exec(peft, names)
     ids = torch.arange(8)[None]
     assert torch.equal(names["model"](ids).logits, names["base"](ids).logits)
+    exec(one_layer, names)
+    assert names["layer"].lora_scaling.grad is not None
+    exec(plan, names)
+    assert "largest batch in 24 GiB" in str(names["plan"])
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "export", "merge", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "plan", "export", "merge", "spectrum", "info"])
 def test_commands_it_names_exist(command):
     from typer.testing import CliRunner
 
