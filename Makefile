@@ -2,18 +2,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # A CUDA build of torch where there is an NVIDIA GPU, the CPU build where there is none.
-TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.11' || echo 'torch==2.13.0')
+TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo torch || echo 'torch==2.13.0')
 
 OUT ?= bench/results/$(shell PYTHONPATH=. $(BIN)/python -m bench.environment 2>/dev/null)
 BENCH = PYTHONPATH=. $(BIN)/python -m pytest -q --benchmark-timer=torch.utils.benchmark.utils.timer.timer $(ARGS) bench
 
 # OpenMP threads that spin while they wait make a busy machine several times slower; benches keep the library's default.
-demo test: export OMP_WAIT_POLICY ?= passive
+demo test fuzz soak: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test gpu compat lint bench memory memory-profile report clean
+.PHONY: help demo test fuzz soak gpu versions lint bench memory memory-profile fp8-inputs report clean
 
 help: ## Show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 demo: $(VENV)/demo-data ## Fine-tune a real model on a mixture of tasks, and compare with LoRA and the naive loop
 	$(BIN)/multilora-fast demo $(ARGS)
@@ -21,19 +21,28 @@ demo: $(VENV)/demo-data ## Fine-tune a real model on a mixture of tasks, and com
 test: $(VENV)/installed ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
+fuzz: $(VENV)/installed ## Run the op on 2,000 cases drawn at random
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py $(ARGS)
+
+soak: $(VENV)/installed ## For about ten minutes: safety, kills and other faults, long runs; prints the figures
+	SOAK=1 $(BIN)/python -m pytest -q -s tests/test_safety.py tests/test_faults.py tests/test_long.py $(ARGS)
+
 gpu: $(VENV)/installed ## On a machine with a GPU: test, tune and measure (bench/gpu.sh does one stage alone)
 	for stage in tests tune bench; do PYTHON=$(BIN)/python bench/gpu.sh $$stage $(OUT) || exit 1; done
 
-compat: $(VENV)/installed ## Run the tests of the PEFT method on older versions of PEFT
-	tests/compat.sh $(ARGS)
+versions: $(VENV)/installed ## Run the tests on the oldest and newest torch, Triton, transformers and PEFT, or ARGS=quick
+	tests/versions.sh $(ARGS)
 
-lint: $(VENV)/installed ## Check style and imports
+lint: $(VENV)/installed ## Check style, imports and types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/demo-data ## Time the products, one layer and a training step beside the peers: JSON into $(OUT)
 	mkdir -p $(OUT)
 	$(BENCH)/test_ops.py --benchmark-json=$(OUT)/ops.json
 	$(BENCH)/test_layer.py --benchmark-json=$(OUT)/layer.json
+	$(BENCH)/test_group.py --benchmark-json=$(OUT)/group.json
 	$(BENCH)/test_step.py --benchmark-json=$(OUT)/step.json
 
 memory: $(VENV)/installed ## Count what LLaMA decoder layers save for backward: JSON into $(OUT)
@@ -42,11 +51,14 @@ memory: $(VENV)/installed ## Count what LLaMA decoder layers save for backward: 
 memory-profile: $(VENV)/installed ## Draw the bytes alive over a training step into $(OUT)
 	PYTHONPATH=. $(BIN)/python -m bench.memory_profile --out $(OUT)
 
+fp8-inputs: $(VENV)/demo-data ## Train with exact and with 8-bit inputs, and compare: JSON and a plot into $(OUT)
+	PYTHONPATH=. $(BIN)/python -m bench.fp8_inputs --out $(OUT)
+
 report: $(VENV)/installed ## Tables and plots from the JSON under bench/results
 	PYTHONPATH=. $(BIN)/python -m bench.report
 
 clean: ## Remove the virtual environment and what was built
-	rm -rf $(VENV) .compat build dist *.egg-info demo-output .pytest_cache .ruff_cache
+	rm -rf $(VENV) .versions build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)

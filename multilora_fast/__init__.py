@@ -10,6 +10,8 @@ from multilora_fast.reference import MultiLoRALinear
 if TYPE_CHECKING:
     from multilora_fast.export import export_lora
     from multilora_fast.peft import MultiLoraConfig
+    from multilora_fast.plan import plan_memory
+    from multilora_fast.spectrum import singular_values
     from multilora_fast.task_arithmetic import from_loras
 
 __version__ = "0.1.0"
@@ -25,6 +27,8 @@ __all__ = [
     "fuse",
     "multilora_add",
     "multilora_linear",
+    "plan_memory",
+    "singular_values",
     "unfuse",
 ]
 
@@ -33,6 +37,8 @@ _LAZY = {
     "MultiLoraConfig": "multilora_fast.peft",
     "export_lora": "multilora_fast.export",
     "from_loras": "multilora_fast.task_arithmetic",
+    "plan_memory": "multilora_fast.plan",
+    "singular_values": "multilora_fast.spectrum",
 }
 
 

@@ -6,7 +6,7 @@ n branches of rank r, K in_features, N out_features, R = n·r, c the constant sc
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,9 @@ class Branches(NamedTuple):
         return self.lora_A.shape[1]
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Branches":
+    def of(cls, module: Any) -> "Branches":
         """Of any module with these four attributes; no copies."""
-        return cls(*(getattr(module, name).detach() for name in NAMES), module.scaling_factor)
+        return cls(module.lora_A.detach(), module.lora_B.detach(), module.lora_scaling.detach(), module.scaling_factor)
 
 
 def as_lora(branches: Branches) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def stack(parts: Sequence[Branches], generator: torch.Generator | None = None) -
     return Branches(torch.cat(As), torch.cat(Bs), torch.cat(scales))
 
 
-def collect(model: nn.Module, adapter_name: str | None = None) -> dict[str, nn.Module]:
+def collect(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
     """The modules of ``model`` that hold branches, by the path of the layer they adapt: our own layers, and of PEFT
     layers the adapter ``adapter_name``, or their active one.
 

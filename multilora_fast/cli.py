@@ -1,26 +1,49 @@
-"""The command line: ``multilora-fast demo | train | export | merge | info``; heavy imports wait for the command."""
+"""The command line, ``multilora-fast demo | train | plan | export | merge | spectrum | info``: heavy imports wait for a
+command."""
 
+import json
 import logging
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from multilora_fast import __version__
 from multilora_fast.cli_adapters import export, merge
+from multilora_fast.cli_plan import plan
+from multilora_fast.cli_spectrum import spectrum
 from multilora_fast.cli_train import train
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-ClickException = typer.BadParameter.__mro__[2]  # click's, or that of the copy of click inside newer typer
+ClickException: Any = typer.BadParameter.__mro__[2]  # click's, or that of the copy of click inside newer typer
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"multilora-fast {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def multilora_fast() -> None:
-    """MultiLoRA: parallel LoRA branches with learned scales, at the cost of LoRA."""
+def multilora_fast(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """MultiLoRA: parallel LoRA branches with learned scales inside one adapter, at the cost of LoRA."""
 
 
-@app.command()
+def _command(short: str, *examples: str) -> Any:
+    """A command with its line in the list of all, and with examples under its help."""
+    lines = "\n".join(f"  multilora-fast {example}" for example in examples)
+    title = "Examples" if len(examples) > 1 else "Example"
+    return app.command(short_help=short, epilog=f"\b\n{title}:\n{lines}")
+
+
+@_command("Fine-tune a small model on four tasks, against LoRA.", "demo --quick", "demo --steps 320 --output run")
 def demo(
     model: Annotated[
         str | None, typer.Option(help="Directory or hub id of a causal LM.", show_default="the packaged SmolLM2-135M")
@@ -84,13 +107,14 @@ def demo(
         print("This was a quick run: too short for its accuracies and times to mean anything.")
 
 
-@app.command()
+@_command("Show versions, device, backend and kernel rows.", "info", "info --arch sm_90 --json")
 def info(
     arch: Annotated[
         str | None, typer.Option(help="Show the kernels' rows for it, e.g. sm_90.", show_default="this device's")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Versions, device, the backend that would run on it, and the kernels' configurations."""
+    """Show versions, device, the backend that would run on it, and the kernels' configurations."""
     import torch
 
     from multilora_fast.backends import choose
@@ -100,23 +124,29 @@ def info(
 
     device = choose_device("auto")
     found = environment(device)
+    found |= {"backend": choose(None, device), "cuda_build": torch.version.cuda}
+    found |= {"demo_dtype": str(choose_dtype("auto", device)).removeprefix("torch."), "demo_cache": str(cache_dir())}
+    kernels = _kernel_rows(arch, device) if arch is not None or device.type == "cuda" else {}
+    if as_json:
+        print(json.dumps(found | {"kernels": {row: asdict(config) for row, config in kernels.items()}}, indent=1))
+        return
     rows = {name: version or "not installed" for name, version in found["versions"].items()}
     rows |= {"python": found["python"], "device": f"{found['device']} ({found['hardware']})"}
-    rows |= {"threads": found["threads"], "backend": choose(None, device)}
-    rows |= {"demo dtype": str(choose_dtype("auto", device)).removeprefix("torch."), "demo cache": cache_dir()}
-    rows |= {"CUDA build": torch.version.cuda or "no"}
+    rows |= {"threads": found["threads"], "backend": found["backend"]}
+    rows |= {"demo dtype": found["demo_dtype"], "demo cache": found["demo_cache"]}
+    rows |= {"CUDA build": found["cuda_build"] or "no"}
     for name, value in rows.items():
         print(f"{name:<15} {value}")
-    if arch is None and device.type != "cuda":
+    if not kernels:
         print("kernels         not used on this device: torch matmuls run")
         return
     print(f"\nkernels on {arch or torch.cuda.get_device_name(device)}, bfloat16, n·r = 96:")
-    for line in _kernel_rows(arch, device):
-        print(line)
+    for row, config in kernels.items():
+        print(f"  {row:<36} {config}")
 
 
-def _kernel_rows(arch: str | None, device) -> list[str]:
-    """The table row that each kernel takes for many tokens and for few."""
+def _kernel_rows(arch: str | None, device) -> dict[str, Any]:
+    """The table row that each kernel takes for many tokens and for few, and its configuration."""
     import torch
 
     from multilora_fast.kernels.configs import ROWS, device_of, find_row
@@ -124,12 +154,26 @@ def _kernel_rows(arch: str | None, device) -> list[str]:
     arch = arch or device_of(torch.empty(0, device=device))[0]
     uses = ((kernel, M) for kernel in ("shrink", "expand", "reduce") for M in (8192, 1))
     keys = dict.fromkeys(find_row(kernel, M, 96, torch.bfloat16, arch) for kernel, M in uses)
-    return [f"  {'/'.join(map(str, key)):<36} {ROWS[key]}" for key in keys]
+    return {"/".join(map(str, key)): ROWS[key] for key in keys}
 
 
-app.command()(train)
-app.command()(export)
-app.command()(merge)
+_command(
+    "Say what a training step will hold, by method.",
+    "plan MODEL --batch 4 --seq-len 2048",
+    "plan MODEL --gpu H100 --quantization 4bit --json",
+)(plan)
+_command(
+    "Fine-tune a model on tasks in JSONL files.",
+    "train boolq.jsonl rte.jsonl --model MODEL --output out",
+    "train --task math=gsm8k.jsonl --model MODEL --output out --resume",
+)(train)
+_command("Write an adapter as a plain LoRA.", "export out lora", "export out lora --model MODEL --json")(export)
+_command("Make one adapter of several LoRAs.", "merge lora-a lora-b --weights 1,0.5 --output sum")(merge)
+_command(
+    "Show singular values of what training changed.",
+    "spectrum out lora --modules k_proj,v_proj --plot spectrum.png",
+    "spectrum tuned-model --base MODEL",
+)(spectrum)
 
 
 def main() -> None:
@@ -140,6 +184,8 @@ def main() -> None:
         _fail(error.format_message())
     except ValueError as error:
         _fail(str(error))
+    except OSError as error:  # a full disk, a file without permission
+        _fail(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
     except (typer.Abort, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
         sys.exit(130)

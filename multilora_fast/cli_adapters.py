@@ -1,7 +1,9 @@
 """The commands that turn adapters into others: ``export`` and ``merge``. Mistakes are ValueErrors of one sentence."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,12 +15,16 @@ def export(
         str | None,
         typer.Option(help="Base model, as a directory or hub id, to compare logits with.", show_default="no check"),
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Write a MultiLoRA adapter as a plain LoRA of the same function, for vLLM and every other server of LoRAs."""
     import tempfile
 
     from multilora_fast.export import export_lora
+    from multilora_fast.files import check_folder
 
+    check_folder("the output", out)
+    compared: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         export_lora(adapter, temporary)
         if model is not None:
@@ -28,9 +34,14 @@ def export(
                     f"the export's logits differ from the source's by {difference:.3g}, of at most {largest:.3g}: "
                     f"nothing was written to {out}."
                 )
-            print(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
+            compared = {"logits_differ_by": difference, "largest_logit": largest}
+            if not as_json:
+                print(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
     report = export_lora(adapter, out)
-    print(f"{out}: {report}")
+    if as_json:
+        _print_json({"output": str(out), **asdict(report), **compared})
+    else:
+        print(f"{out}: {report}")
 
 
 def merge(
@@ -39,6 +50,7 @@ def merge(
     weights: Annotated[
         str | None, typer.Option(help="One number per adapter, with commas.", show_default="1 for each")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Make one MultiLoRA adapter whose branches are existing LoRA adapters, ready to use or to train on."""
     from multilora_fast.task_arithmetic import from_loras
@@ -48,7 +60,15 @@ def merge(
     except ValueError:
         raise ValueError(f"weights must be numbers with commas between them, not {weights!r}.") from None
     from_loras(lora_dirs, output, weights=numbers)
-    print(f"{output}: {len(lora_dirs)} LoRA adapters as the branches of one MultiLoRA adapter")
+    if as_json:
+        used = [1.0] * len(lora_dirs) if numbers is None else numbers
+        _print_json({"output": str(output), "adapters": [str(path) for path in lora_dirs], "weights": used})
+    else:
+        print(f"{output}: {len(lora_dirs)} LoRA adapters as the branches of one MultiLoRA adapter")
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=1))
 
 
 def _compare(model: str, adapter: Path, lora: str) -> tuple[float, float]:
@@ -56,6 +76,7 @@ def _compare(model: str, adapter: Path, lora: str) -> tuple[float, float]:
     logit."""
     import torch
     from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     import multilora_fast.peft  # noqa: F401  (registers the method)
@@ -63,8 +84,8 @@ def _compare(model: str, adapter: Path, lora: str) -> tuple[float, float]:
     outputs = []
     for directory in (adapter, lora):
         try:
-            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        except (OSError, ValueError) as error:
+            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise ValueError(f"model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
         try:
             adapted = PeftModel.from_pretrained(base, str(directory)).eval()

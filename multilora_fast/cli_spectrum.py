@@ -1,5 +1,7 @@
 """``multilora-fast spectrum``: singular values of the updates in adapters, or of models that were fine-tuned whole."""
 
+import json
+import sys
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
@@ -21,10 +23,10 @@ def spectrum(
     ] = None,
     top: Annotated[int, typer.Option(help="Directions that are compared between two updates.")] = 8,
     plot: Annotated[Path | None, typer.Option(help="PNG of the key and value projections' histograms.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
 ) -> None:
     """Say how many directions the updates of adapters use, how balanced they are, and how far two updates agree."""
     _check(adapters, top, plot)
-    from multilora_fast.demo.report import table
     from multilora_fast.spectrum import by_kind, save_histograms, singular_values
 
     wanted = None if modules is None else [name.strip() for name in modules.split(",") if name.strip()]
@@ -36,19 +38,33 @@ def spectrum(
         label: by_kind(singular_values(source, modules=wanted, **options))
         for label, (source, options) in zip(labels, sources, strict=True)
     }
-    print(table(("update", "projection", "modules", *MEASURES), _rows(spectra)))
-    print("Means over the modules. With p each singular value's share of their sum, effective rank is exp(-Σ p log p).")
-    if len(adapters) > 1:
-        print(f"\n{table(('overlap', 'projection', 'output', 'input'), _overlaps(labels, sources, wanted, top))}")
-        print(f"Share of the smaller of two subspaces of up to {top} leading directions that lies in the other.")
-        print("By chance: their dimension over that of the space, about.")
+    measured = _measured(spectra)
+    overlaps = _overlaps(labels, sources, wanted, top) if len(adapters) > 1 else []
+    if as_json:
+        print(json.dumps({"updates": measured, "overlaps": overlaps, "top": top}, indent=1))
+    else:
+        _print_tables(measured, overlaps, top)
     if plot is not None:
         shown = {label: {kind: one[kind] for kind in _shown(spectra) if kind in one} for label, one in spectra.items()}
         save_histograms(plot, shown)
-        print(f"\nWrote {plot}.")
+        print(f"wrote {plot}", file=sys.stderr if as_json else sys.stdout)
 
 
-MEASURES = ("rank", "effective rank", "top share", "largest")
+def _print_tables(measured: list[dict], overlaps: list[dict], top: int) -> None:
+    from multilora_fast.demo.report import table
+
+    form = {"rank": "{:.0f}", "effective_rank": "{:.1f}", "top_share": "{:.3f}", "largest": "{:.3g}"}
+    form |= {"output": "{:.3f}", "input": "{:.3f}"}
+
+    def rows(figures: list[dict]) -> list[list[str]]:
+        return [[form.get(name, "{}").format(value) for name, value in row.items()] for row in figures]
+
+    print(table([name.replace("_", " ") for name in measured[0]], rows(measured)))
+    print("Means over the modules. With p each singular value's share of their sum, effective rank is exp(-Σ p log p).")
+    if overlaps:
+        print(f"\n{table(list(overlaps[0]), rows(overlaps))}")
+        print(f"Share of the smaller of two subspaces of up to {top} leading directions that lies in the other.")
+        print("By chance: their dimension over that of the space, about.")
 
 
 def _check(adapters: list[Path], top: int, plot: Path | None) -> None:
@@ -83,22 +99,23 @@ def _source(path: Path, base: str | None) -> tuple:
     return after, {"base": before}
 
 
-def _rows(spectra: dict[str, dict]) -> list[tuple[str, ...]]:
+def _measured(spectra: dict[str, dict]) -> list[dict]:
+    """Of every update, by projection, the means over its modules."""
     from multilora_fast.spectrum import effective_rank, numerical_rank, top_share
 
+    measures = {
+        "rank": numerical_rank, "effective_rank": effective_rank, "top_share": top_share,
+        "largest": lambda values: values.max().item(),
+    }  # fmt: skip
     rows = []
     for label, kinds in spectra.items():
         for kind, values in kinds.items():
-            rank, effective, share, largest = (
-                sum(map(measure, values)) / len(values)
-                for measure in (numerical_rank, effective_rank, top_share, lambda v: v.max().item())
-            )
-            figures = (f"{rank:.0f}", f"{effective:.1f}", f"{share:.3f}", f"{largest:.3g}")
-            rows.append((label, kind, str(len(values)), *figures))
+            means = {name: sum(map(measure, values)) / len(values) for name, measure in measures.items()}
+            rows.append({"update": label, "projection": kind, "modules": len(values), **means})
     return rows
 
 
-def _overlaps(labels: list[str], sources: list[tuple], modules: list[str] | None, top: int) -> list[tuple[str, ...]]:
+def _overlaps(labels: list[str], sources: list[tuple], modules: list[str] | None, top: int) -> list[dict]:
     """Of every pair, by projection, the mean over the modules that both adapt, on the output side and the input's."""
     from multilora_fast.spectrum import directions, overlap
 
@@ -108,11 +125,11 @@ def _overlaps(labels: list[str], sources: list[tuple], modules: list[str] | None
         kinds: dict[str, list[tuple[float, float]]] = {}
         for name in first:
             if name in second:
-                pair = tuple(overlap(a, b) for a, b in zip(first[name], second[name], strict=True))
-                kinds.setdefault(name.rpartition(".")[2], []).append(pair)
+                output, given = (overlap(a, b) for a, b in zip(first[name], second[name], strict=True))
+                kinds.setdefault(name.rpartition(".")[2], []).append((output, given))
         for kind, pairs in kinds.items():
             output, given = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-            rows.append((f"{one} / {other}", kind, f"{output:.3f}", f"{given:.3f}"))
+            rows.append({"overlap": f"{one} / {other}", "projection": kind, "output": output, "input": given})
     return rows
 
 

@@ -3,12 +3,14 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from multilora_fast.adapters import CONFIG, PREFIX, read_files, read_multilora, write_files
 from multilora_fast.branches import CONTAINER, Branches, as_lora, collect
+from multilora_fast.progress import progress
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for --max-lora-rank
 
@@ -53,7 +55,7 @@ def export_lora(
         raise ValueError(f"out_dir {out_dir} holds a MultiLoRA adapter, which the export would overwrite.")
     rank = max(b.lora_num * b.r for b in modules.values())
     tensors = {}
-    for name, branches in modules.items():
+    for name, branches in progress(modules.items(), "export"):
         A, B = as_lora(branches)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = _padded(A, rank, 0)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = _padded(B, rank, 1)
@@ -74,7 +76,7 @@ def _check_config(config: dict) -> None:
         raise ValueError(f"the adapter has bias={config['bias']!r}, which no LoRA that servers take holds.")
 
 
-def _from_model(model: nn.Module, adapter_name: str | None) -> tuple[dict, dict[str, Branches]]:
+def _from_model(model: Any, adapter_name: str | None) -> tuple[dict, dict[str, Branches]]:
     modules = collect(model, adapter_name)
     if not modules:
         wanted = "" if adapter_name is None else f" called {adapter_name!r}"

@@ -3,7 +3,7 @@
 Only dÃ = dHᵀ x̂ reads x again, so rounding it touches no other gradient: dx, dB and ds stay exact.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def keep(x: Tensor | None, save_inputs: str) -> Kept:
 
 def read(kept: Kept, dtype: torch.dtype) -> Tensor:
     """x in ``dtype``."""
-    x = kept.x.to(dtype)
+    x = cast(Tensor, kept.x).to(dtype)
     return x if kept.scale is None else x.mul_(kept.scale)
 
 

@@ -38,8 +38,8 @@ def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: floa
         _compare("expand", _expand(eager.expand), _expand(kernels.expand), (dy, h, w, scale, c))
     else:
         _compare("shrink", eager.shrink, kernels.shrink, (dy, w, scale, c))
-        written = (_expand(expand, accumulate=False) for expand in (eager.expand, kernels.expand))
-        _compare("expand", *written, (x, h, A, None, 1.0), keep, seed, p)
+        exact, kernel = (_expand(expand, accumulate=False) for expand in (eager.expand, kernels.expand))
+        _compare("expand", exact, kernel, (x, h, A, None, 1.0), keep, seed, p)
         _compare("reduce", _reduce(eager.reduce), _reduce(kernels.reduce), (h, x, n), keep, seed, p)
         for i, name in enumerate(("reduce (lora_B)", "reduce (lora_scaling)")):
             exact, kernel = (lambda *a, f=f, i=i: f(*a)[i] for f in (eager.reduce_scaled, kernels.reduce_scaled))

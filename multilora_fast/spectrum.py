@@ -8,13 +8,14 @@ singular values are those of the small R_b R_aᵀ, and its directions those of t
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from multilora_fast.adapters import read_files, read_multilora
 from multilora_fast.branches import Branches, as_lora, collect
+from multilora_fast.progress import progress
 from multilora_fast.task_arithmetic import read_lora
 
 Source = nn.Module | str | os.PathLike
@@ -66,7 +67,10 @@ def singular_values(
             match nothing, models of other shapes than ``base``, values that are not finite.
     """
     found = updates(source, modules=modules, base=base, adapter_name=adapter_name)
-    return {name: torch.linalg.svdvals(_core(name, update)[1]) for name, update in found.items()}
+    return {
+        name: torch.linalg.svdvals(_core(name, update)[1])
+        for name, update in progress(found.items(), "singular values")
+    }
 
 
 def directions(
@@ -83,8 +87,9 @@ def directions(
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}.")
+    chosen = updates(source, modules=modules, base=base, adapter_name=adapter_name)
     found = {}
-    for name, update in updates(source, modules=modules, base=base, adapter_name=adapter_name).items():
+    for name, update in progress(chosen.items(), "directions"):
         Q_b, core, Q_a = _core(name, update)
         U, S, Vh = torch.linalg.svd(core, full_matrices=False)
         k = min(top, numerical_rank(S))
@@ -139,6 +144,7 @@ def updates(
     adapter_name: str | None = None,
 ) -> dict[str, Factors | Difference]:
     """ΔW by module name, as factors or as a pair of weights; arguments and errors of :func:`singular_values`."""
+    found: Mapping[str, Factors | Difference]
     if base is not None:
         found = _differences(base, source)
     elif isinstance(source, nn.Module):
@@ -146,7 +152,7 @@ def updates(
     else:
         found = _of_directory(source)
     if modules is None:
-        return found
+        return dict(found)
     wanted = [modules] if isinstance(modules, str) else list(modules)
     hits = {end: [name for name in found if f".{name}".endswith(f".{end}")] for end in wanted}
     missing = [end for end, names in hits.items() if not names]
@@ -157,7 +163,7 @@ def updates(
     return {name: update for name, update in found.items() if name in chosen}
 
 
-def _of_model(model: nn.Module, adapter_name: str | None) -> dict[str, Factors]:
+def _of_model(model: Any, adapter_name: str | None) -> dict[str, Factors]:
     found = {name: Factors(*as_lora(Branches.of(module))) for name, module in collect(model, adapter_name).items()}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for path, module in inner.named_modules():
@@ -171,7 +177,7 @@ def _of_model(model: nn.Module, adapter_name: str | None) -> dict[str, Factors]:
     return found
 
 
-def _of_lora_layer(path: str, layer: nn.Module, adapter_name: str | None) -> Factors | None:
+def _of_lora_layer(path: str, layer: Any, adapter_name: str | None) -> Factors | None:
     wanted = layer.active_adapters if adapter_name is None else [adapter_name]
     here = [name for name in wanted if name in layer.lora_A or name in layer.lora_embedding_A]
     if not here:

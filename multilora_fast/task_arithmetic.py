@@ -85,7 +85,7 @@ def from_loras(
     return Path(out_dir)
 
 
-def read_lora(directory: str) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
+def read_lora(directory: str | os.PathLike) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
     """The config, and A (r, K) and B (N, r) by module path, in float32, with alpha / r folded into B."""
     config, tensors = read_files(directory, "LoRA")
     if config.get("peft_type") != "LORA":
@@ -126,7 +126,7 @@ def read_lora(directory: str) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
     return config, lora
 
 
-def _check_shapes(name: str, directories: Sequence[str], loras: Sequence[tuple[dict, dict]]) -> None:
+def _check_shapes(name: str, directories: Sequence[str | os.PathLike], loras: Sequence[tuple[dict, dict]]) -> None:
     shapes = {
         directory: (lora[name][0].shape[1], lora[name][1].shape[0])
         for directory, (_, lora) in zip(directories, loras, strict=True)

@@ -1,11 +1,55 @@
 """What the house promises: light imports, the kernels' place, the direction of dependencies."""
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "multilora_fast"
+# From the ground up: a module imports from its own floor and those below. A folder stands for its modules.
+FLOORS = {
+    "kernels": ["kernels"],
+    "op": ["checks", "devices", "files", "progress", "eager", "backends", "selfcheck", "inputs", "op", "functional"],
+    "layers": ["reference", "testing", "shared", "layers"],
+    "adapters": ["branches", "peft", "adapters", "export", "task_arithmetic"],
+    "uses": [
+        *("memory", "plan", "plan_step", "plan_report", "spectrum", "demo"),
+        *("train", "train_data", "train_files", "train_settings"),
+    ],
+    "cli": ["cli", "cli_adapters", "cli_plan", "cli_spectrum", "cli_train"],
+}
+FLOOR = {module: height for height, modules in enumerate(FLOORS.values()) for module in modules}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
+MODULES |= {f"kernels.{path.stem}": path for path in sorted((ROOT / "kernels").glob("*.py"))}
+
+
+def imported(path: Path) -> set[str]:
+    """Names of everything that a file imports, at its top or later: modules, and what may be modules in packages."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module if node.level == 0 else f"multilora_fast.{path.parent.name}.{node.module or ''}"
+            assert node.level < 2, f"{path.name} imports from above its folder by a relative name"
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def own(path: Path) -> set[str]:
+    """The modules of this package that a file imports, by their names in it."""
+    mine = (name for name in imported(path) if name.startswith("multilora_fast."))
+    found = {name.removeprefix("multilora_fast.") for name in mine} & set(MODULES)
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
 def modules_after(statement: str) -> set[str]:
@@ -29,14 +73,41 @@ def test_kernels_never_become_a_top_level_package():
 
 
 def test_kernels_import_torch_and_triton_only():
-    standard = sys.stdlib_module_names
     for path in (ROOT / "kernels").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module]
-            for name in names:
-                top = name.split(".")[0]
-                assert top in {"torch", "triton"} or top in standard, f"{path.name} imports {name}"
+        others = {name for name in imported(path) if not name.startswith("multilora_fast.kernels.")}
+        tops = {name.split(".")[0] for name in others}
+        assert tops <= {"torch", "triton", *sys.stdlib_module_names}, f"{path.name} imports {sorted(others)}"
+
+
+def test_every_module_has_a_floor_and_every_floor_its_modules():
+    assert {name.split(".")[0] for name in MODULES} == set(FLOOR)
+
+
+def test_imports_go_down():
+    upward = [
+        f"{name} imports {other}"
+        for name, path in MODULES.items()
+        for other in own(path)
+        if FLOOR[other.split(".")[0]] > FLOOR[name.split(".")[0]]
+    ]
+    assert not upward
+
+
+def test_imports_go_in_no_circle():
+    order = list(TopologicalSorter({name: own(path) - {name} for name, path in MODULES.items()}).static_order())
+    assert order.index("op") < order.index("functional") < order.index("layers") < order.index("cli")
+
+
+def test_the_library_imports_nothing_that_stays_in_the_repository():
+    for name, path in MODULES.items():
+        assert not {top.split(".")[0] for top in imported(path)} & {"bench", "tests", "examples", "kernels"}, name
+
+
+def test_make_help_lists_every_target():
+    text = (ROOT / "Makefile").read_text()
+    wanted = re.search(r"^\.PHONY: (.+)$", text, re.M)[1].split()
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert [line.split()[0] for line in shown.stdout.splitlines()] == wanted
+    assert sorted(re.findall(r"^([a-z0-9-]+):", text, re.M)) == sorted(wanted)

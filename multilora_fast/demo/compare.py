@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +51,10 @@ def build_methods(
             nn.init.normal_(parameter, std=0.1)
     ours = copy.deepcopy(naive, memo={id(p): p for p in naive.parameters() if not p.requires_grad})
     fuse(ours)
+    alpha: Any = lora_num * lora_alpha  # PEFT says int, and multiplies by what it is given
     config = LoraConfig(
         r=lora_num * r,
-        lora_alpha=lora_num * lora_alpha,
+        lora_alpha=alpha,
         lora_dropout=lora_dropout,
         target_modules=target_linears(base, target_modules),
         task_type="CAUSAL_LM",
@@ -75,7 +77,8 @@ def compare(methods: dict[str, nn.Module], batch: dict[str, Tensor], *, rounds: 
         raise RuntimeError(f"the fused model's loss is {ours:.4f} where the reference's is {naive:.4f}")
 
     steps = {name: _stepper(model.train(), batch) for name, model in methods.items()}
-    saved, peak, seconds = {}, {}, {name: [] for name in methods}
+    saved, peak = {}, {}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for name, model in methods.items():
         steps[name]()
         progress.update()

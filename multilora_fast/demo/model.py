@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import SafetensorError
@@ -80,9 +81,8 @@ def _from_pretrained(auto, name: str | None, **options):
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = packaged_model() if name is None else name
-    looks_like_path = name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1)
-    if looks_like_path:
+    source: str | Path = packaged_model() if name is None else name
+    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         source = Path(name).expanduser()
         if not source.is_dir():
             raise ValueError(f"--model {name}: no such directory.")
@@ -130,9 +130,8 @@ def add_branches(
     model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")
-        layer = MultiLoRALinear(
-            model.get_submodule(name), r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout
-        )
+        base = cast(nn.Linear, model.get_submodule(name))
+        layer = MultiLoRALinear(base, r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
         for parameter in (layer.lora_A, layer.lora_B, layer.lora_scaling):
             parameter.data = parameter.data.to(dtype or layer.weight.dtype)
         layer.reset_branches()

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ def cost_notes(settings, device: torch.device, *, tokens: int, adapter_dtype: st
     return "\n".join(lines)
 
 
-def environment(device: torch.device) -> dict[str, object]:
+def environment(device: torch.device) -> dict[str, Any]:
     names = ("multilora-fast", "torch", "transformers", "peft", "triton")
     return {
         "device": device.type,

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ def run(settings: Settings, tasks: Sequence[Task] | None = None) -> list[report.
         if difference > 0.01 * trained.abs().max().item():
             raise RuntimeError("the saved adapter does not give the trained model's logits back")
 
-        conditions = {"tokens": batch["input_ids"].numel(), "adapter_dtype": _short(dtype), "rounds": settings.rounds}
+        tokens = batch["input_ids"].numel()
+        conditions: dict[str, Any] = {"tokens": tokens, "adapter_dtype": _short(dtype), "rounds": settings.rounds}
         costs = _compare(methods, batch, settings.rounds) if methods else []
         if costs:
             print(f"\n{report.cost_table(costs)}\n{report.cost_notes(settings, device, **conditions)}\n")

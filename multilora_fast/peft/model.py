@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -29,7 +30,7 @@ class MultiLoraModel(BaseTuner):
 
     prefix: str = "multilora_"
     tuner_layer_cls = MultiLoraLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -62,7 +63,7 @@ class MultiLoraModel(BaseTuner):
         groups = {id(a[adapter_name].shared): a[adapter_name].shared for a in adapters if adapter_name in a}
         return {tuple(group.members): group.left for group in groups.values() if group is not None}
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # PEFT's own differs by version
         self, config: MultiLoraConfig, adapter_name: str, target, target_name: str, parent, current_key: str, **_
     ) -> None:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
@@ -176,10 +177,10 @@ class MultiLoraModel(BaseTuner):
             layers_pattern=None,
         )
         self.inject_adapter(self.model, adapter_name)
-        for path, branches in parts.items():
+        for path, summed in parts.items():
             module = self.model.get_submodule(path).multilora_branches[adapter_name]
             for name in NAMES:
-                tensor = getattr(branches, name)
+                tensor = getattr(summed, name)
                 getattr(module, name).data = tensor.expand(getattr(module, name).shape).contiguous()
 
 

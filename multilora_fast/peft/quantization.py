@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from peft.import_utils import is_bnb_available
@@ -13,10 +14,10 @@ try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 except ImportError:  # peft < 0.20
 
-    def get_quantization_kwargs(model: nn.Module) -> dict:
+    def get_quantization_kwargs(model: nn.Module) -> dict:  # type: ignore[misc]
         return {}
 
-    def resolve_quantization_backend(base: nn.Module, **_) -> _Bitsandbytes | None:
+    def resolve_quantization_backend(base: nn.Module, **_) -> _Bitsandbytes | None:  # type: ignore[misc]
         return _Bitsandbytes() if _is(base, "Linear4bit") or _is(base, "Linear8bitLt") else None
 
 
@@ -25,10 +26,10 @@ class _Bitsandbytes:
 
     layer_type = "linear"
 
-    def get_base_weight(self, base: nn.Module) -> Tensor:
+    def get_base_weight(self, base: Any) -> Tensor:
         return dequantize_bnb_weight(base.weight, state=base.state)
 
-    def set_base_weight(self, layer: nn.Module, dense: Tensor) -> None:
+    def set_base_weight(self, layer: Any, dense: Tensor) -> None:
         base = layer.get_base_layer()
         kept = base.weight
         names = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "module", "has_fp16_weights")
@@ -42,7 +43,7 @@ def is_4bit(base: nn.Module) -> bool:
     return _is(base, "Linear4bit")
 
 
-def dense_4bit(base: nn.Module) -> Tensor:
+def dense_4bit(base: Any) -> Tensor:
     """The weight (N, K) of a bitsandbytes Linear4bit, in the dtype it was quantized from."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
     from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module as find_lost_state
@@ -54,14 +55,14 @@ def dense_4bit(base: nn.Module) -> Tensor:
     return dequantize_bnb_weight(base.weight, state=base.weight.quant_state)
 
 
-def base_weight(base: nn.Module, backend) -> Tensor:
+def base_weight(base: Any, backend) -> Tensor:
     """The weight of a base layer, laid out as the layer has it: its own tensor, or a dense copy of a quantized one."""
     if backend is None:
         return base.weight.data
     return dense_4bit(base) if is_4bit(base) else backend.get_base_weight(base)
 
 
-def compute_as(base: nn.Module, x: Tensor):
+def compute_as(base: Any, x: Tensor):
     """x, and the context, in which a 4-bit layer multiplies: its compute_dtype. A float32 x is not cast here: the op
     casts it under autocast and saves it as it came."""
     dtype = base.compute_dtype or x.dtype

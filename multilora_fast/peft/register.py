@@ -1,5 +1,7 @@
 """Makes MULTILORA a method that PEFT knows."""
 
+from typing import Any
+
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
@@ -10,7 +12,7 @@ NAME = "MULTILORA"
 def peft_type() -> PeftType:
     """PeftType.MULTILORA, added where PEFT has no such member: its registry and transformers ask for a true one."""
     if NAME not in PeftType.__members__:
-        member = str.__new__(PeftType, NAME)
+        member: Any = str.__new__(PeftType, NAME)
         member._name_ = member._value_ = NAME
         member.__objclass__, member._sort_order_ = PeftType, len(PeftType)
         PeftType._member_names_.append(NAME)
@@ -19,7 +21,7 @@ def peft_type() -> PeftType:
     return PeftType[NAME]
 
 
-def register(config_cls: type, model_cls: type) -> None:
+def register(config_cls: type, model_cls: Any) -> None:
     """Register the method, once.
 
     Raises:
