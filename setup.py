@@ -25,7 +25,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; sys_platform == 'linux'",
-        "transformers>=5.0",
+        "transformers>=5.17",
         "peft>=0.19",
         "safetensors>=0.4",
         "typer>=0.12",
