@@ -92,6 +92,23 @@ def group_table(path: Path) -> str:
     return f"## q, k and v together\n\n{note}\n\n{table(['layers', *names, 'alone / shared'], body)}"
 
 
+def plan_table(path: Path) -> str:
+    document = json.loads(path.read_text())
+    body = []
+    for row in document["rows"]:
+        sizes = [f"{row[key] / 2**20:,.1f}" for key in ("predicted", "measured")]
+        case = f"{row['batch']} x {row['seq_len']}"
+        recomputed = "yes" if row["checkpointing"] else "no"
+        body.append([row["method"], case, f"{row['lora_dropout']:g}", recomputed, *sizes, f"{row['error']:+.2%}"])
+    header = ["method", "tokens", "dropout", "checkpointing", "planned, MiB", "measured, MiB", "error"]
+    note = (
+        f"The peak that plan_memory says against that of a real step of {document['rows'][0]['model']}, n = "
+        f"{document['n']}, r = {document['r']}, without weights, adapter and optimizer's state. "
+        f"{conditions_line(document['conditions'])}"
+    )
+    return f"## Memory as planned\n\n{note}\n\n{table(header, body)}"
+
+
 def fp8_table(path: Path) -> str:
     document = json.loads(path.read_text())
     errors = [[kind, f"{100 * value:.1f} %"] for kind, value in document["error of lora_A's gradient"].items()]
@@ -209,7 +226,7 @@ def plot(directory: Path, rows: list[dict]) -> None:
 
 SECTIONS = {
     "ops": ops_table, "layer": layer_tables, "group": group_table, "step": step_table, "memory": memory_table,
-    "fp8_inputs": fp8_table,
+    "plan": plan_table, "fp8_inputs": fp8_table,
 }  # fmt: skip
 
 

@@ -208,7 +208,7 @@ def test_the_largest_batch_fits_and_one_more_does_not():
 
 
 def test_the_largest_batch_is_in_the_plan():
-    plan = plan_memory(config(vocab_size=8), device_memory="1MiB", **SMALL)
+    plan = plan_memory(config(1), device_memory="64KiB", **SMALL)
     assert [found.largest_batch for found in plan.methods] == [0, 0, 0, 0]
 
 
