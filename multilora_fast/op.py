@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from multilora_fast import selfcheck
-from multilora_fast.backends import load
+from multilora_fast.backends import Backend, load
 from multilora_fast.inputs import Kept, keep, read
 
 
@@ -60,35 +60,30 @@ class Needs(NamedTuple):
 
 def project(x: Tensor, lora_A: Tensor, seed: Tensor | None, settings: Settings) -> Tensor:
     """H (M, R), the input's half of the forward."""
-    _, p, dtype, backend = settings[:4]
-    ops, tokens = load(backend), rows(x.to(dtype))
-    if backend == "triton" and x.is_cuda:
-        selfcheck.check("forward", tokens, lora_A, settings)
+    _, p, dtype = settings[:3]
+    tokens = rows(x.to(dtype))
+    ops = _products("forward", tokens, lora_A, settings)
     return ops.shrink(tokens, lora_A, None, 1.0, ops.draw(seed, *tokens.shape, p, dtype), p)
 
 
 def finish(x, y, weight, bias, H, lora_B, lora_scaling, settings: Settings) -> Tensor:
     """The output (..., N), the output's half of the forward. Exactly one of y, the base layer's output, and weight is
     given."""
-    c, _, dtype, backend = settings[:4]
+    c, _, dtype = settings[:3]
     if y is None:
         y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
         y = y.clone(memory_format=torch.contiguous_format)
     out, w = rows(y), lora_B.transpose(1, 2)
-    if backend == "triton" and y.is_cuda:
-        selfcheck.check("forward", H, w, settings)
-    load(backend).expand(out, H, w, _per_column(lora_scaling, w), c)
+    _products("forward", H, w, settings).expand(out, H, w, _per_column(lora_scaling, w), c)
     return out.view(y.shape)
 
 
 def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: Needs) -> tuple:
     """From dy (M, N): dW, db, dB, ds, and dH where ``needs`` has x or lora_A. ``x`` is read for dW alone."""
-    c, _, dtype, backend = settings[:4]
-    ops, w = load(backend), lora_B.transpose(1, 2)
-    scale = _per_column(lora_scaling, w)
-    if backend == "triton" and dy.is_cuda:
-        selfcheck.check("backward", dy, w, settings)
+    c, _, dtype = settings[:3]
+    w = lora_B.transpose(1, 2)
+    ops, scale = _products("backward", dy, w, settings), _per_column(lora_scaling, w)
     dw = db = dB = ds = dH = None
     if needs.lora_B or needs.lora_scaling:
         dB, ds = ops.reduce_scaled(H, dy, w, scale, c)
@@ -105,11 +100,9 @@ def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: N
 
 def project_backward(dH, x: Kept, dx, lora_A, seed, settings: Settings, needs: Needs) -> tuple:
     """From dH (M, R): the branches' part of dx (M, K), added to ``dx`` in place if it is given, and dÃ as (n, r, K)."""
-    _, p, dtype, backend = settings[:4]
-    ops, dA = load(backend), None
+    _, p, dtype = settings[:3]
+    ops, dA = _products("backward", dH, lora_A, settings), None
     n, _, K = lora_A.shape
-    if backend == "triton" and dH.is_cuda:
-        selfcheck.check("backward", dH, lora_A, settings)
     mask = ops.draw(seed, dH.shape[0], K, p, dtype)
     if needs.x:
         given = dx is not None
@@ -118,6 +111,13 @@ def project_backward(dH, x: Kept, dx, lora_A, seed, settings: Settings, needs: N
     if needs.lora_A:
         dA = ops.reduce(dH, rows(read(x, dtype)), n, lora_A.dtype, mask, p)
     return dx, dA
+
+
+def _products(direction: str, tokens: Tensor, w: Tensor, settings: Settings) -> Backend:
+    """The backend's products; on a GPU the kernels are tried once before they are trusted."""
+    if settings.backend == "triton" and tokens.is_cuda:
+        selfcheck.check(direction, tokens, w, settings)
+    return load(settings.backend)
 
 
 def forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -250,8 +250,8 @@ def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, scaling_factor, drop
 def _setup(ctx, inputs, output):
     x, _, weight, _, *rest, scaling_factor, dropout_p, dtype, backend = inputs
     ctx.needs, ctx.settings = Needs.of(ctx), (scaling_factor, dropout_p, dtype, backend)
-    x = x if ctx.needs.lora_A or ctx.needs.weight else None
-    ctx.save_for_backward(x, ctx.needs.kept_H(output[1]), weight, *rest)
+    kept = ctx.needs.kept_x(x, Settings(*ctx.settings)).x
+    ctx.save_for_backward(kept, ctx.needs.kept_H(output[1]), weight, *rest)
 
 
 def _compiled_backward(ctx, dy, _):

@@ -63,10 +63,8 @@ class SharedInput:
         name = next((name for name, other in self.members.items() if other is member), None)
         if name is None or self.left or not member.training or torch.compiler.is_compiling() or x.is_inference():
             return None
-        ways = {_way(other) for other in self.members.values()}
-        if ways != {(x.device, x.shape[-1:], *_way(member)[2:])}:
-            return None
-        state = (x._version, torch.is_grad_enabled(), autocasts(x), *ways)
+        way = _way(member)
+        state = (x._version, torch.is_grad_enabled(), autocasts(x), way)
         if self._waiting is not None:
             expected, before, passed, H = self._waiting
             if expected() is x and before == state and name in H:
@@ -74,6 +72,9 @@ class SharedInput:
                 if not H:
                     self._waiting, self._deserted = None, 0
                 return passed, found
+        if {_way(other) for other in self.members.values()} != {(x.device, x.shape[-1:], *way[2:])}:
+            return None
+        if self._waiting is not None:
             self._deserted += 1
             if name in H or self._deserted > 1:
                 self.left, self._waiting = "its layers were not given the same tensor", None
