@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
 
-FROZEN, REFERENCE, COMPILED, LORA, LORA_FLOAT32, CONCATENATED, ADDMM, OURS = (
+FROZEN, REFERENCE, COMPILED, LORA, LORA_FLOAT32, CONCATENATED, ADDMM, OURS, FP8 = (
     "frozen base layer", "reference loop", "reference loop, compiled", "PEFT LoRA", "PEFT LoRA, float32 adapters",
-    "concatenated eager", "addmm_ LoRA", "ours",
+    "concatenated eager", "addmm_ LoRA", "ours", "ours, fp8 inputs",
 )  # fmt: skip
 
 

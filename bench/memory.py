@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from bench.candidates import FP8, LORA, OURS, REFERENCE
 from bench.environment import conditions
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
 from multilora_fast.memory import saved_bytes
 
 SIZES = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40), "65B": (8192, 22016, 64), "tiny": (64, 96, 4)}
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-FROZEN, LORA, REFERENCE, OURS, FP8 = "frozen layer", "PEFT LoRA", "reference loop", "ours", "ours, fp8 inputs"
+FROZEN = "frozen layer"
 
 
 class OneByteDropout(nn.Module):

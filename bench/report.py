@@ -9,8 +9,7 @@ import json
 import re
 from pathlib import Path
 
-from bench.candidates import LORA, OURS, REFERENCE
-from bench.memory import FP8
+from bench.candidates import FP8, LORA, OURS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"

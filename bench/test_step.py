@@ -14,13 +14,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.candidates import COMPILED, CONCATENATED, LORA, OURS, REFERENCE, Concatenated, can_compile, multilora
-from bench.memory import FP8
+from bench.candidates import COMPILED, CONCATENATED, FP8, LORA, OURS, REFERENCE, Concatenated, can_compile, multilora
 from bench.test_layer import gate
 from bench.timing import Turn, contest
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
 from multilora_fast.demo.compare import shallow_copy
-from multilora_fast.demo.model import LINEARS, load_model
+from multilora_fast.demo.model import LINEARS, load_model, target_linears
 from multilora_fast.devices import choose_dtype
 from multilora_fast.memory import peak_bytes, saved_bytes
 
@@ -43,15 +42,6 @@ def decoder(tiny: bool, device: str) -> tuple[str, nn.Module]:
     return "SmolLM2-135M", model
 
 
-def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
-    """The layers that every method adapts."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path.rpartition(".")[2] in LINEARS
-    ]
-
-
 def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
     """The candidates on the base's own weights; full fine-tuning on a copy."""
     full = copy.deepcopy(base).requires_grad_(True)
@@ -62,8 +52,8 @@ def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
         del loops[COMPILED]
     for name, cls in loops.items():
         model = found[name] = shallow_copy(base)
-        for path, module in linears(model):
-            layer = multilora(cls, module, n, r, p)
+        for path in target_linears(model, LINEARS):
+            layer = multilora(cls, model.get_submodule(path), n, r, p)
             model.set_submodule(path, layer)
             if name == COMPILED:
                 layer.compile()
@@ -82,7 +72,8 @@ def test_step(benchmark, p, tiny, device):
     batch, length = (2, 8) if tiny else (8, 1024) if device == "cuda" else (4, 128)
     torch.manual_seed(0)
     name, base = decoder(tiny, device)
-    for K, N in {(layer.in_features, layer.out_features) for _, layer in linears(base)}:
+    adapted = map(base.get_submodule, target_linears(base, LINEARS))
+    for K, N in {(layer.in_features, layer.out_features) for layer in adapted}:
         gate(K, N, n, r, p, base.dtype, device)
     models = methods(base, n, r, p)
     tokens = torch.randint(base.config.vocab_size, (batch, length), device=device)

@@ -13,7 +13,8 @@ from tiny import gpt2
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, Qwen2Config, T5Config
 
-from bench.memory import FP8, bytes_per_token
+from bench.candidates import FP8
+from bench.memory import bytes_per_token
 from multilora_fast import MultiLoraConfig, MultiLoRALinear, plan_memory
 from multilora_fast.memory import peak_bytes
 from multilora_fast.plan import FEW, counter, largest_batch
