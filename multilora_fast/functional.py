@@ -42,7 +42,7 @@ def multilora_linear(
             that device when None.
         backend: "triton", "torch", or None for Triton on a CUDA device and torch elsewhere.
         save_inputs: "exact", or "fp8" to keep x for backward as 8-bit floats (e4m3, a power of two per token) where
-            nothing else keeps it: half the bytes of bfloat16, a lora_A gradient of about 2 % relative error, and
+            nothing else keeps it: half the bytes of bfloat16, a lora_A gradient of 2 to 3 % relative error, and
             every other gradient exact. Not under torch.compile.
 
     Returns: (..., N), in x's dtype or autocast's. Its backward can be taken once: no double backward.

@@ -100,8 +100,7 @@ def fuse(
         if id(module) not in fused and id(module) not in refused:
             reason = _why_not(module)
             if reason is None:
-                fused[id(module)] = _fused(module, backend)
-                fused[id(module)].save_inputs = save_inputs
+                fused[id(module)] = _fused(module, backend, save_inputs)
             else:
                 refused[id(module)] = reason
         if id(module) in refused:
@@ -191,7 +190,7 @@ def _dropout(module: Any) -> nn.Dropout | None:
     return None if isinstance(dropout, nn.Module) and not isinstance(dropout, nn.Identity) else nn.Dropout(0.0)
 
 
-def _fused(module: Any, backend: str | None) -> FusedMultiLoRALinear:
+def _fused(module: Any, backend: str | None, save_inputs: str = "exact") -> FusedMultiLoRALinear:
     """A fused layer on the module's own parameters. It remembers the module, outside of its own submodules."""
     fused = FusedMultiLoRALinear.__new__(FusedMultiLoRALinear)
     nn.Module.__init__(fused)
@@ -202,7 +201,7 @@ def _fused(module: Any, backend: str | None) -> FusedMultiLoRALinear:
     fused.scaling_factor = module.scaling_factor
     fused.fan_in_fan_out = getattr(module, "fan_in_fan_out", False)
     fused.lora_dropout = cast(nn.Dropout, _dropout(module))
-    fused.backend = backend
+    fused.backend, fused.save_inputs = backend, save_inputs
     fused.training = module.training
     fused.__dict__["_unfused"] = module
     return fused
