@@ -2,7 +2,7 @@
 
 SmolLM2-135M on the demo's mixture, once with exact inputs and once with 8-bit ones: same seed, same batches, same
 initial branches. Writes fp8_inputs.json (every loss, and the relative error of each layer's gradient of lora_A on one
-batch before and after training) and fp8_inputs.png. A second exact run from another seed's branches shows how far
+batch after training) and fp8_inputs.png. A second exact run from another seed's branches shows how far
 apart two runs end that differ in nothing that matters.
 """
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from multilora_fast.adapters import read_files, read_multilora
 from multilora_fast.branches import Branches, as_lora, collect
+from multilora_fast.files import replaced
 from multilora_fast.progress import progress
 from multilora_fast.task_arithmetic import read_lora
 
@@ -249,9 +250,5 @@ def save_histograms(path: str | os.PathLike, spectra: Mapping[str, Mapping[str, 
         axis.set(title=kind, xlabel="singular value / the module's largest", ylabel="share of singular values")
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[-1].legend(frameon=False, fontsize=8)
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=130)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(Path(path)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=130)

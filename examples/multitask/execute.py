@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from multilora_fast.demo.model import LINEARS, PACKAGED
 from multilora_fast.demo.scoring import Encoded, all_scores
 from multilora_fast.demo.tasks import majority_rate
 from multilora_fast.demo.training import pack
+from multilora_fast.files import replaced
 from multilora_fast.spectrum import by_kind, effective_rank, singular_values, top_share
 
 WITH_VALUES = ("k_proj", "v_proj")  # of seed 0, whose singular values are kept one by one
@@ -185,9 +185,5 @@ def write_record(path: Path, record: Mapping) -> None:
 
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced(path) as unfinished:
+        unfinished.write_text(text)

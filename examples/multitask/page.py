@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bench.report import table
 from examples.multitask.claims import RULES
 from examples.multitask.execute import write
 from examples.multitask.plan import METHODS, Results, Run, Study, next_run
@@ -64,11 +65,6 @@ def _sections(summary: Mapping):
     if summary["claims"]:
         rows = [[c["claim"], f"**{c['verdict']}**", c["figures"]] for c in summary["claims"]]
         yield f"## The paper's claims at this size\n\n{table(['claim', 'verdict', 'figures'], rows)}\n\n{RULES}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _conditions(summary: Mapping) -> str:
