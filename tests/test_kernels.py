@@ -9,10 +9,7 @@ import math
 import pytest
 import torch
 from conftest import DEVICE
-from hypothesis import given
-from hypothesis import strategies as st
 
-from multilora_fast.kernels import configs
 from multilora_fast.kernels.configs import Config
 from multilora_fast.kernels.dropout import drop_threshold, dropout_mask
 from multilora_fast.kernels.expand import expand
@@ -320,43 +317,3 @@ def test_mistakes_are_named():
         reduce(h, x, 4, x.dtype)
     with pytest.raises(ValueError, match="h has 5 columns"):
         reduce_scaled(h[:, :5], dy, b, scale)
-
-
-def test_every_lookup_finds_a_row():
-    for kernel in ("shrink", "expand", "reduce"):
-        for M in (1, 64, 65, 10**6):
-            for R in (1, 64, 65, 128, 129, 256, 257, 1000):
-                for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-                    for arch in ("sm_90", "sm_75", "gfx1100", "interpreter"):
-                        assert isinstance(configs.pick(kernel, M, R, dtype, arch), Config)
-    assert configs.find_row("shrink", 8192, 96, torch.bfloat16, "sm_75") in configs.ROWS
-
-
-@given(R=st.integers(1, 1200), columns=st.sampled_from([256, 512]), two_tiles=st.booleans())
-def test_rank_tiles_cover_the_rank(R, columns, two_tiles):
-    first, second = configs.rank_tiles(R, Config(64, 32, 8, 2, two_tiles=two_tiles, columns=columns))
-    assert first & (first - 1) == 0
-    assert second & (second - 1) == 0
-    assert first + second <= columns
-    chunks = -(-R // (first + second))
-    assert chunks == -(-R // columns)
-
-
-@pytest.mark.parametrize(
-    ("R", "wide", "narrow"),
-    [
-        (96, (64, 32), (64, 32)), (160, (128, 32), (128, 32)), (288, (256, 32), (128, 16)), (320, (256, 64), (128, 32)),
-        (384, (256, 128), (128, 64)), (480, (512, 0), (256, 0)), (512, (512, 0), (256, 0)), (520, (256, 16), (128, 64)),
-    ],
-)  # fmt: skip
-def test_two_tiles_where_that_pads_less(R, wide, narrow):
-    assert configs.rank_tiles(R, Config(64, 32, 8, 2, columns=512)) == wide
-    assert configs.rank_tiles(R, Config(64, 32, 8, 2, columns=256)) == narrow
-
-
-@given(tiles=st.integers(1, 5000), steps=st.integers(0, 5000), processors=st.integers(1, 200), least=st.integers(1, 8))
-def test_splits_cover_every_step(tiles, steps, processors, least):
-    parts, per_part = configs.split(tiles, steps, processors, least)
-    assert parts >= 1
-    assert parts * per_part >= steps
-    assert (parts - 1) * per_part < max(steps, 1)
