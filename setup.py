@@ -24,6 +24,7 @@ setup(
     package_data={"multilora_fast": ["py.typed"], "multilora_fast.kernels": ["README.md"]},
     install_requires=[
         "torch>=2.11",
+        "numpy>=1.26",
         "triton>=3.6; sys_platform == 'linux'",
         "transformers>=5.17",
         "peft>=0.19",

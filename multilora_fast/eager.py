@@ -7,6 +7,7 @@ int64 tensor of one element on x's device, once in forward and once in backward:
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,16 +27,16 @@ def inverse_keep(p: float) -> float:
 
 def dropout_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.bool) -> Tensor:
     """Keep-mask (M, K) in ``dtype``: element m·K + k keeps when its 16-bit draw reaches ``threshold(p)``."""
-    draws = _words(seed, (M * K + 3) // 4).view(torch.int16)[: M * K].view(M, K)
+    draws = _words(seed, M * K // 4 + 1).view(torch.int16)[: M * K].view(M, K)
     return torch.ge(draws, threshold(p) - 32768, out=torch.empty(M, K, dtype=dtype, device=seed.device))
 
 
 def _words(seed: Any, count: int) -> Tensor:
-    """``count`` random 64-bit words. On a CPU from torch's generator, which takes one pass; elsewhere from SplitMix64
-    (Steele, Lea, Flood 2014), which reads the seed on its device and so waits for nothing."""
+    """``count`` random 64-bit words. On a CPU from numpy's SFC64, which takes half the time of torch's generator;
+    elsewhere from SplitMix64 (Steele, Lea, Flood 2014), which reads the seed on its device and so waits for nothing."""
     if seed.device.type == "cpu":
-        generator = torch.Generator().manual_seed(seed.item())
-        return torch.empty(count, dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+        words = np.random.SFC64(seed.item() % (1 << 64)).random_raw(count)
+        return torch.from_numpy(words.view(np.int64))
     z = torch.arange(1, count + 1, device=seed.device).mul_(_GAMMA).add_(seed)
     z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX1)
     z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX2)
