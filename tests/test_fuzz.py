@@ -1,34 +1,42 @@
-"""The op on whatever hypothesis draws, against the reference loop in float64 by the 2× rule.
+"""The op on whatever hypothesis draws, against the reference loop in float64 by the 2× rule; layers that share their
+input, against the same layers alone.
 
-200 cases in ``make test``, 2,000 with HYPOTHESIS_PROFILE=nightly (``make fuzz``).
+200 cases of the op in ``make test``, 2,000 with HYPOTHESIS_PROFILE=nightly (``make fuzz``); of groups a tenth.
 """
 
+import copy
 import math
 import os
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import DEVICE
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from multilora_fast import dropout_mask, multilora_add, multilora_linear
+from multilora_fast import MultiLoRALinear, dropout_mask, functional, fuse, multilora_add, multilora_linear
+from multilora_fast.inputs import keep, read
 from multilora_fast.testing import Case, random_case, run, truth, two_times_rule
 
 BACKENDS = ["torch", "triton"]
 CASES = {"ci": 200, "nightly": 2000}
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
-FUZZ = settings(
-    max_examples=CASES[PROFILE] // len(BACKENDS),
-    derandomize=PROFILE == "ci",
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=list(HealthCheck),
-)
+
+
+def fuzz(examples: int):
+    return settings(
+        max_examples=examples // len(BACKENDS),
+        derandomize=PROFILE == "ci",
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
 
 HALVES = [(torch.float16, torch.float16), (torch.float16, torch.float32)]
 BFLOAT = [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)]
@@ -54,6 +62,14 @@ def laid(t: Tensor, layout: str) -> Tensor:
     return t
 
 
+def in_8_bits(x: Tensor) -> Tensor:
+    """x as "fp8" keeps it, which rounds it no further: the second time is for a token whose largest value went up to
+    the next power of two."""
+    for _ in range(2):
+        x = read(keep(x, "fp8"), x.dtype)
+    return x
+
+
 @dataclass
 class Drawn:
     """A case of the op and how to call it."""
@@ -70,6 +86,7 @@ class Drawn:
     seed: str
     autocast: torch.dtype | None
     call: str
+    save_inputs: str
     checkpointing: bool | None  # None for none, else use_reentrant
     wanted: frozenset[str]
     layouts: dict[str, str]
@@ -81,6 +98,8 @@ class Drawn:
             self.shape, self.N, self.n, self.r, dtype=dtype, adapter_dtype=adapter_dtype, bias=self.bias,
             scaling=self.scaling, scaling_factor=self.scaling_factor, seed=self.values, device=DEVICE,
         )  # fmt: skip
+        if self.save_inputs == "fp8":
+            case.x = in_8_bits(case.x)
         case.x, case.dy = (laid(t, self.layouts[name]) for name, t in (("x", case.x), ("dy", case.dy)))
         case.parameters = {name: laid(t, self.layouts.get(name, "")) for name, t in case.parameters.items()}
         if self.p:
@@ -92,6 +111,7 @@ class Drawn:
     def op(self, backend: str):
         """As ``op(x, **parameters)`` of multilora_fast.testing."""
         options = {"scaling_factor": self.scaling_factor, "dropout_p": self.p, "backend": backend}
+        options["save_inputs"] = self.save_inputs
         if self.seed != "drawn":
             options["seed"] = self._seed() if self.seed == "tensor" else int(self._seed())
 
@@ -151,6 +171,7 @@ def drawn(draw, backend: str) -> Drawn:
         seed=draw(st.sampled_from(["int", "tensor", "drawn"])),
         autocast=draw(st.sampled_from([None, None, *casts])),
         call=call,
+        save_inputs=draw(st.sampled_from(["exact", "exact", "fp8"])),
         checkpointing=draw(st.sampled_from([None, None, False, True])),
         wanted=frozenset(draw(st.sets(st.sampled_from(names), min_size=1))),
         layouts=layouts,
@@ -186,7 +207,62 @@ def broken(several: list[Drawn], backend: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@FUZZ
+@fuzz(CASES[PROFILE])
 @given(data=st.data())
 def test_whatever_is_drawn(backend, data):
     check(data.draw(drawn(backend)), backend)
+
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+@st.composite
+def drawn_group(draw, backend: str) -> nn.ModuleDict:
+    """Two or three layers of one K, dropout and dtype, all else their own, with branches that are not zero."""
+    K, p = draw(st.integers(1, 70)), draw(st.sampled_from([0.0, 0.3]))
+    dtype = draw(st.sampled_from([torch.float32] + [torch.float64] * (backend == "torch")))
+    torch.manual_seed(draw(st.integers(0, 2**32)))
+    layers = nn.ModuleDict()
+    for name in NAMES[: draw(st.integers(2, 3))]:
+        base = nn.Linear(K, draw(st.integers(1, 70)), bias=draw(st.booleans()), device=DEVICE, dtype=dtype)
+        layer = MultiLoRALinear(
+            base, r=draw(st.integers(1, 9)), lora_num=draw(st.integers(1, 4)), lora_alpha=draw(st.integers(1, 9)),
+            lora_dropout=p, scaling=draw(st.sampled_from(["vector", "scalar"])),
+        )  # fmt: skip
+        for parameter in (layer.lora_B, layer.lora_scaling):
+            nn.init.normal_(parameter)
+        layers[name] = layer
+    return layers
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@fuzz(CASES[PROFILE] // 10)
+@given(data=st.data())
+def test_whatever_group_is_drawn(backend, data):
+    layers = data.draw(drawn_group(backend))
+    weight = layers["q_proj"].weight
+    leading = data.draw(st.sampled_from([(70,), (4, 17)]).flatmap(sizes))
+    x = torch.randn(*leading, weight.shape[1], dtype=weight.dtype, device=DEVICE)
+    used = data.draw(st.sets(st.sampled_from(sorted(layers)), min_size=1))
+    frozen = data.draw(st.sets(st.sampled_from([name for name, _ in layers.named_parameters()])))
+    x_wanted, save_inputs = data.draw(st.booleans()), data.draw(st.sampled_from(["exact", "fp8"]))
+
+    def gradients(share_inputs: bool) -> dict[str, Tensor | None]:
+        model = copy.deepcopy(layers)
+        fuse(model, backend=backend, save_inputs=save_inputs, share_inputs=share_inputs)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora" in name and name not in frozen)
+        leaf = x.clone().requires_grad_(x_wanted)
+        found: dict = {name: layer(leaf) for name, layer in model.items()}
+        total = sum(found[name].sin().sum() for name in used)
+        if total.requires_grad:
+            total.backward()
+        return found | {"x": leaf.grad} | {name: p.grad for name, p in model.named_parameters()}
+
+    with mock.patch.object(functional, "_seed_tensor", lambda seed, device: torch.tensor([7], device=device)):
+        together, alone = gradients(True), gradients(False)
+    tolerance = 1e-10 if x.dtype == torch.float64 else 1e-4
+    for name, wanted in alone.items():
+        torch.testing.assert_close(
+            together[name], wanted, rtol=tolerance, atol=tolerance, msg=lambda m, name=name: f"{name}: {m}"
+        )
