@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Mapping
+from numbers import Real
+from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +24,22 @@ def check_dropout(name: str, p: float) -> None:
 
 
 def check_alpha(alpha: float | None) -> None:
-    good = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and math.isfinite(alpha)
-    if alpha is not None and not good:
+    if alpha is not None and not _is_finite_number(alpha):
         raise ValueError(f"lora_alpha must be a number or None, not {alpha!r}.")
+
+
+def check_scaling_factor(factor: float) -> None:
+    if not _is_finite_number(factor):
+        raise ValueError(f"scaling_factor must be a finite number, not {factor!r}.")
+
+
+def _is_finite_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_size(name: str, size: int) -> None:
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise ValueError(f"{name} must be an integer of at least 0, not {size!r}.")
 
 
 def check_config(config: Mapping) -> None:

@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from multilora_fast.backends import choose, load
-from multilora_fast.checks import check_base, check_branches, check_dropout, check_output, check_save_inputs
+from multilora_fast.checks import (
+    check_base,
+    check_branches,
+    check_dropout,
+    check_output,
+    check_save_inputs,
+    check_scaling_factor,
+    check_size,
+)
 from multilora_fast.op import MultiLoRA, Settings, compiled
 
 Weight = Tensor | Callable[[], Tensor]
@@ -48,7 +56,8 @@ def multilora_linear(
     Returns: (..., N), in x's dtype or autocast's. Its backward can be taken once: no double backward.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not agree, dropout_p outside [0, 1), a backend that cannot run.
+        ValueError: shapes, dtypes or devices that do not agree, dropout_p outside [0, 1), a scaling_factor that is not
+            finite, a backend that cannot run.
     """
     options = (scaling_factor, dropout_p, training, seed, backend, save_inputs)
     settings, seed = prepare(x, lora_A, lora_B, lora_scaling, *options)
@@ -89,6 +98,8 @@ def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str |
     the backend and the seed alone.
     """
     check_dropout("p", p)
+    for name, size in (("M", M), ("K", K)):
+        check_size(name, size)
     if not isinstance(seed, Tensor):
         seed = _seed_tensor(seed, torch.device("cpu"))
     return load(choose(backend, seed.device)).dropout_mask(seed, M, K, p)
@@ -99,6 +110,7 @@ def prepare(
 ) -> tuple[Settings, Tensor | None]:
     """The settings of a call, and the seed of its mask, after every check that does not concern the base layer."""
     check_branches(x, lora_A, lora_B, lora_scaling)
+    check_scaling_factor(scaling_factor)
     check_dropout("dropout_p", dropout_p)
     check_save_inputs(save_inputs)
     p = float(dropout_p) if training else 0.0

@@ -9,7 +9,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from multilora_fast.checks import check_hyperparameters
+from multilora_fast.checks import check_alpha, check_hyperparameters
 
 
 class MultiLoRALinear(nn.Linear):
@@ -19,7 +19,8 @@ class MultiLoRALinear(nn.Linear):
     ``lora_scaling`` (n, N), or (n, 1) with ``scaling="scalar"``. The base parameters keep their ``requires_grad``.
 
     Raises:
-        ValueError: base is no nn.Linear, r or lora_num < 1, lora_dropout outside [0, 1), unknown scaling.
+        ValueError: base is no nn.Linear, r or lora_num < 1, lora_dropout outside [0, 1), lora_alpha not finite,
+            unknown scaling.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class MultiLoRALinear(nn.Linear):
         if not isinstance(base, nn.Linear):
             raise ValueError(f"base must be an nn.Linear, not {type(base).__name__}.")
         check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout, scaling=scaling)
+        check_alpha(lora_alpha)
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.r, self.lora_num, self.scaling_factor = r, lora_num, (r if lora_alpha is None else lora_alpha) / r

@@ -303,6 +303,8 @@ CALLS = [
     Row("fuse: no model", lambda: fuse("base"), "model must be an nn.Module, not str."),
     Row("unfuse: no model", lambda: unfuse(None), "model must be an nn.Module, not NoneType."),
     Row("dropout_mask: p", lambda: dropout_mask(0, 2, 2, -0.5), "p must be a probability in [0, 1), not -0.5."),
+    Row("dropout_mask: M", lambda: dropout_mask(0, -1, 2, 0.5), "M must be an integer of at least 0, not -1."),
+    Row("dropout_mask: K", lambda: dropout_mask(0, 2, 2.0, 0.5), "K must be an integer of at least 0, not 2.0."),
     Row("dropout_mask: seed", lambda: dropout_mask(2**63, 2, 2, 0.5), "seed must be an int of 64 bits"),
     Row("MultiLoraConfig: r", lambda: MultiLoraConfig(r=-1), "r must be an integer of at least 1, not -1."),
     Row("MultiLoraConfig: lora_num", lambda: MultiLoraConfig(lora_num=True), "lora_num must be an integer of at least"),

@@ -1,5 +1,7 @@
 """The caller's mistakes: one sentence that names the argument, what came and what was wanted."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -37,6 +39,8 @@ WRONG = [
     ({"dropout_p": -0.1}, "dropout_p must be a probability in [0, 1), not -0.1."),
     ({"dropout_p": float("nan")}, "dropout_p must be a probability in [0, 1), not nan."),
     ({"backend": "cuda"}, 'backend must be "triton", "torch" or None, not \'cuda\'.'),
+    ({"scaling_factor": math.nan}, "scaling_factor must be a finite number, not nan."),
+    ({"scaling_factor": "2"}, "scaling_factor must be a finite number, not '2'."),
     (
         {"dropout_p": 0.1, "seed": 1.5},
         "seed must be an int of 64 bits or an int64 tensor of one element, not 1.5.",
@@ -76,6 +80,7 @@ LAYER_WRONG = [
     ({"r": 2.0}, "r must be an integer of at least 1, not 2.0."),
     ({"lora_num": -1}, "lora_num must be an integer of at least 1, not -1."),
     ({"lora_dropout": 1.0}, "lora_dropout must be a probability in [0, 1), not 1.0."),
+    ({"lora_alpha": math.inf}, "lora_alpha must be a number or None, not inf."),
     ({"scaling": "matrix"}, 'scaling must be "vector" or "scalar", not \'matrix\'.'),
     ({"base": nn.Conv1d(1, 1, 1)}, "base must be an nn.Linear, not Conv1d."),
 ]
