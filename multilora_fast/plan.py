@@ -21,6 +21,7 @@ from multilora_fast.checks import check_hyperparameters
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.plan_report import MemoryPlan, MethodPlan, parse_memory
 from multilora_fast.plan_step import FULL, METHODS, OPTIMIZERS, PACKED, PHASES, Settings, Step, build, decoder_layers
+from multilora_fast.progress import progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FEW = (3, 4)  # layers: a first, a last and one or two between
@@ -103,7 +104,7 @@ def plan_memory(
     )
     budget = None if available is None else int(available * (1 - headroom))
     whole = not _equal_layers(config, settings)
-    plans = [_plan(config, method, settings, whole, batch, budget) for method in METHODS]
+    plans = [_plan(config, method, settings, whole, batch, budget) for method in progress(METHODS, "counting steps")]
     asked = {
         "model": str(model_or_config) if isinstance(model_or_config, (str, os.PathLike)) else config.model_type,
         "layers": _depth(config),
