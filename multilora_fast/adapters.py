@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,6 +25,7 @@ from multilora_fast.reference import MultiLoRALinear
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PREFIX = "base_model.model."
+MADE_BY = "multilora_fast"  # in the metadata of the weights that a command made of others
 _SUFFIX = f".{CONTAINER}."
 
 
@@ -82,10 +83,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     return list(layers)
 
 
-def write_multilora(directory: str | os.PathLike, modules: Mapping[str, Branches], config: dict) -> None:
+def write_multilora(
+    directory: str | os.PathLike, modules: Mapping[str, Branches], config: dict, made_by: str | None = None
+) -> None:
     """An adapter with the branches of ``modules``, by module path; ``config`` holds what the branches do not say."""
     tensors = {f"{PREFIX}{name}{_SUFFIX}{key}": getattr(b, key) for name, b in modules.items() for key in NAMES}
-    write_files(directory, {"peft_type": "MULTILORA", **describe(modules), **config}, tensors)
+    write_files(directory, {"peft_type": "MULTILORA", **describe(modules), **config}, tensors, made_by)
 
 
 def read_multilora(directory: str | os.PathLike) -> tuple[dict, dict[str, Branches]]:
@@ -128,6 +131,8 @@ def read_files(directory: str | os.PathLike, kind: str) -> tuple[dict, dict[str,
     """The config and the tensors of an adapter of any method. Only safetensors are read: a pickle can run code."""
     directory = Path(directory)
     try:
+        if not directory.is_dir():
+            raise ValueError("it is a file" if directory.exists() else "no such directory")
         config = json.loads((directory / CONFIG).read_text())
         if not (directory / WEIGHTS).exists():
             pickled = [path.name for path in sorted(directory.iterdir()) if path.suffix in PICKLED]
@@ -151,7 +156,32 @@ def check_values(where: object, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{where} holds values that are not finite, in {key}.")
 
 
-def write_files(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> None:
+def check_output(directory: str | os.PathLike, made_by: str) -> None:
+    """Raise ValueError unless ``directory`` may take what the command ``made_by`` makes: it holds no model, training
+    run or adapter, but for one that this command made and nobody trained since."""
+    directory = Path(directory)
+    check_folder("the output", directory)
+    for pattern, what in (("config.json", "model"), ("train.json", "training run"), ("checkpoint-*", "training run")):
+        if any(directory.glob(pattern)):
+            raise ValueError(f"the output {directory} holds a {what} ({pattern}): give another directory.")
+    if any((directory / name).exists() for name in (CONFIG, WEIGHTS)) and _made_by(directory / WEIGHTS) != made_by:
+        raise ValueError(
+            f"the output {directory} holds an adapter that is no earlier {made_by}: give another directory."
+        )
+
+
+def _made_by(weights: Path) -> str | None:
+    """The command that made the adapter. Who trains it and saves it writes the file without that."""
+    try:
+        with safe_open(weights, "pt") as file:
+            return (file.metadata() or {}).get(MADE_BY)
+    except (OSError, SafetensorError):
+        return None
+
+
+def write_files(
+    directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor], made_by: str | None = None
+) -> None:
     """Both files of an adapter, put in their places once both are complete; on an error nothing has changed.
 
     Raises:
@@ -165,7 +195,7 @@ def write_files(directory: str | os.PathLike, config: dict, tensors: Mapping[str
     with made(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as temporary:
         weights, text = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
         try:
-            save_file(tensors, weights, metadata={"format": "pt"})
+            save_file(tensors, weights, metadata={"format": "pt"} | ({MADE_BY: made_by} if made_by else {}))
         except SafetensorError as error:
             raise OSError(f"{directory} cannot be written: {error}") from error
         text.write_text(json.dumps(config, indent=2) + "\n")

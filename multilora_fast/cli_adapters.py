@@ -20,10 +20,13 @@ def export(
     """Write a MultiLoRA adapter as a plain LoRA of the same function, for vLLM and every other server of LoRAs."""
     import tempfile
 
+    from multilora_fast.adapters import check_output
     from multilora_fast.export import export_lora
-    from multilora_fast.files import check_folder
+    from multilora_fast.files import check_model
 
-    check_folder("the output", out)
+    check_output(out, "export")
+    if model is not None:
+        check_model("--model", model)
     compared: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         export_lora(adapter, temporary)
@@ -64,7 +67,9 @@ def merge(
         used = [1.0] * len(lora_dirs) if numbers is None else numbers
         _print_json({"output": str(output), "adapters": [str(path) for path in lora_dirs], "weights": used})
     else:
-        print(f"{output}: {len(lora_dirs)} LoRA adapters as the branches of one MultiLoRA adapter")
+        count = len(lora_dirs)
+        branches = "1 LoRA adapter as the branch" if count == 1 else f"{count} LoRA adapters as the branches"
+        print(f"{output}: {branches} of one MultiLoRA adapter")
 
 
 def _print_json(document: dict[str, Any]) -> None:

@@ -2,13 +2,12 @@
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from multilora_fast.adapters import CONFIG, PREFIX, read_files, read_multilora, write_files
+from multilora_fast.adapters import PREFIX, check_output, read_files, read_multilora, write_files
 from multilora_fast.branches import CONTAINER, Branches, as_lora, collect
 from multilora_fast.progress import progress
 
@@ -43,23 +42,24 @@ def export_lora(
 
     Args:
         source: a PEFT model, any model with MultiLoRA layers (ours or fused), or the directory of a saved adapter.
-        out_dir: made if missing. On an error nothing in it has changed.
+        out_dir: made if missing, or that of an earlier export, which is overwritten. On an error nothing in it has
+            changed.
         adapter_name: which adapter of a PEFT model; the active one when None.
 
     Raises:
         ValueError: no MultiLoRA adapter there, or one with modules_to_save or trained biases, which a plain LoRA that
-            any server takes cannot hold; ``out_dir`` is the adapter itself.
+            any server takes cannot hold; or ``out_dir`` holds a model, a training run or an adapter that is no
+            export.
     """
+    check_output(out_dir, "export")
     config, modules = _from_model(source, adapter_name) if isinstance(source, nn.Module) else _from_directory(source)
-    if _is_multilora(out_dir):
-        raise ValueError(f"out_dir {out_dir} holds a MultiLoRA adapter, which the export would overwrite.")
     rank = max(b.lora_num * b.r for b in modules.values())
     tensors = {}
     for name, branches in progress(modules.items(), "export"):
         A, B = as_lora(branches)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = _padded(A, rank, 0)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = _padded(B, rank, 1)
-    write_files(out_dir, _lora_config(config, rank, sorted(modules)), tensors)
+    write_files(out_dir, _lora_config(config, rank, sorted(modules)), tensors, made_by="export")
     return ExportReport(rank, len(modules), next((r for r in VLLM_RANKS if r >= rank), None))
 
 
@@ -90,15 +90,6 @@ def _from_model(model: Any, adapter_name: str | None) -> tuple[dict, dict[str, B
     if any(getattr(module, "fan_in_fan_out", False) for module in modules.values()):
         config["fan_in_fan_out"] = True
     return config, {name: Branches.of(module) for name, module in modules.items()}
-
-
-def _is_multilora(directory: str | os.PathLike) -> bool:
-    if not (Path(directory) / CONFIG).exists():
-        return False
-    try:
-        return read_files(directory, "")[0].get("peft_type") == "MULTILORA"
-    except ValueError:
-        return False
 
 
 def _padded(t: Tensor, rank: int, dim: int) -> Tensor:

@@ -17,6 +17,12 @@ def check_folder(name: str, folder: Path) -> None:
         raise ValueError(f"{name} {folder} cannot be written: no permission for {existing}.")
 
 
+def check_model(name: str, model: str) -> None:
+    """Raise ValueError if ``model``, a directory or hub id that is the value of the argument ``name``, is a file."""
+    if os.path.isfile(os.path.expanduser(model)):
+        raise ValueError(f"{name} {model} is a file; give a directory or a hub id.")
+
+
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to. The file moves to ``path`` if the block ends well, else it vanishes."""

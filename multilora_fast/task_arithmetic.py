@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from multilora_fast.adapters import PREFIX, read_files, write_multilora
+from multilora_fast.adapters import PREFIX, check_output, read_files, write_multilora
 from multilora_fast.branches import Branches, pattern_value, stack
 from multilora_fast.checks import check_config, check_hyperparameters
 
@@ -41,7 +41,8 @@ def from_loras(
 
     Args:
         directories: LoRA adapters as PEFT saves them, for one base model.
-        out_dir: made if missing; load it with PeftModel.from_pretrained or multilora_fast.adapters.load_adapter.
+        out_dir: made if missing, or that of an earlier merge, which is overwritten; load it with
+            PeftModel.from_pretrained or multilora_fast.adapters.load_adapter.
         weights: one number per LoRA; all 1 when None.
         scaling: "vector" or "scalar", the kind of scale to learn from there.
         lora_dropout: of the new adapter, when it is trained.
@@ -49,7 +50,8 @@ def from_loras(
 
     Raises:
         ValueError: no directories, other numbers of weights, adapters that are missing, damaged, no plain LoRA (DoRA,
-            biases, modules_to_save, ...), or for modules of different shapes.
+            biases, modules_to_save, ...), or for modules of different shapes; or ``out_dir`` holds a model, a training
+            run or an adapter that is no merge.
     """
     directories = [os.fspath(directory) for directory in directories]
     weights = [1.0] * len(directories) if weights is None else [float(weight) for weight in weights]
@@ -62,7 +64,8 @@ def from_loras(
     check_hyperparameters(r=1, lora_num=1, lora_dropout=lora_dropout, scaling=scaling)
     overwritten = [directory for directory in directories if Path(directory).resolve() == Path(out_dir).resolve()]
     if overwritten:
-        raise ValueError(f"out_dir {out_dir} holds one of the LoRA adapters, which would be overwritten.")
+        raise ValueError(f"the output {out_dir} holds one of the LoRA adapters, which would be overwritten.")
+    check_output(out_dir, "merge")
     loras = [read_lora(directory) for directory in directories]
     generator = torch.Generator().manual_seed(seed)
     modules = {}
@@ -81,7 +84,8 @@ def from_loras(
                 B = torch.empty(1, N, r).uniform_(-(r**-0.5), r**-0.5, generator=generator)
                 parts.append(Branches(A, B, torch.zeros(1, width)))
         modules[name] = stack(parts, generator)
-    write_multilora(out_dir, modules, _config([config for config, _ in loras], scaling, lora_dropout, sorted(modules)))
+    config = _config([config for config, _ in loras], scaling, lora_dropout, sorted(modules))
+    write_multilora(out_dir, modules, config, made_by="merge")
     return Path(out_dir)
 
 

@@ -155,8 +155,27 @@ def test_models_that_cannot_be_exported(tmp_path):
         export_lora(model, tmp_path)
     model.unmerge_adapter()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="holds a MultiLoRA adapter, which the export would overwrite"):
+    with pytest.raises(ValueError, match="holds an adapter that is no earlier export: give another directory"):
         export_lora(model, tmp_path)
+
+
+def test_an_export_is_written_anew_but_no_longer_once_it_was_trained(tmp_path):
+    get_peft_model(llama(), config()).save_pretrained(tmp_path / "source")
+    for r in (2, 3):
+        export_lora(get_peft_model(llama(), config(r=r)), tmp_path / "out")
+        assert json.loads((tmp_path / "out" / CONFIG).read_text())["r"] == 3 * r
+    PeftModel.from_pretrained(llama(), tmp_path / "out", is_trainable=True).save_pretrained(tmp_path / "out")
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="holds an adapter that is no earlier export"):
+        export_lora(tmp_path / "source", tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+
+
+def test_no_export_goes_into_a_models_directory(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a model \(config.json\): give another directory"):
+        export_lora(get_peft_model(llama(), config()), tmp_path)
+    assert not (tmp_path / CONFIG).exists()
 
 
 def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch):

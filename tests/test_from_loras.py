@@ -107,6 +107,19 @@ def test_the_same_seed_gives_the_same_file(loras, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
+def test_a_merge_is_written_anew_but_no_longer_once_it_was_trained(loras, tmp_path):
+    out = tmp_path / "out"
+    for weight in (1.0, 0.5):
+        from_loras(loras, out, weights=[weight] * 3)
+        expected = logits(weighted(loras, [weight] * 3))
+        assert_same_logits(logits(PeftModel.from_pretrained(llama(), out)), expected, 1e-5)
+    PeftModel.from_pretrained(llama(), out, is_trainable=True).save_pretrained(out)
+    before = (out / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="holds an adapter that is no earlier merge: give another directory"):
+        from_loras(loras, out)
+    assert (out / WEIGHTS).read_bytes() == before
+
+
 def edit_config(**new):
     return lambda path: (path / CONFIG).write_text(json.dumps(json.loads((path / CONFIG).read_text()) | new))
 
@@ -175,7 +188,9 @@ def test_the_command(loras, tmp_path):
     arguments = [*map(str, loras), "--weights", "1,-0.5,2", "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "3 LoRA adapters" in result.output
+    assert "3 LoRA adapters as the branches of one MultiLoRA adapter" in result.output
+    result = CliRunner().invoke(app, [str(loras[0]), "--output", str(tmp_path / "one")])
+    assert "1 LoRA adapter as the branch of one MultiLoRA adapter" in result.output
     expected = logits(weighted(loras, [1, -0.5, 2]))
     assert_same_logits(logits(PeftModel.from_pretrained(llama(), tmp_path / "out")), expected, 1e-5)
     result = CliRunner().invoke(app, [str(loras[0]), "--weights", "one", "--output", str(tmp_path / "out")])

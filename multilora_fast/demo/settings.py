@@ -46,5 +46,5 @@ class Settings:
             raise ValueError("--target-modules names no module.")
         missing = [name for name in ("accelerate", "datasets", "matplotlib") if find_spec(name) is None]
         if missing:
-            raise ValueError(f"the demo needs {', '.join(missing)}: run pip install 'multilora-fast[demo]'.")
+            raise ValueError(f"the demo needs {', '.join(missing)}: run pip install {' '.join(missing)}.")
         check_output(self.output)
