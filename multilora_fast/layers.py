@@ -13,6 +13,7 @@ from multilora_fast.reference import MultiLoRALinear
 from multilora_fast.shared import SharedInput, find_groups, finish_shared
 
 _PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "lora_scaling")
+_ATTRIBUTES = (*_PARAMETERS, "lora_num", "lora_dropout", "scaling_factor")
 
 
 class FusedMultiLoRALinear(MultiLoRALinear):
@@ -66,6 +67,11 @@ class FuseReport:
     left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        if not self.swapped and not self.left:
+            return (
+                "fused 0 modules: found no MultiLoRALinear that is not fused yet, nor any module with its attributes "
+                f"({', '.join(_ATTRIBUTES)}); a PEFT model of a MultiLoraConfig needs no fuse."
+            )
         lines = [f"fused {len(self.swapped)} modules, left {len(self.left)}"]
         return "\n".join(lines + [f"  {name}: {reason}" for name, reason in self.left.items()])
 
@@ -75,6 +81,7 @@ def fuse(
 ) -> FuseReport:
     """Swap every MultiLoRALinear in ``model``, ours or any module with its attributes, for the fused layer, in place.
 
+    The attributes are weight, bias (or None), lora_A, lora_B, lora_scaling, lora_num, lora_dropout and scaling_factor.
     The Parameter objects and state_dict keys stay, so an optimizer or checkpoint made before stays valid. A module
     that is used in several places stays shared. Modules with merged weights, hooks, a forward of another formula, or
     anything the fused layer does not hold are left alone and reported; so is ``model`` itself.
@@ -153,7 +160,7 @@ def _swap_children(model: nn.Module, swap) -> None:
 
 
 def _is_multilora(module: nn.Module) -> bool:
-    return all(hasattr(module, key) for key in (*_PARAMETERS, "lora_num", "lora_dropout", "scaling_factor"))
+    return all(hasattr(module, key) for key in _ATTRIBUTES)
 
 
 def _why_not(module: Any) -> str | None:

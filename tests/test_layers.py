@@ -1,13 +1,15 @@
 """The fused layer, fuse and unfuse."""
 
 import copy
+import re
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
-from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear, fuse, unfuse
+from multilora_fast import FusedMultiLoRALinear, MultiLoraConfig, MultiLoRALinear, fuse, multilora_linear, unfuse
 from multilora_fast.testing import random_case, reference_op
 
 
@@ -231,6 +233,33 @@ def test_fuse_leaves_alone_and_says_why(make, reason):
 def test_fuse_reports_the_model_itself_and_ignores_other_layers():
     assert "the model itself" in fuse(branches()).left[""]
     assert fuse(nn.Sequential(nn.Linear(3, 3), nn.Conv1d(1, 1, 1))).swapped == []
+
+
+def test_a_report_of_nothing_says_what_fuse_looks_for():
+    said = str(fuse(nn.Sequential(nn.Linear(3, 3))))
+    assert said.startswith("fused 0 modules: found no MultiLoRALinear that is not fused yet, nor any module with its ")
+    assert said.endswith("; a PEFT model of a MultiLoraConfig needs no fuse.")
+    names = re.search(r"\((.+)\)", said)[1].split(", ")
+    assert len(names) == 8
+    for name in names:
+        assert re.search(rf"\b{name}\b", fuse.__doc__)
+        report = fuse(nn.Sequential(without(name)))
+        assert not report.swapped
+        assert not report.left
+
+
+def test_a_peft_model_needs_no_fuse(monkeypatch):
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), MultiLoraConfig(r=2, target_modules=["0"]))
+    assert str(fuse(model)).startswith("fused 0 modules: ")
+    called = []
+
+    def op(*args, **options):
+        called.append(args)
+        return multilora_linear(*args, **options)
+
+    monkeypatch.setattr("multilora_fast.peft.layer.multilora_linear", op)
+    model(torch.randn(3, 16))
+    assert len(called) == 1
 
 
 def test_fuse_tries_a_third_party_layer_without_touching_it():
