@@ -73,7 +73,7 @@ def demo(
         "demo-output"
     ),
     compare: Annotated[bool, typer.Option(help="Compare with naive MultiLoRA and PEFT LoRA.")] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="A run of about a minute that claims no accuracy.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A run of a minute or two that claims no accuracy.")] = False,
 ) -> None:
     """Fine-tune a small model on four real tasks and compare the cost of a step with LoRA's."""
     from multilora_fast.demo.settings import Settings
@@ -107,14 +107,16 @@ def demo(
         print("This was a quick run: too short for its accuracies and times to mean anything.")
 
 
-@_command("Show versions, device, backend and kernel rows.", "info", "info --arch sm_90 --json")
+@_command("Show versions, device, backend and kernel settings.", "info", "info --arch sm_90 --json")
 def info(
     arch: Annotated[
-        str | None, typer.Option(help="Show the kernels' rows for it, e.g. sm_90.", show_default="this device's")
+        str | None,
+        typer.Option(help="GPU architecture to show the kernels' settings for, e.g. sm_90.", show_default="this GPU's"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show versions, device, the backend that would run on it, and the kernels' configurations."""
+    """Show versions, device, the backend that would run on it, and what each Triton kernel runs with on a GPU: its
+    tile of tokens by features, warps and pipeline stages."""
     import torch
 
     from multilora_fast.backends import choose
@@ -149,8 +151,11 @@ def _kernel_rows(arch: str | None, device) -> dict[str, Any]:
     """The table row that each kernel takes for many tokens and for few, and its configuration."""
     import torch
 
-    from multilora_fast.kernels.configs import ROWS, device_of, find_row
+    from multilora_fast.kernels.configs import ARCHITECTURES, DEFAULT, LARGE, ROWS, device_of, find_row
 
+    known = dict.fromkeys(name for name in (*ARCHITECTURES, *(key[3] for key in ROWS)) if name not in (DEFAULT, LARGE))
+    if arch not in (None, *known, DEFAULT):
+        raise ValueError(f"--arch must be {', '.join(known)}, or {DEFAULT} for any other GPU, not {arch!r}.")
     arch = arch or device_of(torch.empty(0, device=device))[0]
     uses = ((kernel, M) for kernel in ("shrink", "expand", "reduce") for M in (8192, 1))
     keys = dict.fromkeys(find_row(kernel, M, 96, torch.bfloat16, arch) for kernel, M in uses)
@@ -179,15 +184,19 @@ _command(
 def main() -> None:
     """Run the app; a mistake in what was asked is one line on stderr and exit code 2."""
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code == 130:  # what newer typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except ClickException as error:
         _fail(error.format_message())
     except ValueError as error:
         _fail(str(error))
     except OSError as error:  # a full disk, a file without permission
         _fail(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
-    except (typer.Abort, KeyboardInterrupt):
-        print("Interrupted.", file=sys.stderr)
+    except (typer.Abort, KeyboardInterrupt) as stop:
+        after = "\n" if sys.stderr.isatty() else ""  # the terminal's own ^C
+        print(f"{after}{str(stop) or 'Interrupted.'}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Collection
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,11 +24,20 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.devices import choose_dtype
-from multilora_fast.peft import MultiLoraConfig
+from multilora_fast.peft import MultiLoraConfig, MultiLoraLinear
 from multilora_fast.train_data import IGNORED, Row, collate, encode, read_tasks, split
-from multilora_fast.train_files import failures_named, finish, is_first, last_checkpoint, save, write_record
+from multilora_fast.train_files import (
+    failures_named,
+    finish,
+    interruption,
+    is_first,
+    last_checkpoint,
+    save,
+    write_record,
+)
 from multilora_fast.train_settings import Settings, check_same_run
 
 Rows = list[dict[str, list[int]]]
@@ -40,6 +51,7 @@ def run(settings: Settings) -> Trainer | None:
     Raises:
         ValueError: settings, data or a model that do not allow it; nothing is written then.
         OSError: the output cannot be written, on a full disk say.
+        KeyboardInterrupt: as Python's own; during training it says what is kept.
     """
     settings.check()
     tasks = read_tasks(settings.files, settings.named)
@@ -51,16 +63,19 @@ def run(settings: Settings) -> Trainer | None:
         if checkpoint is not None and finish(checkpoint, settings):
             _say(f"All steps were taken: the adapter is in {settings.output}.")
             return None
-    arguments = training_arguments(settings)
+        if checkpoint is None:
+            _say(f"{settings.output} holds no checkpoint: the run starts at step 0.")
     tokenizer = _loaded(AutoTokenizer, settings.model)
     train_rows, held_out = tokens(tasks, tokenizer, settings)
+    arguments = training_arguments(settings if held_out else replace(settings, eval_fraction=0.0))
     set_seed(settings.seed)
     model = adapted_model(settings, arguments.device)
 
     if arguments.process_index == 0:  # the others checked the directory before they all joined as a group
         write_record(settings.output, record)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    trainer = Trainer(
+    log = TaskLog(held_out, heading(settings, model, arguments))
+    trainer = CountingTrainer(
         model=model,
         args=arguments,
         train_dataset=train_rows,
@@ -69,15 +84,21 @@ def run(settings: Settings) -> Trainer | None:
         processing_class=tokenizer,
         preprocess_logits_for_metrics=_likeliest,
         compute_metrics=_accuracy,
-        callbacks=[TaskLog(held_out), *([Bars()] if sys.stderr.isatty() else [])],
+        callbacks=[log, *([Bars()] if sys.stderr.isatty() else [])],
     )
     trainer.remove_callback(PrinterCallback)
     with failures_named(settings.output):
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if held_out and not _is_evaluated(trainer):
-            trainer.evaluate()
-        trainer.save_state()
-        save(trainer, settings.output)
+        try:
+            done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            seconds = done.metrics["train_runtime"]
+            cost = summary(seconds, trainer.all_tokens() / (seconds - log.evaluating), arguments.device)
+            if held_out and not _is_evaluated(trainer):
+                trainer.evaluate()
+            trainer.save_state()
+            save(trainer, settings)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(interruption(trainer.state, settings.output)) from stop
+    _say(cost)
     _say(f"The adapter is in {settings.output}. Import multilora_fast.peft, then load it as any PEFT adapter.")
     return trainer
 
@@ -142,8 +163,12 @@ def tokens(tasks: dict[str, list[Row]], tokenizer, settings: Settings) -> tuple[
     return train_rows, held_out
 
 
-def adapted_model(settings: Settings, device: torch.device) -> nn.Module:
-    """The causal LM, frozen, with a fresh float32 adapter."""
+def adapted_model(settings: Settings, device: torch.device) -> PeftModel:
+    """The causal LM, frozen, with a fresh float32 adapter.
+
+    Raises:
+        ValueError: a model that cannot be loaded, or that has none of the target modules.
+    """
     options: dict[str, Any] = {"dtype": choose_dtype(settings.dtype, device)}
     if settings.quantization:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -155,6 +180,11 @@ def adapted_model(settings: Settings, device: torch.device) -> nn.Module:
     base = _loaded(AutoModelForCausalLM, settings.model, **options)
     base.config.use_cache = False
     targets = settings.target_modules
+    names = [f".{name}" for name, _ in base.named_modules()]
+    if targets != ("all-linear",) and not any(name.endswith(f".{target}") for name in names for target in targets):
+        linear = (name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+        raise ValueError(f"--target-modules {','.join(targets)} match nothing: the linear layers end in {kinds}.")
     config = MultiLoraConfig(
         r=settings.r,
         lora_num=settings.lora_num,
@@ -167,6 +197,40 @@ def adapted_model(settings: Settings, device: torch.device) -> nn.Module:
     return get_peft_model(base, config)
 
 
+def heading(settings: Settings, model: PeftModel, arguments: TrainingArguments) -> str:
+    """What is trained, on what."""
+    dtype = str(choose_dtype(settings.dtype, arguments.device)).removeprefix("torch.")
+    where = arguments.device.type + (f" in {arguments.world_size} processes" if arguments.world_size > 1 else "")
+    layers = sum(isinstance(module, MultiLoraLinear) for module in model.modules())
+    return (
+        f"{settings.model} on {where}, base in {f'4 bits and {dtype}' if settings.quantization else dtype}; "
+        f"{settings.lora_num} branches of rank {settings.r} on {layers} layers, "
+        f"{model.get_nb_trainable_parameters()[0]:,} trainable parameters"
+    )
+
+
+def summary(seconds: float, rate: float, device: torch.device) -> str:
+    """What a run took."""
+    said = f"Took {timedelta(seconds=round(seconds))}, {rate:,.0f} tokens/s without padding and evaluations"
+    if device.type == "cuda":
+        said += f", at most {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
+    return f"{said}."
+
+
+class CountingTrainer(Trainer):
+    """Counts the tokens that it trains on, without padding; on the device, so that no step waits for the sum."""
+
+    tokens: Tensor | int = 0
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.tokens = self.tokens + inputs["attention_mask"].sum().to(self.args.device)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def all_tokens(self) -> int:
+        """Of all processes, which must all ask."""
+        return int(self.accelerator.gather(self.tokens).sum())
+
+
 class Bars(ProgressCallback):
     """The Trainer's progress bars, without its lines."""
 
@@ -175,11 +239,19 @@ class Bars(ProgressCallback):
 
 
 class TaskLog(TrainerCallback):
-    """Prints what the Trainer logs, a line for every loss and for every task at an evaluation."""
+    """Prints what is trained, then what the Trainer logs, a line for every loss and for every task at an evaluation.
+    Adds up the seconds of the evaluations."""
 
-    def __init__(self, tasks: Collection[str]):
+    def __init__(self, tasks: Collection[str], heading: str):
         self.width = max(map(len, tasks), default=0)
         self.tasks = list(tasks)
+        self.heading = heading
+        self.evaluating = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            _print(f"{self.heading}; {state.max_steps} steps of {rows} rows.")
 
     def on_log(self, args, state, control, logs, **kwargs):
         if not state.is_world_process_zero:
@@ -189,6 +261,7 @@ class TaskLog(TrainerCallback):
             _print(f"{step}  loss {float(logs['loss']):.4f}")
         for task in self.tasks:
             if f"eval_{task}_loss" in logs:
+                self.evaluating += logs[f"eval_{task}_runtime"]
                 loss, accuracy = logs[f"eval_{task}_loss"], logs[f"eval_{task}_accuracy"]
                 _print(f"{step}  {task:<{self.width}}  held-out loss {loss:.4f}  accuracy {accuracy:.4f}")
 
@@ -213,12 +286,19 @@ def _is_evaluated(trainer: Trainer) -> bool:
 def _loaded(auto, name: str, **options):
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     source = Path(name).expanduser() if looks_like_path else name
-    if looks_like_path and not Path(source).is_dir():
+    path = Path(source)
+    if path.is_file():
+        raise ValueError(f"--model {name} is a file; give a directory or a hub id.")
+    if looks_like_path and not path.is_dir():
         raise ValueError(f"--model {name}: no such directory.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"--model {name} could not be loaded: it holds no config.json, so it is no model.")
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if reason.startswith("Couldn't instantiate the backend tokenizer"):
+            reason = "it holds no tokenizer that can be read."
         raise ValueError(f"--model {name} could not be loaded: {reason}") from error
 
 

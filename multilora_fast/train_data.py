@@ -30,8 +30,8 @@ def read_tasks(files: Sequence[Path], named: Mapping[str, Path]) -> dict[str, li
     mixture. ``named`` gives a file's task its name.
 
     Raises:
-        ValueError: a file that cannot be read or is empty, a row that is not of one of KINDS, two files of one name,
-            no file at all. Of a row, the file and the line are named.
+        ValueError: a file that cannot be read or is empty, a row that is not of one of KINDS, two files of one name.
+            Of a row, the file and the line are named.
     """
     tasks: dict[str, list[Row]] = {}
     for path, name in [*((path, None) for path in files), *((path, name) for name, path in named.items())]:
@@ -48,8 +48,6 @@ def read_tasks(files: Sequence[Path], named: Mapping[str, Path]) -> dict[str, li
                 raise ValueError(f"{where}: task must be a name, as in the other rows of the file, not {task!r}.")
             fields = {key: row[key] for kind in KINDS for key in kind if key in row}
             tasks.setdefault(task, []).append(Row(task, fields, where))
-    if not tasks:
-        raise ValueError("no data was given: name JSONL files, or use --task NAME=FILE.")
     return tasks
 
 

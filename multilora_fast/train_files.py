@@ -11,9 +11,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 
+from multilora_fast import __version__
 from multilora_fast.adapters import CONFIG, WEIGHTS, read_multilora
 from multilora_fast.files import made, replaced
 from multilora_fast.train_settings import RECORD, UNFINISHED, Settings
@@ -69,8 +71,15 @@ def finish(checkpoint: Path, settings: Settings) -> bool:
     shutil.rmtree(stage, ignore_errors=True)
     others = [path.name for path in checkpoint.iterdir() if path.name.startswith(_TO_RESUME)]
     shutil.copytree(checkpoint, stage, ignore=lambda *_: others)
-    _move(stage, folder)
+    _move(stage, settings)
     return True
+
+
+def interruption(state: TrainerState, folder: Path) -> str:
+    """What is said of a run that was interrupted in this state."""
+    last = last_checkpoint(folder)
+    kept = ", before its first checkpoint." if last is None else f": {last.name} is kept, --resume goes on from it."
+    return f"Interrupted at step {state.global_step} of {state.max_steps}{kept}"
 
 
 def is_first() -> bool:
@@ -78,18 +87,55 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def save(trainer: Trainer, folder: Path) -> None:
+def save(trainer: Trainer, settings: Settings) -> None:
     """Write the adapter and the tokenizer beside their places, then move each file there."""
-    stage = folder / UNFINISHED
+    stage = settings.output / UNFINISHED
     trainer.save_model(str(stage))
     if trainer.is_world_process_zero():
-        _move(stage, folder)
+        _move(stage, settings)
 
 
-def _move(stage: Path, folder: Path) -> None:
+def _move(stage: Path, settings: Settings) -> None:
+    (stage / "README.md").write_text(_card(settings))  # PEFT's own asks for more information
     for path in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG):  # the adapter's config last
-        os.replace(path, folder / path.name)
+        os.replace(path, settings.output / path.name)
     shutil.rmtree(stage)
+
+
+def _card(settings: Settings) -> str:
+    """The page of the adapter, as on the Hugging Face hub."""
+    s = settings
+    tags = [f"base_model:adapter:{s.model}", "multilora", "transformers"]
+    data = ModelCardData(base_model=s.model, library_name="peft", pipeline_tag="text-generation", tags=tags)
+    length = f"epochs {s.epochs:g}" if s.max_steps is None else f"steps {s.max_steps}"
+    return f"""---
+{data.to_yaml()}
+---
+
+# A MultiLoRA adapter of {s.model}
+
+- Method: MultiLoRA, {s.lora_num} branches of rank {s.r} with learned scales ({s.scaling}), alpha \
+{s.r if s.lora_alpha is None else s.lora_alpha:g}, dropout {s.lora_dropout:g}, on {", ".join(s.target_modules)}
+- Training: {length}, AdamW, peak learning rate {s.learning_rate:g}, {s.batch_size * s.gradient_accumulation} rows per \
+process and step, of at most {s.max_length} tokens, seed {s.seed}
+- Base: {"" if s.quantization is None else f"{s.quantization}, "}dtype {s.dtype}
+- Made with multilora-fast {__version__}
+
+Load it:
+
+```python
+import multilora_fast.peft
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({s.model!r})
+model = PeftModel.from_pretrained(base, {str(s.output)!r})
+```
+
+Or write it as a plain LoRA of rank {s.lora_num * s.r}, which needs this library no more:
+
+    multilora-fast export {s.output} lora
+"""
 
 
 @contextmanager

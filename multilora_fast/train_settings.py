@@ -4,9 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from multilora_fast.checks import check_alpha, check_hyperparameters
+from multilora_fast.devices import choose_dtype
 from multilora_fast.files import check_folder
 
 RECORD = "train.json"  # in the output directory, of what it is the output
@@ -32,7 +36,7 @@ class Settings:
     target_modules: tuple[str, ...] = ("all-linear",)
     epochs: float = 1.0
     max_steps: int | None = None
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-3
     batch_size: int = 4
     gradient_accumulation: int = 1
     max_length: int = 1024
@@ -41,11 +45,19 @@ class Settings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range, and for an output directory that must not be written to."""
+        """Raise ValueError for a value outside its range, no data, a package that is missing, and an output directory
+        that must not be written to."""
+        if not self.files and not self.named:
+            raise ValueError("no data was given: name JSONL files, or use --task NAME=FILE.")
         check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
         check_alpha(self.lora_alpha)
         if self.quantization not in (None, "4bit"):
             raise ValueError(f"--quantization must be 4bit, not {self.quantization!r}.")
+        choose_dtype(self.dtype, torch.device("cpu"))
+        needed = {"accelerate": "train"} | ({"bitsandbytes": "--quantization 4bit"} if self.quantization else {})
+        for package, what in needed.items():
+            if find_spec(package) is None:
+                raise ValueError(f"{what} needs {package}: run pip install {package}")
         if not self.target_modules:
             raise ValueError("--target-modules must name a module or be all-linear.")
         for name in ("epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "save_steps"):
@@ -63,8 +75,9 @@ class Settings:
     def _check_output(self) -> None:
         folder = self.output
         check_folder("--output", folder)
-        filled = folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
-        if filled and not self.resume:
+        there = [path for path in folder.iterdir() if not path.name.startswith(UNFINISHED)] if folder.is_dir() else []
+        begun = [path.name for path in there] == [RECORD] and _is_record(there[0])  # and nothing was reached
+        if there and not begun and not self.resume:
             raise ValueError(f"--output {folder} is not empty: give another directory, or --resume to go on in it.")
         if self.resume and not (folder / RECORD).is_file():
             raise ValueError(f"--resume: {folder} holds no earlier run of multilora-fast train.")
@@ -74,6 +87,14 @@ class Settings:
         fixed = {key: value for key, value in asdict(self).items() if key not in (*FREE, "files", "named")}
         data = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
         return json.loads(json.dumps({**fixed, "data": data}))
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"model", "lora_num", "data"} <= found.keys()
 
 
 def check_same_run(folder: Path, record: dict) -> None:

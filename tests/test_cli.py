@@ -70,6 +70,11 @@ def test_info_as_json():
     assert all(config["BLOCK_M"] >= 16 for config in found["kernels"].values())
 
 
+def test_info_of_any_other_gpu():
+    found = json.loads(run("info", "--json", "--arch", "default"))
+    assert {row.split("/")[3] for row in found["kernels"]} == {"default"}
+
+
 def test_export_and_spectrum_as_json(adapter, tmp_path):
     found = json.loads(run("export", adapter, tmp_path / "lora", "--json"))
     assert found == {"output": str(tmp_path / "lora"), "rank": 6, "modules": 1, "max_lora_rank": 8}

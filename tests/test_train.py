@@ -1,11 +1,15 @@
 """``multilora-fast train`` on a tiny saved model: what it learns, says and writes, and what it refuses."""
 
+import inspect
 import json
+import re
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 import typer
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from tiny import llama
 from tiny_training import CHATS, PROMPTS, make_tokenizer, write
@@ -14,7 +18,7 @@ from multilora_fast import cli
 from multilora_fast.cli_train import train
 from multilora_fast.peft import MultiLoraLinear
 from multilora_fast.peft.layer import MultiLoraBranches
-from multilora_fast.train import TaskLog, adapted_model, run, training_arguments
+from multilora_fast.train import TaskLog, adapted_model, run, summary, training_arguments
 from multilora_fast.train_settings import RECORD, Settings
 
 
@@ -75,6 +79,12 @@ def test_the_command_learns_and_logs_by_task(model, data, tmp_path, command, cap
     said = capsys.readouterr().out
     print(said)
     assert "sky: 16 rows to train on, 4 held out" in said
+    heading = (
+        f"{model} on cpu, base in float32; 3 branches of rank 4 on 14 layers, 12,480 trainable parameters; "
+        "20 steps of 4 rows."
+    )
+    assert said.index(heading) < said.index("step  0 of 20")
+    assert re.search(r"^Took 0:0\d:\d\d, [\d,]+ tokens/s without padding and evaluations\.$", said, re.M)
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     for task in ("sky", "lawn"):
         losses = [entry[f"eval_{task}_loss"] for entry in log if f"eval_{task}_loss" in entry]
@@ -91,6 +101,54 @@ def test_the_command_learns_and_logs_by_task(model, data, tmp_path, command, cap
     assert not list(out.glob(".unfinished*"))
 
 
+def test_its_tokens_are_counted_without_padding_and_its_evaluations_timed(model, data, tmp_path):
+    options = {"max_steps": 3, "batch_size": 8, "gradient_accumulation": 4, "eval_fraction": 0.2}
+    trainer = run(settings(model, data, tmp_path / "out", **options))
+    rows = trainer.train_dataset
+    assert len({len(row["input_ids"]) for row in rows}) == 2
+    assert trainer.all_tokens() == 3 * sum(len(row["input_ids"]) for row in rows)  # each step takes all of them
+    log = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TaskLog))
+    seconds = [v for entry in trainer.state.log_history for k, v in entry.items() if re.match("eval_.*_runtime", k)]
+    assert log.evaluating == pytest.approx(sum(seconds))
+
+
+def test_its_peak_on_a_gpu_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**29)
+    said = summary(192.4, 1234.5, torch.device("cuda", 0))
+    assert said == "Took 0:03:12, 1,234 tokens/s without padding and evaluations, at most 2.50 GiB on cuda:0."
+
+
+def test_the_card_describes_and_loads_the_adapter(model, data, tmp_path):
+    out = tmp_path / "out"
+    run(settings(model, data, out, max_steps=1, learning_rate=2e-3, lora_alpha=6.0))
+    card = ModelCard.load(out / "README.md")
+    assert (card.data.base_model, card.data.library_name) == (model, "peft")
+    assert "multilora" in card.data.tags
+    assert "3 branches of rank 4 with learned scales (vector), alpha 6, dropout 0, on all-linear\n" in card.text
+    assert "Training: steps 1, AdamW, peak learning rate 0.002, 4 rows per process and step" in card.text
+    assert "More Information Needed" not in card.text
+    names: dict = {}
+    exec(re.search(r"```python\n(.*?)```", card.text, re.S)[1], names)
+    assert any(isinstance(module, MultiLoraLinear) for module in names["model"].modules())
+    assert f"multilora-fast export {out} lora" in card.text
+
+
+def test_the_options_defaults_are_the_settings(model):
+    options = inspect.signature(train).parameters
+    ours = {field.name: field.default for field in fields(Settings) if field.name in options}
+    others = ("model", "output", "files", "target_modules")
+    assert {k: v for k, v in ours.items() if k not in others} == {
+        k: options[k].default for k in ours if k not in others
+    }
+    assert ours["learning_rate"] == 1e-3
+
+
+def test_where_no_row_can_be_held_out_nothing_is_evaluated(model, tmp_path, capsys):
+    trainer = run(settings(model, (write(tmp_path / "one.jsonl", PROMPTS[:1]),), tmp_path / "out"))
+    assert "one: 1 rows to train on, 0 held out" in capsys.readouterr().out
+    assert not any("eval" in key for entry in trainer.state.log_history for key in entry)
+
+
 def values(trainer) -> list[dict]:
     """What was logged, without the times."""
     log = [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
@@ -100,9 +158,9 @@ def values(trainer) -> list[dict]:
 
 @pytest.fixture
 def broken_off(monkeypatch):
-    """Runs training and breaks it off after a step."""
+    """Calls a function, and breaks its training off after a step, as Ctrl-C does."""
 
-    def call(options: Settings, step: int) -> None:
+    def call(function, step: int):
         class Broken(TaskLog):
             def on_step_end(self, args, state, control, **kwargs):
                 if state.global_step == step:
@@ -110,17 +168,53 @@ def broken_off(monkeypatch):
 
         with monkeypatch.context() as patched:
             patched.setattr("multilora_fast.train.TaskLog", Broken)
-            with pytest.raises(KeyboardInterrupt):
-                run(options)
+            return function()
 
     return call
+
+
+def test_ctrl_c_says_what_is_kept(model, data, tmp_path, command, broken_off, capsys):
+    out = tmp_path / "out"
+    words = ["--model", model, "--output", out, data[0], "--max-steps", 8, "--save-steps", 4, "--r", 4]
+
+    def said() -> str:
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert broken_off(lambda: command(*words), 3) == 130
+    assert said() == "Interrupted at step 3 of 8, before its first checkpoint."
+    (out / ".unfinished-train.json").write_text("{")
+    assert broken_off(lambda: command(*words, "--seed", 1), 3) == 130  # what is there is of no worth
+    capsys.readouterr()
+    assert broken_off(lambda: command(*words, "--seed", 1, "--resume"), 6) == 130
+    shown = capsys.readouterr()
+    assert f"{out} holds no checkpoint: the run starts at step 0.\n" in shown.out
+    kept = "Interrupted at step 6 of 8: checkpoint-4 is kept, --resume goes on from it."
+    assert shown.err.splitlines()[-1] == kept
+    assert command(*words, "--seed", 1) == 2
+    assert "is not empty: give another directory, or --resume" in said()
+
+
+def test_ctrl_c_elsewhere_is_one_line(model, data, tmp_path, command, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("multilora_fast.train.read_tasks", interrupt)
+    assert command("--model", model, "--output", tmp_path / "out", data[0]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+    monkeypatch.setattr(cli, "app", other := typer.Typer())
+    other.command()(lambda: interrupt())
+    monkeypatch.setattr(sys, "argv", ["multilora-fast", "--"])
+    with pytest.raises(SystemExit, match="130"):
+        cli.main()
+    assert capsys.readouterr().err == "Interrupted.\n"
 
 
 @pytest.mark.parametrize("step", [3, 6])  # before the first checkpoint, and after it
 def test_resume_reaches_what_an_unbroken_run_reaches(step, model, data, tmp_path, broken_off):
     options = {"lora_dropout": 0.1}
     whole = run(settings(model, data, tmp_path / "whole", **options))
-    broken_off(settings(model, data, tmp_path / "broken", **options), step)
+    with pytest.raises(KeyboardInterrupt):
+        broken_off(lambda: run(settings(model, data, tmp_path / "broken", **options)), step)
     assert not (tmp_path / "broken/adapter_model.safetensors").exists()
     (tmp_path / "broken/checkpoint-5").mkdir()  # as it is where the writing of a checkpoint was broken off
     resumed = run(settings(model, data, tmp_path / "broken", resume=True, **options))
@@ -140,11 +234,12 @@ def test_resume_of_a_finished_run_can_only_go_further(model, data, tmp_path):
     assert run(settings(model, data, out, max_steps=3, resume=True)).state.global_step == 3
 
 
-def test_a_4_bit_base_in_bfloat16_with_checkpointing(model, data, tmp_path):
+def test_a_4_bit_base_in_bfloat16_with_checkpointing(model, data, tmp_path, capsys):
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     options = {"quantization": "4bit", "dtype": "bfloat16", "gradient_checkpointing": True, "batch_size": 2}
     trainer = run(settings(model, data, tmp_path / "out", gradient_accumulation=2, scaling="scalar", **options))
     assert trainer.model.is_loaded_in_4bit
+    assert "base in 4 bits and bfloat16; 3 branches of rank 4 on 14 layers" in capsys.readouterr().out
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     losses = [entry["eval_sky_loss"] for entry in trainer.state.log_history if "eval_sky_loss" in entry]
     assert losses[-1] < losses[0]
@@ -190,6 +285,13 @@ def test_a_mistake_is_one_line_and_writes_nothing(words, message, model, data, t
     assert said.startswith("multilora-fast: ")
     assert message in said
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("package", "what"), [("accelerate", "train"), ("bitsandbytes", "--quantization 4bit")])
+def test_a_missing_package_is_named(package, what, model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("multilora_fast.train_settings.find_spec", lambda name: None if name == package else name)
+    with pytest.raises(ValueError, match=f"{what} needs {package}: run pip install {package}"):
+        settings(model, data, tmp_path / "out", quantization="4bit").check()
 
 
 def test_a_damaged_model_is_one_line(data, tmp_path, command, capsys):

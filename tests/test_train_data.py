@@ -114,7 +114,6 @@ def test_bad_files(tmp_path):
         ([tmp_path / "empty.jsonl"], "empty.jsonl holds no rows."),
         ([tmp_path / "bytes.jsonl"], "bytes.jsonl cannot be read: it is not UTF-8."),
         ([one, other], f"two files are of a task called one: name one with --task NAME={other}."),
-        ([], "no data was given"),
     ]:
         with pytest.raises(ValueError) as error:
             read_tasks(files, {})

@@ -15,6 +15,8 @@ from multilora_fast.peft.register import peft_type
 class MultiLoraConfig(PeftConfig):
     """``lora_num`` parallel LoRA branches of rank ``r`` with learned scales, on every target module.
 
+    The scales start at zero, and at first they alone move: take 3 to 10 times the learning rate of LoRA.
+
     Fields that are not listed are PEFT's own, and mean what they mean in peft.LoraConfig.
 
     Args:
