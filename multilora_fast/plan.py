@@ -62,7 +62,7 @@ def plan_memory(
         adapter_dtype: of LoRA's and our adapter. None is what PEFT does: float32 on a half-precision base. The
             reference loop keeps its branches in the base's dtype.
         device: "cuda" counts what FlashAttention-2, CUDA's dropout and the fused AdamW hold; "cpu" what the CPU does.
-        device_memory: bytes, a size such as "24GiB" or the name of a GPU such as "H100": adds the largest batch.
+        device_memory: an int of bytes, a size such as "24GiB" or a GPU's name such as "H100": adds the largest batch.
         headroom: the share of device_memory that is left free, for the CUDA context, the libraries' workspaces and
             the allocator's fragments.
         options: further fields of MultiLoraConfig.
@@ -166,8 +166,10 @@ def load_config(model_or_config: nn.Module | PreTrainedConfig | str | os.PathLik
     config = getattr(model_or_config, "config", model_or_config)
     if isinstance(config, (str, os.PathLike)):
         name = os.fspath(config)
-        looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+        looks_like_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
         source = Path(name).expanduser()
+        if source.is_file():
+            raise ValueError(f"model {name} is a file; give a directory or a hub id.")
         if looks_like_path and not source.is_dir():
             raise ValueError(f"model {name}: no such directory.")
         try:

@@ -1,30 +1,31 @@
 """The plan as a table, a dict and a bar chart, and the sizes of GPUs."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from multilora_fast.files import replaced
-from multilora_fast.plan_step import FORWARD, FULL, PHASES, REFERENCE, TOP
+from multilora_fast.plan_step import FULL, LORA, PHASES, REFERENCE
 
-UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # GiB that the driver reports, rounded down.
 GPUS = {
     "T4": 15, "V100-16GB": 16, "V100-32GB": 32, "RTX 3090": 24, "RTX 4090": 23, "RTX 5090": 31, "L4": 22, "A10": 22,
     "A10G": 22, "L40S": 44, "RTX A6000": 47, "A100-40GB": 39, "A100-80GB": 79, "H100": 79, "H200": 140, "B200": 178,
     "MI300X": 191,
 }  # fmt: skip
-KINDS = ("weights", "adapter", "optimizer", "gradients", "activations", "logits and temporaries")
+KINDS = ("weights", "adapter", "optimizer", "gradients", "activations", "temporaries")
 COLORS = ("#5b6770", "#e0a030", "#8d6cab", "#b5483a", "#1f5fa8", "#a9c4e0")
 
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """Bytes that one method holds. ``activations`` is what the decoder layers keep for backward, ``logits`` the logits
-    and what the loss keeps of them, ``peak`` the most that is alive at once, in ``phase``; ``largest_batch`` the rows
-    that fit the device, None where none was named."""
+    """Bytes that one method holds. ``activations`` is all that the decoder layers keep for backward, ``logits`` the
+    logits and what the loss keeps of them, ``gradients`` all of them; ``peak`` the most that is alive at once, in
+    ``phase``, and ``at_peak`` what that is, by KINDS; ``largest_batch`` the rows that fit the device, None where none
+    was named."""
 
     method: str
     weights: int
@@ -35,26 +36,17 @@ class MethodPlan:
     logits: int
     peak: int
     phase: str
+    at_peak: dict[str, int]
     largest_batch: int | None = None
 
     @classmethod
     def of(cls, method: str, figures: dict[str, int]) -> "MethodPlan":
         phase = max(PHASES, key=figures.__getitem__)
-        kinds = {key: value for key, value in figures.items() if key not in PHASES}
-        return cls(method, **kinds, peak=figures[phase], phase=phase)
-
-    def at_peak(self) -> dict[str, int]:
-        """The peak by kind. Gradients take the place of activations as backward goes on: whichever it is then."""
-        held = {"weights": self.weights, "adapter": self.adapter, "optimizer": self.optimizer}
-        rest = self.peak - sum(held.values())
-        growing = self.phase in (FORWARD, TOP)
-        gradients = 0 if growing else min(self.gradients, rest)
-        activations = min(self.activations, rest) if growing else 0
-        return held | {
-            "gradients": gradients,
-            "activations": activations,
-            "logits and temporaries": rest - gradients - activations,
-        }
+        at_peak = {kind: figures[kind] for kind in ("weights", "adapter", "optimizer")}
+        at_peak |= {kind: figures[f"{phase}: {kind}"] for kind in ("gradients", "activations")}
+        at_peak["temporaries"] = figures[phase] - sum(at_peak.values())
+        sizes = {kind: figures[kind] for kind in (*KINDS[:-1], "logits")}
+        return cls(method, **sizes, peak=figures[phase], phase=phase, at_peak=at_peak)
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ class MemoryPlan:
         return {"asked": self.asked, "methods": {plan.method: asdict(plan) for plan in self.methods}}
 
     def __str__(self) -> str:
-        return "\n".join([self.title(), "", *self._table(), "", *self._notes()])
+        return "\n".join([self.title(), "", *self._peaks(), "", *self._sizes(), "", *self._notes()])
 
     __repr__ = __str__
 
@@ -82,31 +74,41 @@ class MemoryPlan:
             f"{a['model']}, {a['layers']} layers, {a['dtype']}"
             + (f", {a['quantization']}" if a["quantization"] else ""),
             f"batch {a['batch']} of {a['seq_len']} tokens" + (", checkpointing" if a["checkpointing"] else ""),
-            f"{a['lora_num']} branches of rank {a['r']}, adapters in {a['adapter_dtype']}",
+            f"{a['lora_num']} branches of rank {a['r']}, adapters in {a['adapter_dtype']}"
+            + (f" (the {REFERENCE}'s in {a['dtype']})" if a["adapter_dtype"] != a["dtype"] else ""),
             f"dropout {a['lora_dropout']:g}, {a['optimizer']}, {a['device']}",
         ]
         return "; ".join(parts)
 
-    def _table(self) -> list[str]:
-        unit = _unit(self.methods)
-        columns = ["weights", "adapter", "optimizer", "gradients", "activations", "logits", "peak"]
-        header = [f"in {unit}", *columns, "reached in"]
-        memory = self.asked["device_memory"]
+    def _peaks(self) -> list[str]:
+        unit, memory = _unit(self.methods), self.asked["device_memory"]
+        header = [f"at the peak, {unit}", *KINDS, "peak", "reached in"]
         if memory is not None:
-            header.append(f"largest batch in {memory / 2**30:.4g} GiB")
+            header.append(f"largest batch in {shown_memory(memory)}")
         rows = [header]
         for plan in self.methods:
-            cells = [f"{getattr(plan, column) / _SIZE[unit]:,.{_DIGITS[unit]}f}" for column in columns]
             last = [] if plan.largest_batch is None else [str(plan.largest_batch or "none")]
-            rows.append([plan.method, *cells, plan.phase, *last])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-        text = [
-            "  ".join(_aligned(i, cell, w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows
-        ]
-        return [text[0], "-" * len(text[0]), *text[1:]]
+            rows.append([plan.method, *_cells((*plan.at_peak.values(), plan.peak), unit), plan.phase, *last])
+        return _table(rows)
+
+    def _sizes(self) -> list[str]:
+        unit = _unit(self.methods)
+        header = [f"in full, {unit}", "activations", "logits", "gradients"]
+        rows = [[p.method, *_cells((p.activations, p.logits, p.gradients), unit)] for p in self.methods]
+        return _table([header, *rows])
 
     def _notes(self) -> list[str]:
-        notes = ["Gradients replace activations as backward goes on, so the peak is less than the sum of a row."]
+        dtype, own = self.asked["dtype"], self.asked["adapter_dtype"]
+        notes = [
+            "A row adds up to its peak, but for rounding.",
+            "Temporaries: all else alive then, such as the logits, the loss's copies of them, what operations work on.",
+            "In full: what forward keeps for backward, and all gradients. They are not alive at the same time.",
+        ]
+        if own != dtype:
+            notes.append(
+                f"{LORA} casts its inputs to its adapters' {own} and keeps them so; with --adapter-dtype {dtype} "
+                "nothing is cast. The README's tables are of equal dtypes."
+            )
         if self.asked["quantization"]:
             notes.append(f"{FULL.capitalize()} and the {REFERENCE} cannot train a quantized base: theirs is dense.")
         if self.asked["device_memory"] is not None:
@@ -129,8 +131,10 @@ class MemoryPlan:
         names = [plan.method for plan in self.methods]
         left = [0.0] * len(names)
         for kind, color in zip(KINDS, COLORS, strict=True):
-            sizes = [plan.at_peak()[kind] / _SIZE[unit] for plan in self.methods]
-            axis.barh(names, sizes, left=left, label=kind, color=color, height=0.62)
+            sizes = [plan.at_peak[kind] / _SIZE[unit] for plan in self.methods]
+            shows = any(round(size, _DIGITS[unit]) for size in sizes)
+            label = kind if shows else f"_{kind}"  # which the legend leaves out
+            axis.barh(names, sizes, left=left, label=label, color=color, height=0.62)
             left = [a + b for a, b in zip(left, sizes, strict=True)]
         axis.bar_label(axis.containers[-1], [f"{total:,.{_DIGITS[unit]}f}" for total in left], padding=4)
         memory = self.asked["device_memory"]
@@ -148,7 +152,7 @@ class MemoryPlan:
 
 
 def parse_memory(value: int | str) -> int:
-    """Bytes of a size, such as 25769803776 or "24GiB", or of a GPU by its name.
+    """Bytes of an int of them, of a size with its unit, such as "24GiB", or of a GPU by its name.
 
     Raises:
         ValueError: it is neither.
@@ -156,7 +160,7 @@ def parse_memory(value: int | str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
     text = str(value)
-    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     if isinstance(value, str) and size and size[2] in UNITS and float(size[1]) > 0:
         return int(float(size[1]) * UNITS[size[2]])
     known = {_plain(name): gib for name, gib in GPUS.items()}
@@ -169,12 +173,28 @@ _SIZE = {"GiB": 2**30, "MiB": 2**20}
 _DIGITS = {"GiB": 2, "MiB": 1}
 
 
+def shown_memory(size: int) -> str:
+    """25769803776 as "24 GiB"."""
+    unit = next((unit for unit in _SIZE if size >= _SIZE[unit]), None)
+    return f"{size:,} bytes" if unit is None else f"{round(size / _SIZE[unit], 2):g} {unit}"
+
+
 def _unit(methods: Sequence[MethodPlan]) -> str:
     return "GiB" if max(plan.peak for plan in methods) >= 2**30 else "MiB"
 
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia"))
+
+
+def _cells(sizes: Iterable[int], unit: str) -> list[str]:
+    return [f"{size / _SIZE[unit]:,.{_DIGITS[unit]}f}" for size in sizes]
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    text = ["  ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
+    return [text[0], "-" * len(text[0]), *text[1:]]
 
 
 def _aligned(column: int, cell: str, width: int) -> str:

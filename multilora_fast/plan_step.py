@@ -2,6 +2,8 @@
 torch's FakeTensorMode, where a tensor has a shape, a dtype and the size of a storage, but no bytes."""
 
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,23 +154,25 @@ class Step:
         return {"weights": weights + sum(b.nbytes for b in self.model.buffers()), "adapter": adapter}
 
     def count(self, batch: int) -> dict[str, int]:
-        """Bytes by kind, and under the names of PHASES the most that is alive in each."""
+        """Bytes by kind; under a name of PHASES the most that is alive in it, and under "PHASE: gradients" and
+        "PHASE: activations" how much of that they are."""
         found = self.fixed()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         with self.mode:
             ids = torch.zeros(batch, self.settings.seq_len, dtype=torch.long)
-            alive = AliveBytes([*self.model.parameters(), *self.model.buffers(), ids])
+            alive = AliveByKind([*self.model.parameters(), *self.model.buffers(), ids])
             optimizer = self._optimizer(trainable)
-            handles = self._watch(alive, found)
+            handles = self._watch(alive, trainable)
             try:
                 with _quiet(), alive:
                     alive.phase = FORWARD
                     loss = self._forward(ids)
+                    found["activations"] = alive.kinds["activations"]
                     found["logits"] = alive.live - found["activations"]
                     alive.phase = TOP
                     loss.backward()
                     del loss
-                    found["gradients"] = sum(p.grad.nbytes for p in trainable if p.grad is not None)
+                    found["gradients"] = alive.kinds["gradients"]
                     alive.phase = STEP
                     if optimizer is not None:
                         optimizer.step()
@@ -183,7 +187,9 @@ class Step:
             found[phase] = held + found["optimizer"] + self.dense + alive.peaks[phase]
         formula = found["optimizer"] if optimizer is None else 0
         found[STEP] = held + formula + max(alive.peaks[STEP], found["gradients"])
-        return found
+        alive.at_peak[STEP]["gradients"] = found["gradients"]
+        kinds = ("gradients", "activations")
+        return found | {f"{phase}: {kind}": alive.at_peak[phase][kind] for phase in PHASES for kind in kinds}
 
     def _forward(self, ids: Tensor) -> Tensor:
         try:
@@ -206,11 +212,11 @@ class Step:
         # Two moments of a byte with a float32 per block of 256; small tensors keep float32 moments.
         return sum(2 * (p.numel() + p.numel() // 64) if p.numel() >= 4096 else 8 * p.numel() for p in trainable)
 
-    def _watch(self, alive: AliveBytes, found: dict[str, int]) -> list:
-        """Hooks that note the live bytes where the logits begin, and where the last layer's backward is done."""
+    def _watch(self, alive: "AliveByKind", trainable: list[nn.Parameter]) -> list:
+        """Hooks that note where the logits begin, where the last layer's backward is done, and each gradient."""
 
         def logits(*_):
-            found.setdefault("activations", alive.live)
+            alive.in_layers = False
 
         def last(module, args, kwargs):
             x = args[0] if args else kwargs["hidden_states"]
@@ -220,10 +226,46 @@ class Step:
         def done(_):
             alive.phase = REST
 
+        def gradient(parameter):
+            alive.kinds["gradients"] += parameter.grad.nbytes
+
         return [
+            *(p.register_post_accumulate_grad_hook(gradient) for p in trainable),
             self.head.register_forward_pre_hook(logits),
             self.layers[-1].register_forward_pre_hook(last, with_kwargs=True),
         ]
+
+
+class AliveByKind(AliveBytes):
+    """AliveBytes with the gradients and activations among them, now and ``at_peak`` of each phase. Activations are what
+    was made ``in_layers``; of gradients the caller keeps count in ``kinds``."""
+
+    def __init__(self, exclude: Iterable[Tensor]):
+        super().__init__(exclude)
+        self.in_layers = True
+        self.kinds: Counter[str] = Counter()
+        self.at_peak: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
+        self._activations: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = self.peaks[self.phase]
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.peaks[self.phase] > before:
+            self.at_peak[self.phase] = self.kinds.copy()
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        before = self.live
+        super()._count(storage)
+        if self.in_layers and self.live > before:
+            self._activations.add(storage._cdata)
+            self.kinds["activations"] += self.live - before
+
+    def _release(self, key: int, size: int) -> None:
+        super()._release(key, size)
+        if key in self._activations:
+            self._activations.remove(key)
+            self.kinds["activations"] -= size
 
 
 def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:

@@ -126,6 +126,11 @@ def no_permission():
     os.access = lambda path, mode: mode != os.W_OK
 
 
+def no_tokenizer():
+    for path in Path("base").glob("*token*"):
+        path.unlink()
+
+
 def remote_code():
     path = Path("base/config.json")
     named = {"auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"}, "model_type": "evil"}
@@ -161,17 +166,23 @@ READ = [  # of an adapter's files, by every command that reads a MultiLoRA adapt
 
 COMMANDS = [
     *(Row(f"export: {name}", "export adapter out", says, before) for name, before, says in READ),
-    Row("export: no directory", "export nowhere out", "nowhere is no readable MultiLoRA adapter: "),
-    Row("export: a file", "export sky.jsonl out", "sky.jsonl is no readable MultiLoRA adapter: "),
+    Row("export: no directory", "export nowhere out", "nowhere is no readable MultiLoRA adapter: no such directory."),
+    Row("export: a file", "export sky.jsonl out", "sky.jsonl is no readable MultiLoRA adapter: it is a file."),
     Row("export: wrong base", "export adapter out --model ./other", "adapter does not fit ./other: "),
     Row("export: no base", "export adapter out --model ./nowhere", "model ./nowhere cannot be loaded: "),
+    Row("export: a file for a base", "export adapter out --model sky.jsonl",
+        "--model sky.jsonl is a file; give a directory or a hub id."),
     Row("export: a base cut short", "export adapter out --model ./base", "model ./base cannot be loaded: ",
         cut("base/model.safetensors")),
     Row("export: a base with code", "export adapter out --model ./base", "model ./base cannot be loaded: ",
         remote_code),
     Row("export: onto a file", "export adapter sky.jsonl", "sky.jsonl is a file; give a directory."),
     Row("export: under a file", "export adapter sky.jsonl/out", "sky.jsonl/out cannot be written: "),
-    Row("export: onto itself", "export adapter adapter", "adapter holds a MultiLoRA adapter, which the export would"),
+    Row("export: onto itself", "export adapter adapter", "adapter holds an adapter that is no earlier export: give"),
+    Row("export: onto a LoRA", "export adapter lora-a", "lora-a holds an adapter that is no earlier export: give"),
+    Row("export: onto a LoRA of another file", "export adapter lora-a", "no earlier export: ", pickled("lora-a")),
+    Row("export: onto a model", "export adapter base", "the output base holds a model (config.json): give another"),
+    Row("export: onto a training run", "export adapter run", "run holds a training run (train.json): give another"),
     Row("export: no permission", "export adapter out", "out cannot be written: no permission for ", no_permission),
     Row("export: in a place of the system's", "export adapter /sys/out", "/sys/out"),
     Row("export: full disk", "export adapter out", "File too large", disk=SMALL),
@@ -191,11 +202,21 @@ COMMANDS = [
         edit_config("lora-a", lora_alpha="8")),
     Row("merge: of two bases", "merge lora-a lora-other --output out", "maps 32 to 32 features in lora-a, but 48"),
     Row("merge: onto a file", "merge lora-a --output sky.jsonl", "sky.jsonl is a file; give a directory."),
+    Row("merge: onto an adapter", "merge lora-a --output adapter", "adapter holds an adapter that is no earlier merge"),
+    Row("merge: onto an export", "merge lora-a --output exported", "exported holds an adapter that is no earlier"),
+    Row("merge: onto another LoRA", "merge lora-a --output lora-b", "lora-b holds an adapter that is no earlier merge"),
+    Row("merge: onto a model", "merge lora-a --output base", "the output base holds a model (config.json): give"),
+    Row("merge: onto a training run", "merge lora-a --output run", "run holds a training run (train.json): give"),
+    Row("merge: onto checkpoints", "merge lora-a --output run", "run holds a training run (checkpoint-*): give",
+        without(f"run/{RECORD}")),
+    Row("merge: onto what it cannot read", "merge nowhere --output base", "the output base holds a model"),
     Row("merge: onto a source", "merge lora-a lora-b --output lora-b", "lora-b holds one of the LoRA adapters"),
     Row("merge: no permission", "merge lora-a --output out", "out cannot be written: no permission", no_permission),
     Row("merge: full disk", "merge lora-a --output out", "File too large", disk=SMALL),
     Row("merge: no output", "merge lora-a", "Missing option '--output'"),
 
+    Row("train: no file at all", "train --model ./base --output out", "no data was given: name JSONL files, or use"),
+    Row("train: a dtype, before the data", f"{TRAIN.replace('sky', 'night')} --dtype fp16", "--dtype must be auto, "),
     Row("train: no data", TRAIN.replace("sky", "night"), "night.jsonl cannot be read: No such file or directory."),
     Row("train: a directory", TRAIN.replace("sky.jsonl", "base"), "base cannot be read: Is a directory."),
     Row("train: foreign data", TRAIN.replace("sky.jsonl", f"adapter/{WEIGHTS}"), f"{WEIGHTS}"),
@@ -205,12 +226,18 @@ COMMANDS = [
     Row("train: half a step", f"{TRAIN} --max-steps 1.5", "Invalid value for '--max-steps'"),
     Row("train: seed", f"{TRAIN} --seed -1 --dtype float32", "--seed must be from 0 to 4294967295, not -1."),
     Row("train: no model", TRAIN.replace("./base", "./nowhere"), "--model ./nowhere: no such directory."),
+    Row("train: a file for a model", TRAIN.replace("./base", "sky.jsonl"), "--model sky.jsonl is a file; give a dir"),
+    Row("train: no model in it", TRAIN.replace("./base", "./tmp"), "could not be loaded: it holds no config.json, so"),
+    Row("train: no tokenizer", TRAIN, "--model ./base could not be loaded: it holds no tokenizer", no_tokenizer),
+    Row("train: no such module", f"{TRAIN} --target-modules qproj", "qproj match nothing: the linear layers end in q_"),
     Row("train: an adapter for a model", TRAIN.replace("./base", "./adapter"), "--model ./adapter could not be loaded"),
     Row("train: a model cut short", TRAIN, "--model ./base could not be loaded: ", cut("base/model.safetensors")),
     Row("train: a model with code", TRAIN, "--model ./base could not be loaded: ", remote_code),
     Row("train: onto a file", TRAIN.replace("put out", "put sky.jsonl"), "sky.jsonl is a file; give a directory."),
     Row("train: under a file", TRAIN.replace("put out", "put sky.jsonl/a/b"), "sky.jsonl/a/b cannot be written: "),
     Row("train: onto others' files", TRAIN.replace("put out", "put base"), "--output base is not empty: give another"),
+    Row("train: onto another's record", TRAIN.replace("put out", "put tmp"), "--output tmp is not empty: give another",
+        text(f"tmp/{RECORD}", '{"data": []}')),
     Row("train: no permission", TRAIN, "--output out cannot be written: no permission for ", no_permission),
     Row("train: full disk", f"{TRAIN} --dtype float32", "File too large", disk=8),
     Row("train: resumed from cut weights", RESUME, "is no readable MultiLoRA adapter: ",
@@ -250,6 +277,9 @@ COMMANDS = [
     Row("plan: unknown device", "plan ./base --device tpu", "device must be"),
     Row("plan: unknown module", "plan ./base --target-modules keys", "keys"),
     Row("plan: unknown GPU", "plan ./base --gpu H1", "H1"),
+    Row("plan: a directory that is not there", "plan nowhere/", "model nowhere/: no such directory."),
+    Row("plan: a file for a model", "plan sky.jsonl", "model sky.jsonl is a file; give a directory or a hub id."),
+    Row("plan: a size without its unit", "plan ./base --gpu-memory 24", 'must be a size such as "24GiB", or one of'),
     Row("plan: no size", "plan ./base --gpu-memory lots", "lots"),
     Row("plan: two sizes", "plan ./base --gpu H100 --gpu-memory 1GiB", "--gpu and --gpu-memory both say how much"),
     Row("plan: a plot nowhere", "plan ./base --plot nowhere/a.png", "--plot nowhere/a.png: its directory does not"),
@@ -266,6 +296,8 @@ COMMANDS = [
     Row("demo: onto others' files", "demo --output base", "--output base is not empty and not an earlier demo's"),
     Row("demo: no permission", "demo --output out", "out cannot be written: no permission for ", no_permission),
 
+    Row("info: no such GPU", "info --arch sm_99", "--arch must be sm_80, sm_90, sm_100, gfx942, sm_120, or default"),
+    Row("info: a class of GPUs", "info --arch large", "or default for any other GPU, not 'large'."),
     Row("info: a device too many", "info cpu", "unexpected extra argument"),
     Row("no such command", "distil adapter", "No such command 'distil'."),
 ]  # fmt: skip
@@ -296,6 +328,8 @@ CALLS = [
     Row("export_lora: nothing there", lambda: export_lora(llama(), "out"), "holds no MultiLoRA adapter to export."),
     Row("export_lora: NaN", lambda: export_lora(broken_layer(), "out"), "not finite, in base_model.model.q."),
     Row("from_loras: none", lambda: from_loras([], "out"), "directories must name at least one LoRA adapter."),
+    Row("from_loras: onto an adapter", lambda: from_loras(["lora-a"], "adapter"), "adapter that is no earlier merge"),
+    Row("from_loras: onto a training run", lambda: from_loras(["lora-a"], "run"), "run holds a training run"),
     Row("from_loras: a file", lambda: from_loras(["sky.jsonl"], "out"), "sky.jsonl is no readable LoRA adapter: "),
     Row("singular_values: no directory", lambda: singular_values("nowhere"), "nowhere is no readable "),
     Row("singular_values: no adapter", lambda: singular_values(llama()), "holds no MultiLoRA or LoRA adapter."),

@@ -14,12 +14,12 @@ from bench.candidates import FP8
 from bench.memory import bytes_per_token
 from multilora_fast import MultiLoraConfig, MultiLoRALinear, plan_memory
 from multilora_fast.memory import peak_bytes
-from multilora_fast.plan import FEW, counter, largest_batch
-from multilora_fast.plan_report import MethodPlan
+from multilora_fast.plan import counter, largest_batch
+from multilora_fast.plan_report import KINDS, MethodPlan
 from multilora_fast.plan_step import FULL, LORA, METHODS, OURS, PHASES, REFERENCE, Settings, Step
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-CONFIG = "model_or_config must be"
+SOME = ["q_proj", "v_proj", "down_proj"]
 SMALL = {"batch": 2, "seq_len": 16, "r": 4}
 
 
@@ -82,10 +82,10 @@ def assert_within_5_percent(predicted: int, real: int) -> None:
 
 
 @cache
-def planned(batch: int, length: int, p: float, checkpointing: bool):
+def planned(batch: int, length: int, p: float, checkpointing: bool, adapter_dtype: str | None = "bfloat16"):
     return plan_memory(
-        config(), batch=batch, seq_len=length, r=8, lora_dropout=p, target_modules=LINEARS, device="cpu",
-        checkpointing=checkpointing, adapter_dtype="bfloat16",
+        config(2), batch=batch, seq_len=length, r=8, lora_dropout=p, target_modules=LINEARS, device="cpu",
+        checkpointing=checkpointing, adapter_dtype=adapter_dtype,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def planned(batch: int, length: int, p: float, checkpointing: bool):
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("method", METHODS)
 def test_the_peak_is_a_real_steps(method, p, checkpointing):
-    model = llama()
+    model = llama(layers=2)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = trained(method, model, p, float32=False)
@@ -104,11 +104,9 @@ def test_the_peak_is_a_real_steps(method, p, checkpointing):
 
 @pytest.mark.parametrize("method", [LORA, OURS])
 def test_adapters_are_float32_where_peft_makes_them_so(method):
-    model = trained(method, llama(), 0.05, float32=True)
+    model = trained(method, llama(layers=2), 0.05, float32=True)
     own = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    plan = plan_memory(
-        config(), batch=4, seq_len=128, r=8, lora_dropout=0.05, target_modules=LINEARS, device="cpu"
-    )[method]  # fmt: skip
+    plan = planned(4, 128, 0.05, False, adapter_dtype=None)[method]
     assert (plan.adapter, plan.gradients) == (own, own)
     assert plan.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers())) - own
     assert_within_5_percent(beyond(plan), measured(model, 4, 128))
@@ -124,6 +122,23 @@ def test_the_optimizers_state_and_its_temporaries(optimizer):
     assert_within_5_percent(beyond(plan), measured(model, 1, 8, cls))
 
 
+def test_what_is_alive_at_the_peak():
+    """With checkpointing and few logits, it is where the first layer's backward begins: before it one input is left of
+    all activations, and after down_proj, the first gradient there, all others but that layer's."""
+    s = settings(checkpointing=True, seq_len=256)
+    step = Step(config(3, vocab_size=64, num_key_value_heads=4), FULL, s)
+    plan = MethodPlan.of(FULL, step.count(4))
+    first = step.layers[0]
+    late = [p for name, p in first.named_parameters() if "down_proj" not in name]
+    late.append(step.model.get_input_embeddings().weight)
+    rotary = 256 * (2 * 32 * 2 + 8)  # cosines and sines of 32 in bfloat16, and positions
+    assert plan.phase == "backward"
+    assert plan.at_peak["activations"] == 4 * 256 * 128 * 2 + rotary < plan.activations
+    assert plan.at_peak["gradients"] == plan.gradients - sum(p.nbytes for p in late)
+    assert list(plan.at_peak) == list(KINDS)
+    assert sum(plan.at_peak.values()) == plan.peak
+
+
 def test_other_architectures_are_counted():
     small = GPT2Config(vocab_size=512, n_positions=128, n_embd=64, n_layer=5, n_head=4, resid_pdrop=0.1, attn_pdrop=0.0)
     plan = plan_memory(small, batch=4, seq_len=64, dtype="float32", r=8, target_modules=["c_attn"], device="cpu")
@@ -135,24 +150,25 @@ def test_other_architectures_are_counted():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("device", "options"),
-    [("cpu", {"checkpointing": True, "lora_dropout": 0.05}), ("cuda", {}), ("cuda", {"quantization": "4bit"})],
+    ("device", "options"), [("cpu", {"checkpointing": True, "lora_dropout": 0.05}), ("cuda", {"quantization": "4bit"})]
 )
 def test_few_layers_stand_for_all(method, device, options):
-    s = settings(device=device, **options)
+    s = settings(device=device, target_modules=SOME, lora_num=2, **options)
     few, all_ = (counter(config(), method, s, whole=whole)(3) for whole in (False, True))
     assert few == all_
 
 
-def test_unequal_layers_are_counted_whole():
-    kinds = ["full_attention", "sliding_attention"] * 3
+def test_unequal_layers_are_counted_whole(monkeypatch):
+    kinds = ["full_attention", "sliding_attention"] * 2 + ["full_attention"]
     mixed = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4,
         num_key_value_heads=2, layer_types=kinds, use_sliding_window=True, sliding_window=8,
     )  # fmt: skip
-    s = settings(seq_len=16, r=4, target_modules="all-linear", adapter_dtype=torch.float32, device="cuda")
-    for method, plan in zip(METHODS, plan_memory(mixed, **SMALL).methods, strict=True):
-        assert plan == MethodPlan.of(method, counter(mixed, method, s, whole=True)(2))
+    monkeypatch.setattr("multilora_fast.plan.shallow", None)
+    plan = plan_memory(mixed, target_modules=SOME, **SMALL)
+    s = settings(seq_len=16, r=4, target_modules=SOME, adapter_dtype=torch.float32, device="cuda")
+    for method in (FULL, OURS):
+        assert plan[method] == MethodPlan.of(method, Step(mixed, method, s).count(2))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05])
@@ -163,10 +179,10 @@ def test_a_gpu_keeps_masks_of_a_byte_and_ours_none_and_inputs_in_8_bits_if_asked
     for name, method, options in (
         (LORA, LORA, {}), (REFERENCE, REFERENCE, {}), (OURS, OURS, {}), (FP8, OURS, {"save_inputs": "fp8"})
     ):  # fmt: skip
-        s = settings(device="cuda", lora_dropout=p, r=32, lora_num=5, options=options)
-        few, more = (counter(config(n, **sizes), method, s, whole=True)(2)["activations"] for n in FEW)
+        s = settings(device="cuda", lora_dropout=p, r=32, lora_num=2, options=options)
+        few, more = (Step(config(layers, **sizes), method, s).count(2)["activations"] for layers in (1, 2))
         per_layer[name] = (more - few) / (2 * s.seq_len)
-    real = {name: bytes_per_token("tiny", name, p=p) for name in per_layer}
+    real = {name: bytes_per_token("tiny", name, n=2, p=p) for name in per_layer}
     for name in (LORA, REFERENCE, FP8):
         assert per_layer[name] - per_layer[OURS] == pytest.approx(real[name] - real[OURS], abs=0.5)
 
@@ -186,14 +202,15 @@ def test_packed_weights_take_bitsandbytes_bytes():
 
 def test_eight_bit_adam_takes_a_byte_per_moment():
     names = ("adamw", "adamw_8bit")
-    full, eight = (counter(config(), FULL, settings(optimizer=name), whole=False)(1) for name in names)
+    full, eight = (Step(config(2), FULL, settings(optimizer=name)).count(1) for name in names)
     assert eight["optimizer"] == pytest.approx(full["optimizer"] / 2, rel=0.05)  # of moments in bfloat16
     assert eight["optimizer step"] < full["optimizer step"]
 
 
 def test_the_largest_batch_fits_and_one_more_does_not():
     for method, q in ((LORA, None), (OURS, "4bit")):
-        count = cache(counter(config(), method, settings(device="cuda", quantization=q), whole=False))
+        s = settings(device="cuda", quantization=q, target_modules=SOME)
+        count = cache(Step(config(2), method, s).count)
         tried = []
 
         def peaks(rows, count=count, tried=tried):
@@ -201,12 +218,13 @@ def test_the_largest_batch_fits_and_one_more_does_not():
             return [count(rows)[phase] for phase in PHASES]
 
         rows = largest_batch(peaks, 60 * 2**20, 4)
+        assert rows > 4
         assert max(peaks(rows)) <= 60 * 2**20 < max(peaks(rows + 1))
         assert len(set(tried)) <= 6
 
 
 def test_the_largest_batch_is_in_the_plan():
-    plan = plan_memory(config(1), device_memory="64KiB", **SMALL)
+    plan = plan_memory(config(1), device_memory="64KiB", target_modules=SOME, **SMALL)
     assert [found.largest_batch for found in plan.methods] == [0, 0, 0, 0]
 
 
@@ -226,7 +244,7 @@ def test_a_large_model_takes_seconds_and_no_memory():
         vocab_size=32000, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
     )
     started = time.perf_counter()
-    allocated = peak_bytes(lambda: plan_memory(llama, batch=4, seq_len=2048), torch.device("cpu"))
+    allocated = peak_bytes(lambda: plan_memory(llama, batch=4, seq_len=2048, target_modules=SOME), torch.device("cpu"))
     assert time.perf_counter() - started < 60
     assert allocated < 2**20
 
@@ -234,18 +252,41 @@ def test_a_large_model_takes_seconds_and_no_memory():
 def test_what_the_plan_shows(tmp_path):
     config(1).save_pretrained(tmp_path)
     plan = plan_memory(
-        tmp_path, target_modules=LINEARS, device_memory="24GiB", lora_dropout=0.05, quantization="4bit", **SMALL
+        tmp_path, target_modules=SOME, device_memory="24GB", lora_dropout=0.05, quantization="4bit", **SMALL
     )
     text = str(plan)
     assert text == repr(plan)
-    for method in METHODS:
-        assert method in text
-        assert sum(plan[method].at_peak().values()) == plan[method].peak
-        assert min(plan[method].at_peak().values()) >= 0
-    assert "largest batch in 24 GiB" in text
-    assert json.loads(json.dumps(plan.to_dict()))["methods"][OURS]["peak"] == plan[OURS].peak
+    assert "largest batch in 22.35 GiB" in text
+    peaks, full_sizes = (text.split("\n\n")[i].splitlines() for i in (1, 2))
+    for method, row, whole in zip(METHODS, peaks[2:], full_sizes[2:], strict=True):
+        found = plan[method]
+        kinds = list(found.at_peak.values())
+        assert sum(kinds) == found.peak
+        assert min(kinds) >= 0
+        full = found.activations, found.logits, found.gradients
+        for line, sizes in ((row, (*kinds, found.peak)), (whole, full)):
+            assert line.removeprefix(method).split()[: len(sizes)] == [f"{size / 2**20:.1f}" for size in sizes]
+    assert json.loads(json.dumps(plan.to_dict()))["methods"][OURS]["at_peak"] == plan[OURS].at_peak
     assert plan.plot(tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
-    assert plan_memory(llama(num_hidden_layers=1), **SMALL)[OURS] == plan_memory(config(1), **SMALL)[OURS]
+    drawn = plan.plot(tmp_path / "plan.svg").read_text()
+    seen = {kind for found in plan.methods for kind, size in found.at_peak.items() if round(size / 2**20, 1)}
+    assert {kind for kind in KINDS if f"<!-- {kind} -->" in drawn} == seen < set(KINDS)
+
+
+def test_a_model_is_planned_by_its_config():
+    options = {"target_modules": SOME, **SMALL}
+    assert plan_memory(llama(layers=1), **options)[OURS] == plan_memory(config(1), **options)[OURS]
+
+
+def test_the_plan_says_that_peft_keeps_copies_in_the_adapters_dtype():
+    float32, equal = (plan_memory(config(1), adapter_dtype=own, **SMALL) for own in (None, "bfloat16"))
+    assert float32[LORA].activations > 1.1 * float32[OURS].activations
+    assert equal[LORA].activations == pytest.approx(equal[OURS].activations, rel=0.01)
+    said = "PEFT LoRA casts its inputs to its adapters' float32 and keeps them so; with --adapter-dtype bfloat16"
+    assert said in str(float32)
+    assert said not in str(equal)
+    assert "adapters in float32 (the reference loop's in bfloat16);" in float32.title()
+    assert "adapters in bfloat16;" in equal.title()
 
 
 def test_options_of_the_adapter_are_passed_on():

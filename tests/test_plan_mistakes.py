@@ -10,7 +10,7 @@ from tiny import gpt2
 from transformers import LlamaConfig, T5Config
 
 from multilora_fast import plan_memory
-from multilora_fast.plan_report import parse_memory
+from multilora_fast.plan_report import parse_memory, shown_memory
 
 CONFIG = "model_or_config must be"
 SMALL = {"batch": 2, "seq_len": 16, "r": 4}
@@ -38,6 +38,8 @@ def config() -> LlamaConfig:
         ({"model_or_config": 3}, f"{CONFIG} a transformers config, a model, a directory or a hub id, not int."),
         ({"model_or_config": T5Config()}, f"{CONFIG} a causal LM's, which a T5Config is not."),
         ({"model_or_config": "./nowhere"}, "model ./nowhere: no such directory."),
+        ({"model_or_config": "nowhere/"}, "model nowhere/: no such directory."),
+        ({"model_or_config": __file__}, f"model {__file__} is a file; give a directory or a hub id."),
     ],
 )  # fmt: skip
 def test_mistakes(wrong, message):
@@ -46,7 +48,7 @@ def test_mistakes(wrong, message):
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("memory", ["", "0GiB", "24 apples", "H1000", -1, True, 1.5])
+@pytest.mark.parametrize("memory", ["", "24", "0GiB", "24 apples", "H1000", -1, True, 1.5])
 def test_memory_that_is_no_size(memory):
     with pytest.raises(ValueError, match="device_memory must be a size"):
         parse_memory(memory)
@@ -55,12 +57,20 @@ def test_memory_that_is_no_size(memory):
 def test_sizes_and_names_of_memory():
     assert parse_memory("24GiB") == parse_memory(" 24 gib ") == parse_memory("24576MiB") == parse_memory(24 * 2**30)
     assert parse_memory("80GB") == 80 * 10**9
+    assert parse_memory(24) == 24
     assert parse_memory("NVIDIA H100") == parse_memory("h100") > parse_memory("rtx4090")
 
 
 def test_targets_that_match_nothing():
     with pytest.raises(ValueError, match="nowhere"):
         plan_memory(config(), target_modules=["nowhere"], **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("asked", "shown"), [("24GiB", "24 GiB"), ("24GB", "22.35 GiB"), ("1536MiB", "1.5 GiB"), ("64KiB", "65,536 bytes")]
+)
+def test_memory_is_shown_as_it_is(asked, shown):
+    assert shown_memory(parse_memory(asked)) == shown
 
 
 def run(*arguments) -> subprocess.CompletedProcess:
