@@ -196,7 +196,8 @@ def headline(directory: Path) -> str:
         "Saved: bytes kept for backward by one LLaMA-7B decoder layer beyond the frozen layer, n = 5, r = 32 against "
         "LoRA of rank 160, bfloat16, counted. Step and peak: time, and most bytes alive beside the weights and the "
         f"optimizer's state, in a training step of {s['model']}, {s['dtype'].removeprefix('torch.')}, {s['batch']} x "
-        f"{s['length']} tokens, n = {s['n']}, r = {s['r']}. {conditions_line(machine)}"
+        f"{s['length']} tokens, n = {s['n']}, r = {s['r']}. Adapters in the base's dtype: in float32, PEFT's default, "
+        f"LoRA saves a second copy of its inputs. {conditions_line(machine)}"
     )
     return f"## In short\n\n{table(header, body)}\n\n{note}"
 
