@@ -1,5 +1,6 @@
 """One run from a fresh model to its record; records as files, each written whole or not at all."""
 
+import gc
 import itertools
 import json
 import tempfile
@@ -49,6 +50,7 @@ def run_missing(folder: Path, study: Study, bench: Bench, done: dict[str, dict],
             return
         print(f"{time.strftime('%H:%M:%S')}  {run.name} ...", end="", flush=True)
         record = execute(run, study, bench)
+        gc.collect()  # models are cycles, and the next run needs their room
         write_record(folder / f"{run.name}.json", record)
         done[run.name] = record
         said = f", validation {validation_score(record)[0]:.3f}" if "validation" in record else ""
