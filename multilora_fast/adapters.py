@@ -179,6 +179,16 @@ def _made_by(weights: Path) -> str | None:
         return None
 
 
+def _order_metadata(weights: Path) -> None:
+    """safetensors writes metadata in an order of chance; equal adapters are equal files."""
+    with weights.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
 def write_files(
     directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor], made_by: str | None = None
 ) -> None:
@@ -196,6 +206,7 @@ def write_files(
         weights, text = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
         try:
             save_file(tensors, weights, metadata={"format": "pt"} | ({MADE_BY: made_by} if made_by else {}))
+            _order_metadata(weights)
         except SafetensorError as error:
             raise OSError(f"{directory} cannot be written: {error}") from error
         text.write_text(json.dumps(config, indent=2) + "\n")
