@@ -139,8 +139,9 @@ def _run_costs(methods: Mapping) -> str:
     header = ["method", "accuracy", "trainable parameters", "training tokens", "tokens/s", "peak of a step, MiB",
               "optimizer, MiB", "peak as a loop over branches, MiB"]  # fmt: skip
     return (
-        f"{table(header, rows)}\n\nTokens/s: median of the runs, each alone at its own time, on a machine that may "
-        "have been shared. Peak: tensors alive at once beyond weights and optimizer state, counted."
+        f"{table(header, rows)}\n\nTokens/s: the fastest of the method's runs, each at its own time, on a machine that "
+        "may have been shared; below, they take turns. Peak: tensors alive at once beyond weights and optimizer "
+        "state, counted."
     )
 
 

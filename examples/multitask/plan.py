@@ -39,7 +39,7 @@ class Study:
     total_rank: int = 30
     rates: dict[str, tuple[float, ...]] = field(default_factory=_rates)
     task_weights: tuple[float, ...] = (0.3, 0.6, 1.0)  # of every LoRA in the sum; the best on validation is kept
-    compared_rounds: int = 15
+    compared_rounds: int = 9
     dtype: str = "bfloat16"  # products run in it under autocast; weights, optimizer and sums are float32
 
     def settings(self) -> dict:

