@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,17 +84,20 @@ def timeline(step: Callable[[], object]) -> list[tuple[float, int]]:
 
 
 class AliveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside the block while they are alive: ``live`` now, and ``peaks`` by phase.
+    """Counts the bytes of tensors made inside the block while they are alive: ``live`` now, of which ``kinds`` by kind,
+    and by phase the ``peaks`` with their kinds ``at_peak``.
 
-    The caller names the ``phase``, and in ``exclude`` the tensors from before that are not to be counted. A storage
-    counts once; what a kernel allocates for itself is not seen. For use under torch's FakeTensorMode, where nothing is
-    allocated: a tensor that is asked there for its value, which does not exist, says 1.
+    The caller names the ``phase``, the ``kind`` of what is made, and in ``exclude`` the tensors from before that are
+    not to be counted. A storage counts once; what a kernel allocates for itself is not seen. For use under torch's
+    FakeTensorMode, where nothing is allocated: a tensor that is asked there for its value, which is not, says 1.
     """
 
     def __init__(self, exclude: Iterable[Tensor]):
         super().__init__()
-        self.live, self.phase = 0, ""
+        self.live, self.phase, self.kind = 0, "", ""
+        self.kinds: Counter[str] = Counter()
         self.peaks: Counter[str] = Counter()
+        self.at_peak: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._known = {tensor.untyped_storage()._cdata for tensor in exclude}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -104,7 +107,8 @@ class AliveBytes(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
-        self.peaks[self.phase] = max(self.peaks[self.phase], self.live)
+        if self.live > self.peaks[self.phase]:
+            self.peaks[self.phase], self.at_peak[self.phase] = self.live, self.kinds.copy()
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -112,8 +116,10 @@ class AliveBytes(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self.live += size
-            weakref.finalize(storage, self._release, key, size).atexit = False
+            self.kinds[self.kind] += size
+            weakref.finalize(storage, self._release, key, size, self.kind).atexit = False
 
-    def _release(self, key: int, size: int) -> None:
+    def _release(self, key: int, size: int, kind: str) -> None:
         self._known.discard(key)
         self.live -= size
+        self.kinds[kind] -= size

@@ -2,8 +2,6 @@
 torch's FakeTensorMode, where a tensor has a shape, a dtype and the size of a storage, but no bytes."""
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -160,12 +158,12 @@ class Step:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         with self.mode:
             ids = torch.zeros(batch, self.settings.seq_len, dtype=torch.long)
-            alive = AliveByKind([*self.model.parameters(), *self.model.buffers(), ids])
+            alive = AliveBytes([*self.model.parameters(), *self.model.buffers(), ids])
             optimizer = self._optimizer(trainable)
             handles = self._watch(alive, trainable)
             try:
                 with _quiet(), alive:
-                    alive.phase = FORWARD
+                    alive.phase, alive.kind = FORWARD, "activations"
                     loss = self._forward(ids)
                     found["activations"] = alive.kinds["activations"]
                     found["logits"] = alive.live - found["activations"]
@@ -212,11 +210,11 @@ class Step:
         # Two moments of a byte with a float32 per block of 256; small tensors keep float32 moments.
         return sum(2 * (p.numel() + p.numel() // 64) if p.numel() >= 4096 else 8 * p.numel() for p in trainable)
 
-    def _watch(self, alive: "AliveByKind", trainable: list[nn.Parameter]) -> list:
+    def _watch(self, alive: AliveBytes, trainable: list[nn.Parameter]) -> list:
         """Hooks that note where the logits begin, where the last layer's backward is done, and each gradient."""
 
         def logits(*_):
-            alive.in_layers = False
+            alive.kind = ""
 
         def last(module, args, kwargs):
             x = args[0] if args else kwargs["hidden_states"]
@@ -234,38 +232,6 @@ class Step:
             self.head.register_forward_pre_hook(logits),
             self.layers[-1].register_forward_pre_hook(last, with_kwargs=True),
         ]
-
-
-class AliveByKind(AliveBytes):
-    """AliveBytes with the gradients and activations among them, now and ``at_peak`` of each phase. Activations are what
-    was made ``in_layers``; of gradients the caller keeps count in ``kinds``."""
-
-    def __init__(self, exclude: Iterable[Tensor]):
-        super().__init__(exclude)
-        self.in_layers = True
-        self.kinds: Counter[str] = Counter()
-        self.at_peak: dict[str, Counter[str]] = {phase: Counter() for phase in PHASES}
-        self._activations: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = self.peaks[self.phase]
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.peaks[self.phase] > before:
-            self.at_peak[self.phase] = self.kinds.copy()
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        before = self.live
-        super()._count(storage)
-        if self.in_layers and self.live > before:
-            self._activations.add(storage._cdata)
-            self.kinds["activations"] += self.live - before
-
-    def _release(self, key: int, size: int) -> None:
-        super()._release(key, size)
-        if key in self._activations:
-            self._activations.remove(key)
-            self.kinds["activations"] -= size
 
 
 def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:
