@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from multilora_fast.branches import CONTAINER, NAMES, Branches, collect, describe, shape_options, targets
 from multilora_fast.checks import check_config, check_hyperparameters
-from multilora_fast.files import check_folder, made
+from multilora_fast.files import RECORD, check_folder, made
 from multilora_fast.layers import FusedMultiLoRALinear
 from multilora_fast.reference import MultiLoRALinear
 
@@ -161,7 +161,7 @@ def check_output(directory: str | os.PathLike, made_by: str) -> None:
     run or adapter, but for one that this command made and nobody trained since."""
     directory = Path(directory)
     check_folder("the output", directory)
-    for pattern, what in (("config.json", "model"), ("train.json", "training run"), ("checkpoint-*", "training run")):
+    for pattern, what in (("config.json", "model"), (RECORD, "training run"), ("checkpoint-*", "training run")):
         if any(directory.glob(pattern)):
             raise ValueError(f"the output {directory} holds a {what} ({pattern}): give another directory.")
     if any((directory / name).exists() for name in (CONFIG, WEIGHTS)) and _made_by(directory / WEIGHTS) != made_by:

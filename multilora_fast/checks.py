@@ -11,8 +11,7 @@ from torch import Tensor
 
 def check_hyperparameters(*, r: int, lora_num: int, lora_dropout: float, scaling: str = "vector") -> None:
     for name, value in (("r", r), ("lora_num", lora_num)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
+        check_integer(name, value, least=1)
     check_dropout("lora_dropout", lora_dropout)
     if scaling not in ("vector", "scalar"):
         raise ValueError(f'scaling must be "vector" or "scalar", not {scaling!r}.')
@@ -37,9 +36,9 @@ def _is_finite_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_size(name: str, size: int) -> None:
-    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-        raise ValueError(f"{name} must be an integer of at least 0, not {size!r}.")
+def check_integer(name: str, value: int, *, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}.")
 
 
 def check_config(config: Mapping) -> None:

@@ -1,9 +1,11 @@
-"""What commands write: checked before anything slow happens, and whole or not there at all."""
+"""What commands read and write: checked before anything slow happens, and written whole or not at all."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+RECORD = "train.json"  # in the directory of a training run, of what it is the output
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -21,6 +23,21 @@ def check_model(name: str, model: str) -> None:
     """Raise ValueError if ``model``, a directory or hub id that is the value of the argument ``name``, is a file."""
     if os.path.isfile(os.path.expanduser(model)):
         raise ValueError(f"{name} {model} is a file; give a directory or a hub id.")
+
+
+def model_source(name: str, model: str) -> str | Path:
+    """The directory or hub id that transformers loads ``model`` from, the value of the argument ``name``.
+
+    Raises:
+        ValueError: it is a file, or looks like a path where no directory is.
+    """
+    check_model(name, model)
+    if not model.startswith((".", "/", "~")) and not model.endswith("/") and model.count("/") < 2:
+        return model
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{name} {model}: no such directory.")
+    return folder
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from multilora_fast.checks import (
     check_base,
     check_branches,
     check_dropout,
+    check_integer,
     check_output,
     check_save_inputs,
     check_scaling_factor,
-    check_size,
 )
 from multilora_fast.op import MultiLoRA, Settings, compiled
 
@@ -99,7 +99,7 @@ def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str |
     """
     check_dropout("p", p)
     for name, size in (("M", M), ("K", K)):
-        check_size(name, size)
+        check_integer(name, size, least=0)
     if not isinstance(seed, Tensor):
         seed = _seed_tensor(seed, torch.device("cpu"))
     return load(choose(backend, seed.device)).dropout_mask(seed, M, K, p)

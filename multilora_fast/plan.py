@@ -10,14 +10,14 @@ import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from multilora_fast.checks import check_hyperparameters
+from multilora_fast.checks import check_hyperparameters, check_integer
+from multilora_fast.files import model_source
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.plan_report import MemoryPlan, MethodPlan, parse_memory
 from multilora_fast.plan_step import FULL, METHODS, OPTIMIZERS, PACKED, PHASES, Settings, Step, build, decoder_layers
@@ -74,8 +74,7 @@ def plan_memory(
     """
     check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout, scaling=options.get("scaling", "vector"))
     for name, value in (("batch", batch), ("seq_len", seq_len)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
+        check_integer(name, value, least=1)
     unknown = sorted(set(options) - {field.name for field in fields(MultiLoraConfig)})
     if unknown:
         raise ValueError(f"{unknown[0]} is no field of MultiLoraConfig.")
@@ -166,14 +165,9 @@ def load_config(model_or_config: nn.Module | PreTrainedConfig | str | os.PathLik
     config = getattr(model_or_config, "config", model_or_config)
     if isinstance(config, (str, os.PathLike)):
         name = os.fspath(config)
-        looks_like_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
-        source = Path(name).expanduser()
-        if source.is_file():
-            raise ValueError(f"model {name} is a file; give a directory or a hub id.")
-        if looks_like_path and not source.is_dir():
-            raise ValueError(f"model {name}: no such directory.")
+        source = model_source("model", name)
         try:
-            config = AutoConfig.from_pretrained(source if looks_like_path else name)
+            config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError, KeyError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"model {name} has no config that could be read: {reason}") from error

@@ -27,6 +27,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.devices import choose_dtype
+from multilora_fast.files import model_source
 from multilora_fast.peft import MultiLoraConfig, MultiLoraLinear
 from multilora_fast.train_data import IGNORED, Row, collate, encode, read_tasks, split
 from multilora_fast.train_files import (
@@ -284,14 +285,8 @@ def _is_evaluated(trainer: Trainer) -> bool:
 
 
 def _loaded(auto, name: str, **options):
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    source = Path(name).expanduser() if looks_like_path else name
-    path = Path(source)
-    if path.is_file():
-        raise ValueError(f"--model {name} is a file; give a directory or a hub id.")
-    if looks_like_path and not path.is_dir():
-        raise ValueError(f"--model {name}: no such directory.")
-    if path.is_dir() and not (path / "config.json").is_file():
+    source = model_source("--model", name)
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
         raise ValueError(f"--model {name} could not be loaded: it holds no config.json, so it is no model.")
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)

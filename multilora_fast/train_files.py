@@ -17,8 +17,8 @@ from transformers import Trainer, TrainerState
 
 from multilora_fast import __version__
 from multilora_fast.adapters import CONFIG, WEIGHTS, read_multilora
-from multilora_fast.files import made, replaced
-from multilora_fast.train_settings import RECORD, UNFINISHED, Settings
+from multilora_fast.files import RECORD, made, replaced
+from multilora_fast.train_settings import UNFINISHED, Settings
 
 STATE = "trainer_state.json"  # the last file of a checkpoint to be written
 _TO_RESUME = ("optimizer", "scheduler", "scaler", "rng_state")  # how a checkpoint's other files begin

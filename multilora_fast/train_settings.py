@@ -11,9 +11,8 @@ import torch
 
 from multilora_fast.checks import check_alpha, check_hyperparameters
 from multilora_fast.devices import choose_dtype
-from multilora_fast.files import check_folder
+from multilora_fast.files import RECORD, check_folder
 
-RECORD = "train.json"  # in the output directory, of what it is the output
 UNFINISHED = ".unfinished"  # how files begin that were not yet in their places when a run was broken off
 FREE = ("output", "resume", "epochs", "max_steps", "save_steps")  # what may change when a run is resumed
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from multilora_fast.files import check_model
+from multilora_fast.files import model_source
 from multilora_fast.reference import MultiLoRALinear
 
 PACKAGED = "SmolLM2-135M-Instruct"
@@ -82,13 +82,7 @@ def _from_pretrained(auto, name: str | None, **options):
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    if name is not None:
-        check_model("--model", name)
-    source: str | Path = packaged_model() if name is None else name
-    if name is not None and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        source = Path(name).expanduser()
-        if not source.is_dir():
-            raise ValueError(f"--model {name}: no such directory.")
+    source = packaged_model() if name is None else model_source("--model", name)
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError, SafetensorError) as error:
