@@ -1,35 +1,15 @@
 """The layers that are compared: one frozen nn.Linear each, and what is put around it, as modules of x."""
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
+from multilora_fast.layer_bench import FROZEN, LORA, OURS, REFERENCE, base_layer, multilora, peft_lora
 
-FROZEN, REFERENCE, COMPILED, LORA, LORA_FLOAT32, CONCATENATED, ADDMM, OURS, FP8 = (
-    "frozen base layer", "reference loop", "reference loop, compiled", "PEFT LoRA", "PEFT LoRA, float32 adapters",
-    "concatenated eager", "addmm_ LoRA", "ours", "ours, fp8 inputs",
+COMPILED, LORA_FLOAT32, CONCATENATED, ADDMM, FP8 = (
+    "reference loop, compiled", "PEFT LoRA, float32 adapters", "concatenated eager", "addmm_ LoRA", "ours, fp8 inputs",
 )  # fmt: skip
-
-
-def base_layer(K: int, N: int, dtype: torch.dtype, device: str) -> nn.Linear:
-    torch.manual_seed(0)
-    return nn.Linear(K, N, bias=False, dtype=dtype, device=device).requires_grad_(False)
-
-
-def multilora(cls: type[MultiLoRALinear], base: nn.Linear, n: int, r: int, p: float) -> MultiLoRALinear:
-    """Branches with non-zero scales, in the base's dtype."""
-    torch.manual_seed(1)
-    layer = cls(base, r=r, lora_num=n, lora_dropout=p)
-    nn.init.normal_(layer.lora_scaling)
-    return layer
-
-
-def peft_lora(base: nn.Linear, rank: int, p: float, *, float32: bool = False) -> nn.Module:
-    """PEFT's LoRA of the same total rank; its adapters in the base's dtype unless ``float32``."""
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=p, target_modules=["0"])
-    return get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=float32)
 
 
 class Concatenated(FusedMultiLoRALinear):

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from bench.candidates import LORA, OURS, REFERENCE
 from bench.environment import conditions
 from bench.memory import FROZEN, SIZES, adapted, decoder_layer
+from multilora_fast.layer_bench import LORA, OURS, REFERENCE
 from multilora_fast.memory import timeline
 
 

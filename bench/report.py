@@ -9,7 +9,8 @@ import json
 import re
 from pathlib import Path
 
-from bench.candidates import FP8, LORA, OURS, REFERENCE
+from bench.candidates import FP8
+from multilora_fast.layer_bench import LORA, OURS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"

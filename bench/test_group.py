@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bench.candidates import FROZEN, LORA, OURS
-from bench.timing import Turn, contest
+from bench.timing import contest
 from multilora_fast import MultiLoraConfig
+from multilora_fast.layer_bench import FROZEN, LORA, OURS
+from multilora_fast.turns import Turn
 
 ALONE = "ours, each layer alone"
 # hidden size, and output sizes of q, k and v: LLaMA-7B's, a 2048-wide block, SmolLM2-135M's
@@ -90,7 +91,7 @@ def test_group(benchmark, shape, dtype, p, tiny, device):
 
         return Turn(clear, lambda _: step(model, x, dys))
 
-    medians = contest(benchmark, {name: turn(model) for name, model in models.items()}, OURS, rounds=15)
+    medians = contest(benchmark, {name: turn(model) for name, model in models.items()}, OURS, rounds=9)
     benchmark.extra_info["settings"] = {
         "M": M, "K": K, "N": list(sizes), "n": n, "r": r, "dropout": p, "dtype": dtype, "direction": "forward+backward",
     }  # fmt: skip

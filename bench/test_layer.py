@@ -5,16 +5,14 @@
 Before anything is timed, output and gradients must pass the 2× rule against the reference in float64.
 """
 
-from functools import partial
-
 import pytest
 import torch
 
-from bench.candidates import FROZEN, LORA, OURS, REFERENCE, layers
+from bench.candidates import layers
 from bench.floor import layer_work, rates
-from bench.timing import contest, layer_turn
-from multilora_fast import dropout_mask, multilora_linear
-from multilora_fast.testing import assert_two_times_rule, random_case
+from bench.timing import contest
+from multilora_fast.layer_bench import DIRECTIONS, FROZEN, LORA, OURS, REFERENCE, gate
+from multilora_fast.turns import layer_turn
 
 CPU_SHAPES = [(1024, 2048, 2048), (1024, 576, 1536)]
 GPU_SHAPES = [(8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096)]
@@ -22,22 +20,11 @@ SHAPES = GPU_SHAPES if torch.cuda.is_available() else CPU_SHAPES
 DTYPES = ["bfloat16"] if torch.cuda.is_available() else ["float32", "bfloat16"]
 
 
-def gate(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, tokens: int = 128) -> None:
-    """Raise AssertionError unless the op obeys the 2× rule at these settings, on fewer tokens."""
-    case = random_case((tokens, K), N, n, r, dtype=dtype, bias=False, device=device)
-    op = partial(multilora_linear, bias=None, scaling_factor=case.scaling_factor)
-    if p:
-        keep = dropout_mask(torch.tensor([1], device=device), tokens, K, p)
-        case.factor = keep.double() * 65536 / (65536 - round(65536 * p))
-        op = partial(op, dropout_p=p, seed=1)
-    assert_two_times_rule(op, case)
-
-
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize("n", [3, 5])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "{}x{}-{}".format(*s))
-@pytest.mark.parametrize("direction", ["forward+backward", "forward", "backward"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_layer(benchmark, direction, shape, dtype, n, p, tiny, device):
     if direction != "forward+backward" and n != 5:
         pytest.skip("the halves of a step are timed apart at n = 5")

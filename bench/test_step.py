@@ -14,14 +14,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.candidates import COMPILED, CONCATENATED, FP8, LORA, OURS, REFERENCE, Concatenated, can_compile, multilora
-from bench.test_layer import gate
-from bench.timing import Turn, contest
+from bench.candidates import COMPILED, CONCATENATED, FP8, Concatenated, can_compile
+from bench.timing import contest
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
 from multilora_fast.demo.compare import shallow_copy
 from multilora_fast.demo.model import LINEARS, load_model, target_linears
 from multilora_fast.devices import choose_dtype
+from multilora_fast.layer_bench import LORA, OURS, REFERENCE, gate, multilora
 from multilora_fast.memory import peak_bytes, saved_bytes
+from multilora_fast.turns import Turn
 
 FULL = "full fine-tuning"
 
@@ -97,7 +98,7 @@ def test_step(benchmark, p, tiny, device):
         memory[method] = {"saved": saved.total}
         del saved
         memory[method]["peak"] = peak_bytes(partial(turns[method].run, None), torch.device(device))
-    medians = contest(benchmark, turns, OURS, rounds=4, warmup=1)
+    medians = contest(benchmark, turns, OURS, rounds=4, warmup=0)
     benchmark.extra_info["settings"] = {
         "model": name, "batch": batch, "length": length, "n": n, "r": r, "dropout": p, "dtype": str(base.dtype),
     }  # fmt: skip

@@ -16,10 +16,10 @@ FLOORS = {
     "layers": ["reference", "testing", "shared", "layers"],
     "adapters": ["branches", "peft", "adapters", "export", "task_arithmetic"],
     "uses": [
-        *("memory", "plan", "plan_step", "plan_report", "spectrum", "demo"),
+        *("memory", "turns", "layer_bench", "plan", "plan_step", "plan_report", "spectrum", "demo"),
         *("train", "train_data", "train_files", "train_settings"),
     ],
-    "cli": ["cli", "cli_adapters", "cli_plan", "cli_spectrum", "cli_train"],
+    "cli": ["cli", "cli_adapters", "cli_bench", "cli_plan", "cli_spectrum", "cli_train"],
 }
 FLOOR = {module: height for height, modules in enumerate(FLOORS.values()) for module in modules}
 

@@ -2,7 +2,6 @@
 
 import copy
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from multilora_fast.demo.model import add_branches, target_linears
 from multilora_fast.layers import fuse
 from multilora_fast.memory import peak_bytes, saved_bytes
+from multilora_fast.turns import Turn, take_turns
 
 NAIVE, LORA, OURS = "naive MultiLoRA", "PEFT LoRA", "multilora-fast"
 
@@ -78,7 +78,6 @@ def compare(methods: dict[str, nn.Module], batch: dict[str, Tensor], *, rounds: 
 
     steps = {name: _stepper(model.train(), batch) for name, model in methods.items()}
     saved, peak = {}, {}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for name, model in methods.items():
         steps[name]()
         progress.update()
@@ -88,14 +87,8 @@ def compare(methods: dict[str, nn.Module], batch: dict[str, Tensor], *, rounds: 
         del kept
         peak[name] = peak_bytes(steps[name], device)
         progress.update()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-            progress.update()
+    turns = {name: Turn(progress.update, step) for name, step in steps.items()}
+    seconds = take_turns(turns, range(rounds))
     trainable = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in methods.items()}
     return [Cost(name, trainable[name], saved[name], peak[name], statistics.median(seconds[name])) for name in methods]
 
@@ -105,10 +98,10 @@ def _loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
     return model(**batch).loss.item()
 
 
-def _stepper(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
+def _stepper(model: nn.Module, batch: dict[str, Tensor]) -> Callable[..., None]:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
 
-    def step() -> None:
+    def step(_: object = None) -> None:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
