@@ -39,11 +39,10 @@ lint: $(VENV)/installed ## Check style, imports and types
 	$(BIN)/mypy
 
 bench: $(VENV)/demo-data ## Time the products, one layer and a training step beside the peers: JSON into $(OUT)
-	mkdir -p $(OUT)
-	$(BENCH)/test_ops.py --benchmark-json=$(OUT)/ops.json
-	$(BENCH)/test_layer.py --benchmark-json=$(OUT)/layer.json
-	$(BENCH)/test_group.py --benchmark-json=$(OUT)/group.json
-	$(BENCH)/test_step.py --benchmark-json=$(OUT)/step.json
+	rm -rf build/bench && mkdir -p build/bench $(OUT)
+	for name in ops layer group step; do \
+		$(BENCH)/test_$$name.py --benchmark-json=build/bench/$$name.json || exit 1; done
+	mv build/bench/*.json $(OUT)
 
 memory: $(VENV)/installed ## Count what LLaMA decoder layers save for backward: JSON into $(OUT)
 	PYTHONPATH=. $(BIN)/python -m bench.memory --out $(OUT)

@@ -1,5 +1,4 @@
-"""The command line, ``multilora-fast demo | train | plan | export | merge | spectrum | info``: heavy imports wait for a
-command."""
+"""The command line: ``multilora-fast`` and the names under it. Heavy imports wait for a command."""
 
 import json
 import logging
@@ -13,6 +12,7 @@ import typer
 
 from multilora_fast import __version__
 from multilora_fast.cli_adapters import export, merge
+from multilora_fast.cli_bench import bench
 from multilora_fast.cli_plan import plan
 from multilora_fast.cli_spectrum import spectrum
 from multilora_fast.cli_train import train
@@ -179,6 +179,11 @@ _command(
     "spectrum out lora --modules k_proj,v_proj --plot spectrum.png",
     "spectrum tuned-model --base MODEL",
 )(spectrum)
+_command(
+    "Time one layer here, against the loop and LoRA.",
+    "bench",
+    "bench --in-features 4096 --out-features 11008 --lora-num 5 --lora-dropout 0.05 --json",
+)(bench)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from multilora_fast.progress import progress
 from multilora_fast.reference import MultiLoRALinear
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ["demo", "info", "plan", "train", "export", "merge", "spectrum"]
+COMMANDS = ["demo", "info", "plan", "train", "export", "merge", "spectrum", "bench"]
 
 
 def run(*words: object) -> str:
@@ -169,6 +169,9 @@ def test_representations_are_one_tidy_line():
         ("demo --lora-num 0", "lora_num must be an integer of at least 1, not 0."),
         ("demo --lora-dropout 1", "lora_dropout must be a probability in [0, 1), not 1.0."),
         ("demo --target-modules ,", "--target-modules names no module."),
+        ("bench --tokens 0", "--tokens must be an integer of at least 1, not 0."),
+        ("bench --r 0", "r must be an integer of at least 1, not 0."),
+        ("bench --dtype int8", "--dtype must be auto, float32 or bfloat16, not 'int8'."),
         ("demo --stepz 3", "No such option: --stepz"),
         ("dmo", "No such command 'dmo'."),
     ],
