@@ -11,6 +11,9 @@ THREADS = 2
 
 def pytest_addoption(parser):
     parser.addoption("--tiny", action="store_true", help="tiny shapes: does every bench run, not how fast")
+    parser.addoption(
+        "--step-rounds", type=int, default=4, help="timed rounds of the training step, 4; more where noisy"
+    )
 
 
 def pytest_configure(config):

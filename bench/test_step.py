@@ -68,7 +68,7 @@ def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05])
-def test_step(benchmark, p, tiny, device):
+def test_step(benchmark, p, tiny, device, request):
     n, r = (2, 2) if tiny else (3, 32)
     batch, length = (2, 8) if tiny else (8, 1024) if device == "cuda" else (4, 128)
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_step(benchmark, p, tiny, device):
         memory[method] = {"saved": saved.total}
         del saved
         memory[method]["peak"] = peak_bytes(partial(turns[method].run, None), torch.device(device))
-    medians = contest(benchmark, turns, OURS, rounds=4, warmup=0)
+    medians = contest(benchmark, turns, OURS, rounds=request.config.getoption("--step-rounds"), warmup=0)
     benchmark.extra_info["settings"] = {
         "model": name, "batch": batch, "length": length, "n": n, "r": r, "dropout": p, "dtype": str(base.dtype),
     }  # fmt: skip
