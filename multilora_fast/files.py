@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 RECORD = "train.json"  # in the directory of a training run, of what it is the output
 
@@ -38,6 +39,26 @@ def model_source(name: str, model: str) -> str | Path:
     if not folder.is_dir():
         raise ValueError(f"{name} {model}: no such directory.")
     return folder
+
+
+def pretrained(auto: Any, model: str, **options: Any) -> Any:
+    """What ``auto.from_pretrained`` makes of --model, a directory or hub id; code that comes with it is not run.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from safetensors import SafetensorError
+
+    source = model_source("--model", model)
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise ValueError(f"--model {model} could not be loaded: it holds no config.json, so it is no model.")
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if reason.startswith("Couldn't instantiate the backend tokenizer"):
+            reason = "it holds no tokenizer that can be read."
+        raise ValueError(f"--model {model} could not be loaded: {reason}") from error
 
 
 @contextmanager

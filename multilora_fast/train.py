@@ -5,12 +5,10 @@ from collections.abc import Collection
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -27,7 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.devices import choose_dtype
-from multilora_fast.files import model_source
+from multilora_fast.files import pretrained
 from multilora_fast.peft import MultiLoraConfig, MultiLoraLinear
 from multilora_fast.train_data import IGNORED, Row, collate, encode, read_tasks, split
 from multilora_fast.train_files import (
@@ -66,7 +64,7 @@ def run(settings: Settings) -> Trainer | None:
             return None
         if checkpoint is None:
             _say(f"{settings.output} holds no checkpoint: the run starts at step 0.")
-    tokenizer = _loaded(AutoTokenizer, settings.model)
+    tokenizer = pretrained(AutoTokenizer, settings.model)
     train_rows, held_out = tokens(tasks, tokenizer, settings)
     arguments = training_arguments(settings if held_out else replace(settings, eval_fraction=0.0))
     set_seed(settings.seed)
@@ -178,7 +176,7 @@ def adapted_model(settings: Settings, device: torch.device) -> PeftModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=options["dtype"],
         )
-    base = _loaded(AutoModelForCausalLM, settings.model, **options)
+    base = pretrained(AutoModelForCausalLM, settings.model, **options)
     base.config.use_cache = False
     targets = settings.target_modules
     names = [f".{name}" for name, _ in base.named_modules()]
@@ -282,19 +280,6 @@ def _accuracy(prediction) -> dict[str, float]:
 def _is_evaluated(trainer: Trainer) -> bool:
     last = [log["step"] for log in trainer.state.log_history if any(key.startswith("eval_") for key in log)]
     return bool(last) and last[-1] == trainer.state.global_step
-
-
-def _loaded(auto, name: str, **options):
-    source = model_source("--model", name)
-    if Path(source).is_dir() and not Path(source, "config.json").is_file():
-        raise ValueError(f"--model {name} could not be loaded: it holds no config.json, so it is no model.")
-    try:
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if reason.startswith("Couldn't instantiate the backend tokenizer"):
-            reason = "it holds no tokenizer that can be read."
-        raise ValueError(f"--model {name} could not be loaded: {reason}") from error
 
 
 def _say(line: str) -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from multilora_fast.files import model_source
+from multilora_fast.files import pretrained
 from multilora_fast.reference import MultiLoRALinear
 
 PACKAGED = "SmolLM2-135M-Instruct"
@@ -66,7 +65,7 @@ def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> nn
     """The causal LM at a directory or hub id, on ``device``, in eval mode; the packaged one for None."""
     from transformers import AutoModelForCausalLM
 
-    model = _from_pretrained(AutoModelForCausalLM, name, dtype=dtype)
+    model = _quietly(AutoModelForCausalLM, name, dtype=dtype)
     model.config.use_cache = False
     return model.to(device).eval()
 
@@ -74,20 +73,15 @@ def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> nn
 def load_tokenizer(name: str | None):
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, name)
+    return _quietly(AutoTokenizer, name)
 
 
-def _from_pretrained(auto, name: str | None, **options):
+def _quietly(auto, name: str | None, **options):
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = packaged_model() if name is None else model_source("--model", name)
-    try:
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"--model {name or PACKAGED} could not be loaded: {reason}") from error
+    return pretrained(auto, str(packaged_model()) if name is None else name, **options)
 
 
 def target_linears(model: nn.Module, target_modules: Iterable[str]) -> list[str]:
