@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
-from multilora_fast.layer_bench import FROZEN, LORA, OURS, REFERENCE, base_layer, multilora, peft_lora
+from multilora_fast.layer_bench import base_layer, candidates, multilora, peft_lora
 
 COMPILED, LORA_FLOAT32, CONCATENATED, ADDMM, FP8 = (
     "reference loop, compiled", "PEFT LoRA, float32 adapters", "concatenated eager", "addmm_ LoRA", "ours, fp8 inputs",
@@ -54,13 +54,8 @@ def layers(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device:
     def base():
         return base_layer(K, N, dtype, device)
 
-    found = {
-        FROZEN: base(),
-        REFERENCE: multilora(MultiLoRALinear, base(), n, r, p),
-        LORA: peft_lora(base(), n * r, p),
-        CONCATENATED: multilora(Concatenated, base(), n, r, p),
-        OURS: multilora(FusedMultiLoRALinear, base(), n, r, p),
-    }
+    found = candidates(K, N, n, r, p, dtype, device)
+    found[CONCATENATED] = multilora(Concatenated, base(), n, r, p)
     if dtype != torch.float32:
         found[LORA_FLOAT32] = peft_lora(base(), n * r, p, float32=True)
     if p == 0:

@@ -62,6 +62,17 @@ def gate(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: s
     assert_two_times_rule(op, case)
 
 
+def candidates(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
+    """The layers by name, as modules of x, each on a base layer of its own."""
+    bases = [base_layer(K, N, dtype, device) for _ in range(4)]
+    return {
+        FROZEN: bases[0],
+        REFERENCE: multilora(MultiLoRALinear, bases[1], n, r, p),
+        LORA: peft_lora(bases[2], n * r, p),
+        OURS: multilora(FusedMultiLoRALinear, bases[3], n, r, p),
+    }
+
+
 def measure(
     K: int, N: int, *, tokens: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, rounds: int
 ) -> dict[str, LayerCost]:
@@ -71,16 +82,7 @@ def measure(
         AssertionError: the op's result breaks the 2× rule of :mod:`multilora_fast.testing`.
     """
     gate(K, N, n, r, p, dtype, device)
-
-    def base() -> nn.Linear:
-        return base_layer(K, N, dtype, device)
-
-    layers = {
-        FROZEN: base(),
-        REFERENCE: multilora(MultiLoRALinear, base(), n, r, p),
-        LORA: peft_lora(base(), n * r, p),
-        OURS: multilora(FusedMultiLoRALinear, base(), n, r, p),
-    }
+    layers = candidates(K, N, n, r, p, dtype, device)
     x = torch.randn(tokens, K, dtype=dtype, device=device).requires_grad_()
     dy = torch.randn(tokens, N, dtype=dtype, device=device)
     medians: dict[str, dict[str, float]] = {name: {} for name in layers}
