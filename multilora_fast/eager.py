@@ -92,13 +92,13 @@ def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, keep=None, p: float
 def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """P = dyᵀ h (D, R), and from it the gradients of lora_B, (n, D, r), and of the vector scale, (n, D).
 
-    ``w`` is lora_B as a view (n, r, D). Both gradients come in w's and scale's dtypes.
+    ``w`` is lora_B as a view (n, r, D). The first comes in w's dtype, the second in the wider of w's and scale's.
     """
     n, r, D = w.shape
     P = (dy.t() @ h).view(D, n, r).to(torch.promote_types(w.dtype, scale.dtype)).movedim(0, 1)
     db = torch.mul(P, _times(scale, alpha).unsqueeze(2), out=torch.empty(n, D, r, dtype=w.dtype, device=w.device))
     ds = _times(torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)), alpha)
-    return db, ds.to(scale.dtype).contiguous()
+    return db, ds
 
 
 def _stack(w: Tensor, scale: Tensor | None, alpha: float, dtype: torch.dtype) -> Tensor:

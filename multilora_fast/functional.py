@@ -63,6 +63,8 @@ def multilora_linear(
     settings, seed = prepare(x, lora_A, lora_B, lora_scaling, *options)
     if isinstance(weight, Tensor):
         check_base(x, weight, bias, lora_B.shape[1], autocast=autocasts(x))
+    elif not callable(weight):
+        raise ValueError(f"weight must be a tensor or a function that returns one, not {weight!r}.")
     return _apply(x, None, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
 
 
@@ -95,7 +97,12 @@ def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str |
     """The mask the op draws for x of M tokens and K features: bool (M, K), true where an element is kept.
 
     Kept elements are multiplied by 65536 / (65536 − round(65536·p)), which is 1/(1−p) up to 2⁻¹⁷. The mask depends on
-    the backend and the seed alone.
+    the seed, the backend and, for "torch", on whether the seed is on a CPU. An int is a seed on the CPU: for the mask
+    of an op on a GPU pass a tensor there.
+
+    Raises:
+        ValueError: p outside [0, 1), M or K below 0, a seed that is neither an int of 64 bits nor an int64 tensor
+            of one element.
     """
     check_dropout("p", p)
     for name, size in (("M", M), ("K", K)):

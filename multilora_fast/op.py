@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from multilora_fast import selfcheck
 from multilora_fast.backends import Backend, load
+from multilora_fast.checks import check_base
 from multilora_fast.inputs import Kept, keep, read
 
 
@@ -89,6 +90,7 @@ def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: N
         dB, ds = ops.reduce_scaled(H, dy, w, scale, c)
         if lora_scaling.shape[1] == 1:
             ds = ds.sum(1, keepdim=True)
+        ds = ds.to(lora_scaling.dtype).contiguous()
     if needs.x or needs.lora_A:
         dH = ops.shrink(dy, w, scale, c)
     if needs.weight:
@@ -149,7 +151,7 @@ class MultiLoRA(torch.autograd.Function):
     def forward(ctx, x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
         ctx.dense, ctx.settings, ctx.needs = weight if callable(weight) else None, settings, Needs.of(ctx)
         with no_autocast(x.device.type):
-            dense = weight() if callable(weight) else weight
+            dense = dense_weight(weight, x, bias, lora_B)
             out, H = forward(x, y, dense, bias, lora_A, lora_B, lora_scaling, seed, settings)
         kept = (*ctx.needs.kept_x(x, settings), ctx.needs.kept_H(H), None if callable(weight) else weight)
         ctx.save_for_backward(*kept, lora_A, lora_B, lora_scaling, seed)
@@ -169,6 +171,15 @@ class MultiLoRA(torch.autograd.Function):
 def rows(t: Tensor) -> Tensor:
     """(..., D) as (M, D): a view where the strides allow it."""
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def dense_weight(weight, x, bias, lora_B) -> Tensor | None:
+    """``weight`` itself, or what it returns as a function, checked as a tensor is before."""
+    if not callable(weight):
+        return weight
+    found = weight()
+    check_base(x, found, bias, lora_B.shape[1], autocast=True)  # the product casts it
+    return found
 
 
 def _per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:

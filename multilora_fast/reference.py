@@ -19,7 +19,7 @@ class MultiLoRALinear(nn.Linear):
     ``lora_scaling`` (n, N), or (n, 1) with ``scaling="scalar"``. The base parameters keep their ``requires_grad``.
 
     Raises:
-        ValueError: base is no nn.Linear, r or lora_num < 1, lora_dropout outside [0, 1), lora_alpha not finite,
+        ValueError: base is no plain nn.Linear, r or lora_num < 1, lora_dropout outside [0, 1), lora_alpha not finite,
             unknown scaling.
     """
 
@@ -35,6 +35,10 @@ class MultiLoRALinear(nn.Linear):
     ):
         if not isinstance(base, nn.Linear):
             raise ValueError(f"base must be an nn.Linear, not {type(base).__name__}.")
+        if type(base).forward is not nn.Linear.forward:
+            raise ValueError(
+                f"base must be a plain nn.Linear, not a {type(base).__name__}, which computes more than W x + b."
+            )
         check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout, scaling=scaling)
         check_alpha(lora_alpha)
         nn.Module.__init__(self)

@@ -17,7 +17,17 @@ from torch.utils.weak import TensorWeakRef
 from multilora_fast.checks import check_base, check_output
 from multilora_fast.functional import autocasts, prepare
 from multilora_fast.inputs import Kept
-from multilora_fast.op import Needs, Settings, finish, finish_backward, no_autocast, project, project_backward, rows
+from multilora_fast.op import (
+    Needs,
+    Settings,
+    dense_weight,
+    finish,
+    finish_backward,
+    no_autocast,
+    project,
+    project_backward,
+    rows,
+)
 
 # What attention and MLP blocks in transformers' and diffusers' models call them.
 SIBLINGS = (
@@ -171,7 +181,7 @@ class Finish(torch.autograd.Function):
         x_needed, ctx.y_needed, w_needed, b_needed, H_needed, B_needed, s_needed, _ = ctx.needs_input_grad
         ctx.needs = Needs(x_needed, w_needed, b_needed, H_needed, B_needed, s_needed)
         with no_autocast(x.device.type):
-            dense = weight() if callable(weight) else weight
+            dense = dense_weight(weight, x, bias, lora_B)
             out = finish(x, y, dense, bias, H, lora_B, lora_scaling, settings)
         kept = None if callable(weight) else weight
         ctx.save_for_backward(x if w_needed else None, ctx.needs.kept_H(H), kept, lora_B, lora_scaling)

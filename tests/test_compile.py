@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from multilora_fast import FusedMultiLoRALinear, multilora_add, multilora_linear
-from multilora_fast.op import compiled
+from multilora_fast.op import compiled, compiled_backward
 from multilora_fast.testing import assert_two_times_rule, random_case
 
 BACKENDS = ["torch", "triton"]
@@ -27,6 +27,35 @@ def test_opcheck(add, p, backend, device):
     branches = (v["lora_A"], v["lora_B"], v["lora_scaling"])
     arguments = (case.x.requires_grad_(), *base, *branches, seed, 2.0, p, torch.float32, backend)
     torch.library.opcheck(compiled, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaling", ["vector", "scalar"])
+def test_opcheck_of_backward_in_half_precision(scaling, backend, device):
+    case = random_case((3, 24), 16, 2, 4, dtype=torch.float16, scaling=scaling, device=device)
+    v = case.parameters
+    H = torch.randn(3, 8, dtype=torch.float16, device=device)
+    branches = (v["lora_A"], v["lora_B"], v["lora_scaling"])
+    settings = (2.0, 0.0, torch.float16, backend)
+    torch.library.opcheck(compiled_backward, (case.dy, case.x, H, v["weight"], *branches, None, *settings, [True] * 6))
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_gradients_of_scales_in_half_precision_add_up(backend, device):
+    case = random_case((9, 24), 16, 2, 4, dtype=torch.float16, device=device)
+    v = {k: t.requires_grad_() for k, t in case.parameters.items()}
+
+    def twice(x, weight, bias, lora_A, lora_B, lora_scaling):
+        once = partial(multilora_linear, x, weight, bias, lora_A, lora_B, backend=backend)
+        return once(lora_scaling * 2) + once(lora_scaling)
+
+    found = []
+    for op in (twice, torch.compile(twice, fullgraph=True)):
+        op(case.x, **v).backward(case.dy)
+        found.append(v["lora_scaling"].grad)
+        v["lora_scaling"].grad = None
+    torch.testing.assert_close(*found, rtol=5e-3, atol=5e-3)
 
 
 @needs_compiler

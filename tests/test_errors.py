@@ -34,6 +34,8 @@ WRONG = [
         {"weight": torch.zeros(12, 16, dtype=torch.bfloat16)},
         "weight is torch.bfloat16, but x is torch.float32: cast one of them, or use torch.autocast.",
     ),
+    ({"weight": lambda: torch.zeros(16, 12)}, "weight must have shape (12, 16) to match lora_B and x, not (16, 12)."),
+    ({"weight": None}, "weight must be a tensor or a function that returns one, not None."),
     ({"bias": torch.zeros(11)}, "bias must have shape (12,) to match lora_B and x, not (11,)."),
     ({"dropout_p": 1.0}, "dropout_p must be a probability in [0, 1), not 1.0."),
     ({"dropout_p": -0.1}, "dropout_p must be a probability in [0, 1), not -0.1."),
@@ -83,6 +85,10 @@ LAYER_WRONG = [
     ({"lora_alpha": math.inf}, "lora_alpha must be a number or None, not inf."),
     ({"scaling": "matrix"}, 'scaling must be "vector" or "scalar", not \'matrix\'.'),
     ({"base": nn.Conv1d(1, 1, 1)}, "base must be an nn.Linear, not Conv1d."),
+    (
+        {"base": MultiLoRALinear(nn.Linear(4, 4), r=2, lora_num=2)},
+        "base must be a plain nn.Linear, not a MultiLoRALinear, which computes more than W x + b.",
+    ),
 ]
 
 
