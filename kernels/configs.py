@@ -66,7 +66,7 @@ ROWS = {
     ("expand", "tokens", "half", DEFAULT, 512): Config(64, 64, 4, 2),
     ("expand", "tokens", "half", LARGE, 512): Config(128, 64, 8, 3),
     ("expand", "tokens", "float", DEFAULT, 512): Config(32, 64, 4, 2),
-    ("expand", "decode", "half", DEFAULT, 512): Config(64, 32, 4, 2),
+    ("expand", "decode", "half", DEFAULT, 512): Config(64, 64, 4, 2),
     ("reduce", "tokens", "half", DEFAULT, 128): Config(64, 64, 4, 3),
     ("reduce", "tokens", "half", DEFAULT, 320): Config(64, 64, 8, 2),
     ("reduce", "tokens", "half", DEFAULT, 512): Config(32, 64, 8, 2, columns=512),
@@ -74,7 +74,7 @@ ROWS = {
     ("reduce", "tokens", "half", LARGE, 288): Config(64, 128, 8, 3, columns=512),
     ("reduce", "tokens", "half", LARGE, 512): Config(32, 64, 8, 4, columns=512),
     ("reduce", "tokens", "half", "sm_80", 128): Config(64, 128, 8, 4),
-    ("reduce", "tokens", "half", "sm_80", 320): Config(64, 128, 8, 3),
+    ("reduce", "tokens", "half", "sm_80", 320): Config(64, 128, 8, 2),
     # One tile: Triton 3.6 cannot pipeline two products of one transposed tile behind a dropout mask for sm_100.
     ("reduce", "tokens", "half", "sm_100", 128): Config(64, 128, 8, 4, two_tiles=False),
     ("reduce", "tokens", "half", "sm_100", 288): Config(64, 128, 8, 3, two_tiles=False),

@@ -168,13 +168,12 @@ def reduce_scaled(
     w: torch.Tensor,
     scale: torch.Tensor | None,
     alpha: float = 1.0,
-    want_scale: bool = True,
     config: Config | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dB, ds) from h (M, n·r), dy (M, N), w (n, r, N), being lora_B transposed, and scale None (all ones) or (n, N).
 
     dB is (n, N, r) in w's dtype. ds is (n, N) in float32 (float64 for float64 dy), for a scalar scale still to be
-    summed over N, or None when it is not wanted. Raises ValueError for shapes or dtypes that do not agree.
+    summed over N. Raises ValueError for shapes or dtypes that do not agree.
     """
     h, dy = _check_pair(h, dy, "dy")
     check_weight(w, scale, dy.shape[1])
@@ -182,7 +181,7 @@ def reduce_scaled(
     if h.shape[1] != n * r:
         raise ValueError(f"h has {h.shape[1]} columns, wanted {n * r}.")
     dw = torch.empty((n, N, r), dtype=w.dtype, device=dy.device)
-    ds = torch.empty((n, N), dtype=sum_dtype(dy.dtype), device=dy.device) if want_scale else None
+    ds = torch.empty((n, N), dtype=sum_dtype(dy.dtype), device=dy.device)
     if dw.numel() == 0 or dw.is_meta:
         return dw, ds
     _finish(_sum_tokens(h, dy, None, 0.0, False, config), dw.transpose(1, 2), w, scale, alpha, ds)

@@ -2,7 +2,7 @@
 
     H[m, i·r + j] = Σ_d x̂[m, d] · alpha · scale[i, d] · w[i, j, d]
 
-One program owns BLOCK_M tokens, as many of the R columns as its configuration holds (256 or 512) and a part of D, so x
+One program owns BLOCK_M tokens, as many of the R columns as its configuration holds (128 to 512) and a part of D, so x
 is read once. Where that is not all of R, the programs of one tile of x are neighbours and the later ones find it in L2.
 With few tokens D is split over programs and a second pass adds the parts in order.
 """
