@@ -19,8 +19,9 @@ _ATTRIBUTES = (*_PARAMETERS, "lora_num", "lora_dropout", "scaling_factor")
 class FusedMultiLoRALinear(MultiLoRALinear):
     """:class:`MultiLoRALinear`, with the same parameters, at about the time and memory of one LoRA of rank n·r.
 
-    ``backend`` is "triton", "torch", or None for Triton on a CUDA device and torch elsewhere; ``save_inputs`` "exact",
-    or "fp8" to keep x for backward in 8 bits. ``shared`` is the group of layers that it reads its input with, if any.
+    Attributes, which :func:`fuse` sets: ``backend`` is "triton", "torch", or None for Triton on a CUDA device and torch
+    elsewhere; ``save_inputs`` "exact", or "fp8" to keep x for backward in 8 bits; ``shared`` the group of layers that
+    it reads its input with, if any.
     """
 
     backend: str | None = None
@@ -134,7 +135,7 @@ def unfuse(model: nn.Module) -> list[str]:
         if original is None:
             return None
         names.append(name)
-        for key in _PARAMETERS:
+        for key in original._parameters:
             original.register_parameter(key, getattr(module, key))
         if original.training != module.training:
             original.train(module.training)
@@ -170,8 +171,10 @@ def _why_not(module: Any) -> str | None:
     if not set(module._parameters) <= set(_PARAMETERS) or module._buffers:
         extra = sorted((set(module._parameters) | set(module._buffers)) - set(_PARAMETERS))
         return f"it holds {', '.join(extra)}, which the fused layer does not"
-    if set(module._parameters) != set(_PARAMETERS):
-        return f"{', '.join(sorted(set(_PARAMETERS) - set(module._parameters)))} is not a plain Parameter"
+    needed = [key for key in _PARAMETERS if key != "bias" or module.bias is not None]
+    others = [key for key in needed if key not in module._parameters]
+    if others:
+        return f"{', '.join(others)} is not a plain Parameter"
     if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
         return "it has hooks"
     if "forward" in vars(module):

@@ -150,6 +150,21 @@ def test_fuse_swaps_third_party_layers_of_the_same_formula(fan_in_fan_out, p):
     assert model[0] is original
 
 
+def test_a_bias_may_be_none_without_being_a_parameter():
+    layer = ThirdParty(16, 12)
+    del layer.bias
+    layer.bias = None
+    model = nn.Sequential(layer)
+    x = torch.randn(2, 5, 16)
+    wanted, keys = layer(x), set(model.state_dict())
+    assert fuse(model).swapped == ["0"]
+    assert torch.equal(model(x), wanted)
+    assert set(model.state_dict()) == keys
+    assert unfuse(model) == ["0"]
+    assert model[0] is layer
+    assert torch.equal(model(x), wanted)
+
+
 def without(name):
     layer = branches()
     delattr(layer, name)
