@@ -67,7 +67,8 @@ def plan_memory(
             the allocator's fragments.
         options: further fields of MultiLoraConfig.
 
-    Returns: the plan. Print it, or take ``.to_dict()`` or ``.plot(path)``.
+    Returns: the plan. Print it, or take ``.to_dict()``, ``.plot(path)``, or a method's row by its name: "ours",
+        "PEFT LoRA", "reference loop" or "full fine-tuning".
 
     Raises:
         ValueError: an argument out of its range, a config that cannot be found or is no causal LM's.
@@ -75,10 +76,10 @@ def plan_memory(
     check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout, scaling=options.get("scaling", "vector"))
     for name, value in (("batch", batch), ("seq_len", seq_len)):
         check_integer(name, value, least=1)
-    unknown = sorted(set(options) - {field.name for field in fields(MultiLoraConfig)})
+    unknown = sorted(set(options) - ({field.name for field in fields(MultiLoraConfig)} - {"inference_mode"}))
     if unknown:
-        raise ValueError(f"{unknown[0]} is no field of MultiLoraConfig.")
-    if not 0.0 <= headroom < 1.0:
+        raise ValueError(f"{unknown[0]} is no field of MultiLoraConfig that training has.")
+    if not isinstance(headroom, (int, float)) or not 0.0 <= headroom < 1.0:
         raise ValueError(f"headroom must be a share in [0, 1), not {headroom!r}.")
     _check_choice("quantization", quantization, (None, *PACKED))
     _check_choice("optimizer", optimizer, OPTIMIZERS)
@@ -167,7 +168,7 @@ def load_config(model_or_config: nn.Module | PreTrainedConfig | str | os.PathLik
         name = os.fspath(config)
         source = model_source("model", name)
         try:
-            config = AutoConfig.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(f"model {name} has no config that could be read: {reason}") from error

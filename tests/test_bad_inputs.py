@@ -1,5 +1,6 @@
 """Every row of bad_inputs.py: one sentence, exit code 2 from a command, nothing written and nothing written over."""
 
+import io
 import os
 import resource
 import shutil
@@ -49,6 +50,7 @@ def disk_of(size: int | None):
 
 def command(words: str, monkeypatch) -> int:
     monkeypatch.setattr(sys, "argv", ["multilora-fast", *words.split()])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # to whatever might be asked
     with pytest.raises(SystemExit) as exit:
         cli.main()
     return exit.value.code

@@ -34,7 +34,7 @@ def config() -> LlamaConfig:
         ({"adapter_dtype": torch.int8}, 'adapter_dtype must be "float32", "bfloat16" or "float16", not \'int8\'.'),
         ({"headroom": 1}, "headroom must be a share in [0, 1), not 1."),
         ({"scaling": "matrix"}, 'scaling must be "vector" or "scalar", not \'matrix\'.'),
-        ({"nonsense": 1}, "nonsense is no field of MultiLoraConfig."),
+        ({"nonsense": 1}, "nonsense is no field of MultiLoraConfig that training has."),
         ({"model_or_config": 3}, f"{CONFIG} a transformers config, a model, a directory or a hub id, not int."),
         ({"model_or_config": T5Config()}, f"{CONFIG} a causal LM's, which a T5Config is not."),
         ({"model_or_config": "./nowhere"}, "model ./nowhere: no such directory."),

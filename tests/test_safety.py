@@ -84,7 +84,6 @@ def test_an_adapters_config_names_no_code(monkeypatch):
         "auto_mapping": {"base_model_class": "Model", "parent_library": "bomb"},
         "auto_map": {"AutoModel": "bomb.Model"},
         "runtime_config": {"bomb": "bomb"},
-        "init_weights": "bomb.Model",
         "trust_remote_code": True,
         "custom_module": "bomb",
     }
@@ -97,6 +96,9 @@ def test_an_adapters_config_names_no_code(monkeypatch):
         assert not hasattr(PeftConfig.from_pretrained("adapter"), "custom_module")
     with pytest.warns(UserWarning, match="Unexpected keyword arguments"):
         assert torch.equal(logits(PeftModel.from_pretrained(llama(), "adapter")), logits(model))
+    Path("adapter", CONFIG).write_text(json.dumps(text | {"init_weights": "bomb.Model"}))
+    with pytest.raises(ValueError, match="init_weights must be True or False"):
+        PeftModel.from_pretrained(llama(), "adapter")
     assert "bomb" not in sys.modules
     importlib.import_module("bomb")  # it was there to be found
     Path("ran").unlink()
@@ -180,6 +182,7 @@ def test_the_library_unpickles_and_evaluates_nothing():
                     found.append(f"{path.name}:{node.lineno}")
                 if owner in {"pickle", "marshal", "shelve", "subprocess", "yaml", "joblib", "dill"}:
                     found.append(f"{path.name}:{node.lineno}")
-            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-                assert node.value.value is False, path
+                if of == "from_pretrained" and owner != "PeftModel":
+                    given = {keyword.arg: keyword.value for keyword in node.keywords}
+                    assert given["trust_remote_code"].value is False, f"{path.name}:{node.lineno}"
     assert not found

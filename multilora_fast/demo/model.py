@@ -46,9 +46,13 @@ def packaged_model() -> Path:
     unfinished = Path(tempfile.mkdtemp(prefix=f".{PACKAGED}-", dir=target.parent))
     try:
         gguf = f"{PACKAGED}.Q4_1.gguf"
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False).save_pretrained(unfinished)
         model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            source,
+            gguf_file=gguf,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            trust_remote_code=False,
         )
         model.save_pretrained(unfinished)
         try:
