@@ -48,7 +48,7 @@ def check_config(config: Mapping) -> None:
         if not isinstance(pattern, Mapping):
             raise ValueError(f"{field} must be an object, not {pattern!r}.")
         for key in pattern:
-            _check_expression(field, key)
+            check_expression(field, key)
         for value in (config.get(name, 1), *pattern.values()):
             if name == "lora_alpha":
                 check_alpha(value)
@@ -56,7 +56,7 @@ def check_config(config: Mapping) -> None:
                 check_hyperparameters(**{"r": 1, "lora_num": 1, name: value}, lora_dropout=0.0)
 
 
-def _check_expression(field: str, expression: str) -> None:
+def check_expression(field: str, expression: str) -> None:
     try:
         re.compile(expression)
     except re.error as error:

@@ -22,11 +22,11 @@ def export(
 
     from multilora_fast.adapters import check_output
     from multilora_fast.export import export_lora
-    from multilora_fast.files import check_model
+    from multilora_fast.files import model_source
 
     check_output(out, "export")
     if model is not None:
-        check_model("--model", model)
+        model_source("--model", model)
     compared: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary:
         export_lora(adapter, temporary)
@@ -62,6 +62,10 @@ def merge(
         numbers = None if weights is None else [float(word) for word in weights.split(",")]
     except ValueError:
         raise ValueError(f"weights must be numbers with commas between them, not {weights!r}.") from None
+    if numbers is not None and len(numbers) != len(lora_dirs):
+        raise ValueError(
+            f"--weights must hold one number per adapter, {len(lora_dirs)}, with commas between them, not {weights!r}."
+        )
     from_loras(lora_dirs, output, weights=numbers)
     if as_json:
         used = [1.0] * len(lora_dirs) if numbers is None else numbers
@@ -81,17 +85,13 @@ def _compare(model: str, adapter: Path, lora: str) -> tuple[float, float]:
     logit."""
     import torch
     from peft import PeftModel
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     import multilora_fast.peft  # noqa: F401  (registers the method)
+    from multilora_fast.demo.model import load_model
 
     outputs = []
     for directory in (adapter, lora):
-        try:
-            base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, trust_remote_code=False)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
-            raise ValueError(f"model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+        base: Any = load_model(model, torch.float32, torch.device("cpu"))
         try:
             adapted = PeftModel.from_pretrained(base, str(directory)).eval()
         except RuntimeError as error:

@@ -55,17 +55,22 @@ def bench(
         "backend": choose(None, place),
         "rounds": rounds,
     }
-    found = measure(
-        K,
-        layer["out_features"],
-        tokens=layer["tokens"],
-        n=lora_num,
-        r=r,
-        p=lora_dropout,
-        dtype=kind,
-        device=str(place),
-        rounds=rounds,
-    )
+    try:
+        found = measure(
+            K,
+            layer["out_features"],
+            tokens=layer["tokens"],
+            n=lora_num,
+            r=r,
+            p=lora_dropout,
+            dtype=kind,
+            device=str(place),
+            rounds=rounds,
+        )
+    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's has no class of its own
+        if "memory" not in str(error):
+            raise
+        raise ValueError(f"the layer does not fit the memory of {place}: take fewer --tokens.") from error
     if as_json:
         costs = {name: asdict(cost) for name, cost in found.items()}
         print(json.dumps({"layer": layer, "environment": environment(place), "costs": costs}, indent=1))

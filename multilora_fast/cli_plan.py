@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from multilora_fast.files import check_file, check_plot, replaced
+
 
 def plan(
     model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, of which only the config is read.")],
@@ -47,13 +49,13 @@ def plan(
     """Say what a training step will hold, by full fine-tuning, LoRA, the naive loop and this library."""
     if gpu is not None and gpu_memory is not None:
         raise ValueError("--gpu and --gpu-memory both say how much memory there is: give one of them.")
-    for name, path in (("plot", plot), ("output", output)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"--{name} {path}: its directory does not exist.")
+    if plot is not None:
+        check_plot("--plot", plot)
+    if output is not None:
+        check_file("--output", output)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for CPUs that it did not find
     from transformers.utils import logging as transformers_logging
 
-    from multilora_fast.files import replaced
     from multilora_fast.plan import plan_memory
 
     transformers_logging.set_verbosity_error()

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from multilora_fast.files import check_file
+
 
 def spectrum(
     adapters: Annotated[
@@ -34,6 +36,8 @@ def spectrum(
     if len(set(labels)) < len(labels):
         labels = list(map(str, adapters))
     sources = [_source(path, base) for path in adapters]
+    if base is not None and not any(options for _, options in sources):
+        raise ValueError(f"--base {base} is for fine-tuned models, but every directory holds an adapter.")
     spectra = {
         label: by_kind(singular_values(source, modules=wanted, **options))
         for label, (source, options) in zip(labels, sources, strict=True)
@@ -78,8 +82,7 @@ def _check(adapters: list[Path], top: int, plot: Path | None) -> None:
         return
     if plot.suffix != ".png":
         raise ValueError(f"--plot must end in .png, but is {plot}.")
-    if not plot.absolute().parent.is_dir():
-        raise ValueError(f"--plot {plot}: no such directory.")
+    check_file("--plot", plot)
     if find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: run pip install matplotlib.")
 
@@ -125,6 +128,11 @@ def _overlaps(labels: list[str], sources: list[tuple], modules: list[str] | None
         kinds: dict[str, list[tuple[float, float]]] = {}
         for name in first:
             if name in second:
+                shapes = [(len(U), len(V)) for U, V in (first[name], second[name])]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(
+                        f"{one} and {other} are of different models: {name} is {shapes[0]} and {shapes[1]}."
+                    )
                 output, given = (overlap(a, b) for a, b in zip(first[name], second[name], strict=True))
                 kinds.setdefault(name.rpartition(".")[2], []).append((output, given))
         for kind, pairs in kinds.items():

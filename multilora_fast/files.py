@@ -20,6 +20,21 @@ def check_folder(name: str, folder: Path) -> None:
         raise ValueError(f"{name} {folder} cannot be written: no permission for {existing}.")
 
 
+def check_file(name: str, path: Path) -> None:
+    """Raise ValueError if ``path``, the value of the argument ``name``, can be no file to write to."""
+    if path.is_dir():
+        raise ValueError(f"{name} {path} is a directory; give a file.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{name} {path}: its directory does not exist.")
+
+
+def check_plot(name: str, path: Path) -> None:
+    """:func:`check_file`, and that its suffix is one of a picture."""
+    if path.suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"{name} must end in .png, .pdf or .svg, but is {path}.")
+    check_file(name, path)
+
+
 def check_model(name: str, model: str) -> None:
     """Raise ValueError if ``model``, a directory or hub id that is the value of the argument ``name``, is a file."""
     if os.path.isfile(os.path.expanduser(model)):

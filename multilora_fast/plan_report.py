@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from multilora_fast.files import replaced
+from multilora_fast.files import check_plot, replaced
 from multilora_fast.plan_step import FULL, LORA, PHASES, REFERENCE
 
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -57,7 +57,10 @@ class MemoryPlan:
     methods: Sequence[MethodPlan]
 
     def __getitem__(self, method: str) -> MethodPlan:
-        return next(plan for plan in self.methods if plan.method == method)
+        rows = {plan.method: plan for plan in self.methods}
+        if method not in rows:
+            raise KeyError(f"{method!r} is none of {', '.join(rows)}")
+        return rows[method]
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON; all sizes in bytes."""
@@ -116,11 +119,13 @@ class MemoryPlan:
         return notes
 
     def plot(self, path: str | Path) -> Path:
-        """Write a bar chart of the peaks, by kind; the format is the path's suffix.
+        """Write a bar chart of the peaks, by kind; the format is the path's suffix: .png, .pdf or .svg.
 
         Raises:
-            ValueError: matplotlib is not installed.
+            ValueError: another suffix, no such directory, or matplotlib is not installed.
         """
+        path = Path(path)
+        check_plot("path", path)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
@@ -146,9 +151,9 @@ class MemoryPlan:
         axis.set_title("\n".join(_halves(self.title())), fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=8)
-        with replaced(Path(path)) as unfinished:
-            figure.savefig(unfinished, dpi=140)
-        return Path(path)
+        with replaced(path) as unfinished:
+            figure.savefig(unfinished, dpi=140, format=path.suffix[1:])
+        return path
 
 
 def parse_memory(value: int | str) -> int:

@@ -53,8 +53,13 @@ def from_loras(
             biases, modules_to_save, ...), or for modules of different shapes; or ``out_dir`` holds a model, a training
             run or an adapter that is no merge.
     """
+    if isinstance(directories, (str, os.PathLike)):
+        raise ValueError(f"directories must be a list of LoRA adapters' directories, not {os.fspath(directories)!r}.")
     directories = [os.fspath(directory) for directory in directories]
-    weights = [1.0] * len(directories) if weights is None else [float(weight) for weight in weights]
+    try:
+        weights = [1.0] * len(directories) if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"weights must be a list of numbers or None, not {weights!r}.") from None
     if not directories:
         raise ValueError("directories must name at least one LoRA adapter.")
     if len(weights) != len(directories):

@@ -280,7 +280,7 @@ def test_mistakes_are_one_line_and_exit_code_2(adapters, tmp_path, monkeypatch, 
         ((adapters[0], adapters[0]), "is given twice"),
         ((adapters[0], "--top", 0), "--top must be at least 1, not 0"),
         ((adapters[0], "--plot", tmp_path / "a.jpg"), "--plot must end in .png"),
-        ((adapters[0], "--plot", tmp_path / "none/a.png"), "no such directory"),
+        ((adapters[0], "--plot", tmp_path / "none/a.png"), "its directory does not exist"),
         ((), "Missing argument"),
     ]:
         code, shown = run(monkeypatch, capsys, *arguments)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from peft import PeftConfig
 
-from multilora_fast.checks import check_config, check_hyperparameters, check_save_inputs
+from multilora_fast.checks import check_config, check_expression, check_hyperparameters, check_save_inputs
 from multilora_fast.peft.register import peft_type
 
 
@@ -77,6 +77,14 @@ class MultiLoraConfig(PeftConfig):
         check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
         check_config(vars(self))
         check_save_inputs(self.save_inputs)
+        for name in ("init_weights", "share_inputs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save must be a list of names, not {self.modules_to_save!r}.")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), str):
+                check_expression(name, getattr(self, name))
         if self.bias != "none":
             raise ValueError(f'bias must be "none", not {self.bias!r}: train whole modules with modules_to_save.')
         if self.layers_pattern and self.layers_to_transform is None:
