@@ -9,8 +9,9 @@ version = re.search(r'^__version__ = "(.+)"', (here / "multilora_fast/__init__.p
 train = ["accelerate>=1.1", "bitsandbytes>=0.49; sys_platform == 'linux'"]
 demo = ["accelerate>=1.1", "gguf>=0.10", "datasets>=3", "matplotlib>=3.8"]
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
+build = ["build>=1.2", "setuptools>=77", "wheel"]
 lint = ["ruff>=0.9", "mypy>=1.15", "pre-commit>=4"]
-dev = [*bench, *train, "trl>=1.16; sys_platform == 'linux'", "hypothesis>=6", *lint, "build>=1.2"]
+dev = [*bench, *train, "trl>=1.16; sys_platform == 'linux'", "hypothesis>=6", *lint, *build]
 
 setup(
     name="multilora-fast",

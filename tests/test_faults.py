@@ -8,6 +8,7 @@ import random
 import socket
 import time
 from contextlib import suppress
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -201,6 +202,9 @@ def pair(settings: Settings) -> list:
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.skipif(
+    version("transformers").startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
+)
 @pytest.mark.parametrize("dies", [0, 1])
 def test_a_process_that_dies_ends_the_others_with_an_error(dies, settings):
     whole = settings("whole", batch_size=2)
