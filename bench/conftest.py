@@ -24,6 +24,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(conditions())
 
 
+@pytest.fixture(autouse=True)
+def _compile_anew():
+    """torch.compile stops at eight versions of one function, and runs it eagerly without a word."""
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def tiny(request) -> bool:
     return request.config.getoption("--tiny")

@@ -1,5 +1,6 @@
 """The conditions of a measurement, for the JSON it is kept in."""
 
+import os
 import platform
 import subprocess
 
@@ -24,7 +25,10 @@ def conditions() -> dict[str, object]:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it."""
+    """What COMMIT says, for a checkout without its history; else the checkout's commit, marked where tracked files
+    differ from it."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],

@@ -25,6 +25,7 @@ def keep(x: Tensor | None, save_inputs: str) -> Kept:
         return Kept(x)
     largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float()
     scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / torch.finfo(_FP8).max).exponent)
+    scale.clamp_(min=torch.finfo(x.dtype).smallest_normal)  # in float16 a smaller one would divide as zero
     scale = torch.where(largest.isfinite(), scale, torch.nan)
     return Kept((x / scale.to(x.dtype)).to(_FP8), scale)
 

@@ -16,8 +16,7 @@ from multilora_fast.train_settings import Settings
 
 
 @pytest.fixture(params=[False, True], ids=["", "deterministic algorithms"])
-def _algorithms(request, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def _algorithms(request):
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(request.param)
     yield

@@ -52,6 +52,8 @@ def test_float64_equals_the_reference(n, r, p, backend, device):
 @pytest.mark.parametrize(("n", "r"), GRID)
 def test_gradcheck(n, r, p, backend):
     slow = backend == "triton"
+    if slow and torch.cuda.is_available():
+        pytest.skip("float64 kernels run in the interpreter only")
     if slow and (n, r) not in {(1, 1), (3, 4)}:
         pytest.skip("a few cases through the interpreter are enough beside the float64 comparison")
     case = random_case((3, 5), 3, n, r, dtype=torch.float64, scaling="scalar" if r == 4 else "vector")
