@@ -34,6 +34,11 @@ class Config:
     columns: int = 256
 
 
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉; Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
 def size_class(M: int) -> str:
     return "decode" if M <= DECODE_TOKENS else "tokens"
 
@@ -59,12 +64,15 @@ ROWS = {
     ("shrink", "tokens", "half", LARGE, 128): Config(128, 64, 8, 4, pack=True),
     ("shrink", "tokens", "half", LARGE, 288): Config(128, 64, 8, 3, pack=True, columns=512),
     ("shrink", "tokens", "half", LARGE, 512): Config(64, 32, 8, 4, pack=True, columns=512),
+    ("shrink", "tokens", "half", "sm_90", 288): Config(64, 64, 8, 4, pack=True, columns=512),
     ("shrink", "tokens", "half", "sm_80", 320): Config(128, 32, 8, 4, pack=True),
     ("shrink", "tokens", "float", DEFAULT, 512): Config(64, 32, 8, 2, pack=True, two_tiles=False),
     ("shrink", "decode", "half", DEFAULT, 512): Config(64, 32, 8, 2, two_tiles=False),
     ("shrink", "decode", "half", "gfx942", 512): Config(64, 32, 8, 1, two_tiles=False),
     ("expand", "tokens", "half", DEFAULT, 512): Config(64, 64, 4, 2),
     ("expand", "tokens", "half", LARGE, 512): Config(128, 64, 8, 3),
+    ("expand", "tokens", "half", "sm_90", 128): Config(64, 64, 4, 3),
+    ("expand", "tokens", "half", "sm_90", 512): Config(64, 128, 8, 3),
     ("expand", "tokens", "float", DEFAULT, 512): Config(32, 64, 4, 2),
     ("expand", "decode", "half", DEFAULT, 512): Config(64, 64, 4, 2),
     ("reduce", "tokens", "half", DEFAULT, 128): Config(64, 64, 4, 3),
@@ -98,6 +106,7 @@ def find_row(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> tupl
     raise AssertionError(f"configs.ROWS has no default for {kernel}, {kind}")
 
 
+@lru_cache(1024)
 def pick(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> Config:
     return ROWS[find_row(kernel, M, R, dtype, arch)]
 
@@ -117,12 +126,13 @@ def device_of(x: torch.Tensor) -> tuple[str, int]:
     return ("interpreter" if knobs.runtime.interpret else "cpu"), 4
 
 
+@lru_cache(1024)
 def rank_tiles(R: int, config: Config) -> tuple[int, int]:
     """R columns as a tile of a power of two and, where that pads less, a second one: 96 = 64 + 32, 160 = 128 + 32.
 
     A second tile of 0 columns is none. More columns than the configuration holds run as equal chunks of such tiles.
     """
-    R = triton.cdiv(R, triton.cdiv(R, config.columns))
+    R = cdiv(R, cdiv(R, config.columns))
     whole = max(16, triton.next_power_of_2(R))
     half = whole // 2
     if not config.two_tiles or half < 64 or half + half // 2 < R:
@@ -130,10 +140,11 @@ def rank_tiles(R: int, config: Config) -> tuple[int, int]:
     return half, max(16, triton.next_power_of_2(R - half))
 
 
+@lru_cache(1024)
 def split(tiles: int, steps: int, processors: int, min_steps: int) -> tuple[int, int]:
     """(parts, steps per part) of a sum of `steps` tiles so that `tiles` programs a part fill the processors."""
     parts = max(1, processors // max(1, tiles))
     if 4 * parts * tiles < 3 * processors:
         parts += 1
-    per_part = max(triton.cdiv(steps, parts), min_steps, 1)
-    return max(1, triton.cdiv(steps, per_part)), per_part
+    per_part = max(cdiv(steps, parts), min_steps, 1)
+    return max(1, cdiv(steps, per_part)), per_part

@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import on_device
+from .configs import cdiv
+from .launch import launch
 
 
 def drop_threshold(p: float) -> int:
@@ -72,9 +73,9 @@ def dropout_mask(seed: torch.Tensor, M: int, K: int, p: float, BLOCK_M: int = 32
     out = torch.empty((M, K), dtype=torch.bool, device=seed.device)
     if out.numel() == 0 or out.is_meta:
         return out
-    grid = (triton.cdiv(M, BLOCK_M) * triton.cdiv(K, BLOCK_K),)
-    with on_device(seed):
-        dropout_mask_kernel[grid](
-            seed_ptr=seed, out_ptr=out, M=M, K=K, threshold=threshold, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K
-        )
+    grid = (cdiv(M, BLOCK_M) * cdiv(K, BLOCK_K), 1)
+    launch(
+        seed, dropout_mask_kernel, grid,
+        seed_ptr=seed, out_ptr=out, M=M, K=K, threshold=threshold, BLOCK_M=BLOCK_M, BLOCK_K=BLOCK_K,
+    )  # fmt: skip
     return out

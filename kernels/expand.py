@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Config, device_of, pick
+from .configs import Config, cdiv, device_of, pick
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
-from .launch import TL_DTYPES, check_weight, dot_dtype, launch_options, on_device, rows, strides, sum_dtype
+from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, rows, strides, sum_dtype
 from .pack import pack
 
 
@@ -104,14 +104,14 @@ def expand(
     n, r, _ = w.shape
     stride_wi, stride_wj, stride_wd = w.stride()
     stride_si, stride_sd = strides(scale, 2)
-    grid = (triton.cdiv(M, config.BLOCK_M) * triton.cdiv(D, config.BLOCK_D),)
-    with on_device(y):
-        expand_kernel[grid](
-            y_ptr=y, h_ptr=h, w_ptr=w, scale_ptr=scale, seed_ptr=seed if dropout else None,
-            M=M, D=D, threshold=drop_threshold(p), stride_ym=y.stride(0), stride_hm=h.stride(0),
-            stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
-            alpha=float(alpha), n=n, r=r, HAS_SCALE=scale is not None, DROPOUT=dropout,
-            ACCUMULATE=accumulate, DOT=dot_dtype(h.dtype), ACC=TL_DTYPES[sum_dtype(h.dtype)],
-            BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D, BLOCK_R=16 if r <= 16 or h.element_size() > 2 else 32,
-            **launch_options(config),
-        )  # fmt: skip
+    grid = (cdiv(M, config.BLOCK_M) * cdiv(D, config.BLOCK_D), 1)
+    launch(
+        y, expand_kernel, grid,
+        y_ptr=y, h_ptr=h, w_ptr=w, scale_ptr=scale, seed_ptr=seed if dropout else None,
+        M=M, D=D, threshold=drop_threshold(p), stride_ym=y.stride(0), stride_hm=h.stride(0),
+        stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
+        alpha=float(alpha), n=n, r=r, HAS_SCALE=scale is not None, DROPOUT=dropout,
+        ACCUMULATE=accumulate, DOT=dot_dtype(h.dtype), ACC=TL_DTYPES[sum_dtype(h.dtype)],
+        BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D, BLOCK_R=16 if r <= 16 or h.element_size() > 2 else 32,
+        **launch_options(config),
+    )  # fmt: skip

@@ -1,10 +1,12 @@
-"""What every launcher needs: the device guard, the copy of a badly strided input and the types of a tile."""
+"""What every launcher needs: the launch itself, the copy of a badly strided input and the types of a tile."""
 
-from contextlib import nullcontext
+from functools import cache
+from typing import Any
 
 import torch
 import triton.language as tl
 from triton import knobs
+from triton.runtime.jit import JITFunction
 
 from .configs import Config
 
@@ -16,9 +18,47 @@ TL_DTYPES = {
 }
 
 
-def on_device(x: torch.Tensor):
-    """The context a kernel that reads `x` is launched in."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+_COMPILED: dict[tuple, Any] = {}
+
+
+def launch(x: torch.Tensor, kernel, grid: tuple[int, int], **arguments) -> None:
+    """`kernel[grid](**arguments)` on the device of `x`, `arguments` being all of the kernel's and the options.
+
+    Finding out what to compile takes Triton longer on the host than most of these kernels run: a launch that differs
+    from an earlier one in nothing that is compiled in goes straight to what was compiled then.
+    """
+    if not x.is_cuda or not isinstance(kernel, JITFunction):  # the interpreter's are another class
+        kernel[grid](**arguments)
+        return
+    device, names = x.get_device(), _runtime_names(kernel)
+    key = (kernel, device, *(_compiled_in(v) if name in names else v for name, v in arguments.items()))
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            _launch(key, kernel, grid, arguments)
+    else:
+        _launch(key, kernel, grid, arguments)
+
+
+def _launch(key: tuple, kernel, grid: tuple[int, int], arguments: dict) -> None:
+    compiled, blocks = _COMPILED.get(key), (*grid, 1)
+    if compiled is None:
+        _COMPILED[key] = kernel[blocks](**arguments)
+    else:
+        compiled[blocks](*[arguments[name] for name in kernel.arg_names])
+
+
+@cache
+def _runtime_names(kernel) -> frozenset[str]:
+    return frozenset(param.name for param in kernel.params if not param.is_constexpr)
+
+
+def _compiled_in(value: torch.Tensor | int | None) -> tuple | None:
+    """What Triton may compile in of an argument that is not constant: its type, alignment, and whether it is one."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return value == 1, value % 16 == 0, value < 1 << 31
 
 
 def rows(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -47,6 +87,7 @@ def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * dims if x is None else x.stride()
 
 
+@cache
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """The type of the factors of a tile's product: the tensor's own, but the interpreter cannot multiply bfloat16."""
     if dtype == torch.bfloat16 and knobs.runtime.interpret:

@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import check_weight, on_device, strides
+from .configs import cdiv
+from .launch import check_weight, launch, strides
 
 
 @triton.jit
@@ -40,15 +41,15 @@ def pack(w: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None,
     if out.numel() == 0 or out.is_meta:
         return out
     BLOCK_R, BLOCK_D = 32, 128
-    grid = (triton.cdiv(n * r, BLOCK_R) * triton.cdiv(D, BLOCK_D),)
+    grid = (cdiv(n * r, BLOCK_R) * cdiv(D, BLOCK_D), 1)
     stride_wi, stride_wj, stride_wd = w.stride()
     stride_si, stride_sd = strides(scale, 2)
     acc = tl.float64 if dtype == torch.float64 else tl.float32
-    with on_device(w):
-        pack_kernel[grid](
-            w_ptr=w, scale_ptr=scale, out_ptr=out, D=D,
-            stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
-            alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, ACC=acc,
-            BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
-        )  # fmt: skip
+    launch(
+        w, pack_kernel, grid,
+        w_ptr=w, scale_ptr=scale, out_ptr=out, D=D,
+        stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
+        alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, ACC=acc,
+        BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
+    )  # fmt: skip
     return out

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Config, device_of, pick, rank_tiles, split
+from .configs import Config, cdiv, device_of, pick, rank_tiles, split
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
-from .launch import TL_DTYPES, check_weight, dot_dtype, launch_options, on_device, rows, strides, sum_dtype
+from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, rows, strides, sum_dtype
 
 
 @triton.jit(do_not_specialize=["M", "steps", "threshold"])
@@ -97,17 +97,17 @@ def _sum_tokens(h, z, seed, p, dropout, config):
     arch, processors = device_of(z)
     config = config or pick("reduce", M, R, z.dtype, arch)
     block_r, block_r2 = rank_tiles(R, config)
-    tiles = triton.cdiv(D, config.BLOCK_D) * triton.cdiv(R, block_r + block_r2)
-    parts, steps = split(tiles, triton.cdiv(M, config.BLOCK_M), processors, config.min_steps)
+    tiles = cdiv(D, config.BLOCK_D) * cdiv(R, block_r + block_r2)
+    parts, steps = split(tiles, cdiv(M, config.BLOCK_M), processors, config.min_steps)
     sums = sum_dtype(z.dtype)
     out = torch.empty((parts, D, R), dtype=sums, device=z.device)
-    with on_device(z):
-        reduce_kernel[tiles, parts](
-            z_ptr=z, h_ptr=h, parts_ptr=out, seed_ptr=seed if dropout else None, M=M, D=D, steps=steps,
-            threshold=drop_threshold(p), stride_zm=z.stride(0), stride_hm=h.stride(0), R=R, DROPOUT=dropout,
-            DOT=dot_dtype(z.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
-            BLOCK_R=block_r, BLOCK_R2=block_r2, **launch_options(config),
-        )  # fmt: skip
+    launch(
+        z, reduce_kernel, (tiles, parts),
+        z_ptr=z, h_ptr=h, parts_ptr=out, seed_ptr=seed if dropout else None, M=M, D=D, steps=steps,
+        threshold=drop_threshold(p), stride_zm=z.stride(0), stride_hm=h.stride(0), R=R, DROPOUT=dropout,
+        DOT=dot_dtype(z.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
+        BLOCK_R=block_r, BLOCK_R2=block_r2, **launch_options(config),
+    )  # fmt: skip
     return out
 
 
@@ -118,15 +118,15 @@ def _finish(parts, dw, w, scale, alpha, ds):
     stride_wi, stride_wj, stride_wd = strides(w, 3)
     stride_si, stride_sd = strides(scale, 2)
     stride_oi, stride_oj, stride_od = dw.stride()
-    with on_device(parts):
-        finish_kernel[triton.cdiv(D, BLOCK_D), n](
-            parts_ptr=parts, w_ptr=w, scale_ptr=scale, dw_ptr=dw, ds_ptr=ds, D=D, parts=parts.shape[0],
-            stride_part=parts.stride(0),
-            stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
-            stride_oi=stride_oi, stride_oj=stride_oj, stride_od=stride_od,
-            alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, WANT_SCALE=ds is not None,
-            ACC=TL_DTYPES[parts.dtype], BLOCK_D=BLOCK_D, BLOCK_R=BLOCK_R, num_warps=4,
-        )  # fmt: skip
+    launch(
+        parts, finish_kernel, (cdiv(D, BLOCK_D), n),
+        parts_ptr=parts, w_ptr=w, scale_ptr=scale, dw_ptr=dw, ds_ptr=ds, D=D, parts=parts.shape[0],
+        stride_part=parts.stride(0),
+        stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
+        stride_oi=stride_oi, stride_oj=stride_oj, stride_od=stride_od,
+        alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, WANT_SCALE=ds is not None,
+        ACC=TL_DTYPES[parts.dtype], BLOCK_D=BLOCK_D, BLOCK_R=BLOCK_R, num_warps=4,
+    )  # fmt: skip
 
 
 def _check_pair(h, z, name):

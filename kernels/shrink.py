@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Config, device_of, pick, rank_tiles, split
+from .configs import Config, cdiv, device_of, pick, rank_tiles, split
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
-from .launch import TL_DTYPES, check_weight, dot_dtype, launch_options, on_device, rows, strides, sum_dtype
+from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, rows, strides, sum_dtype
 from .pack import pack
 
 
@@ -130,21 +130,22 @@ def shrink(
     stride_wi, stride_wj, stride_wd = w.stride()
     stride_si, stride_sd = strides(scale, 2)
     block_r, block_r2 = rank_tiles(R, config)
-    tiles = triton.cdiv(M, config.BLOCK_M) * triton.cdiv(R, block_r + block_r2)
-    parts, steps = split(tiles, triton.cdiv(D, config.BLOCK_D), processors, config.min_steps)
+    tiles = cdiv(M, config.BLOCK_M) * cdiv(R, block_r + block_r2)
+    parts, steps = split(tiles, cdiv(D, config.BLOCK_D), processors, config.min_steps)
     sums = sum_dtype(x.dtype)
     target = out if parts == 1 else torch.empty((parts, M, R), dtype=sums, device=x.device)
-    with on_device(x):
-        shrink_kernel[tiles, parts](
-            x_ptr=x, w_ptr=w, scale_ptr=scale, out_ptr=target, seed_ptr=seed if dropout else None,
-            M=M, D=D, steps=steps, threshold=drop_threshold(p), stride_xm=x.stride(0),
-            stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
-            alpha=float(alpha), r=w.shape[1], R=R, HAS_SCALE=scale is not None, DROPOUT=dropout,
-            DOT=dot_dtype(x.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
-            BLOCK_R=block_r, BLOCK_R2=block_r2, **launch_options(config),
+    launch(
+        x, shrink_kernel, (tiles, parts),
+        x_ptr=x, w_ptr=w, scale_ptr=scale, out_ptr=target, seed_ptr=seed if dropout else None,
+        M=M, D=D, steps=steps, threshold=drop_threshold(p), stride_xm=x.stride(0),
+        stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
+        alpha=float(alpha), r=w.shape[1], R=R, HAS_SCALE=scale is not None, DROPOUT=dropout,
+        DOT=dot_dtype(x.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
+        BLOCK_R=block_r, BLOCK_R2=block_r2, **launch_options(config),
+    )  # fmt: skip
+    if parts > 1:
+        launch(
+            x, sum_parts_kernel, (cdiv(M * R, 1024), 1),
+            parts_ptr=target, out_ptr=out, size=M * R, parts=parts, BLOCK=1024, num_warps=4,
         )  # fmt: skip
-        if parts > 1:
-            sum_parts_kernel[triton.cdiv(M * R, 1024),](
-                parts_ptr=target, out_ptr=out, size=M * R, parts=parts, BLOCK=1024, num_warps=4
-            )
     return out

@@ -21,6 +21,23 @@ def test_two_times_rule_at_size(shape, adapter_dtype, dtype, n_r):
     assert_two_times_rule(partial(multilora_linear, scaling_factor=case.scaling_factor), case)
 
 
+def test_launches_share_no_kernel_that_was_compiled_for_other_sizes_or_alignment():
+    for rows, K, offset in (
+        (64, 128, 0),
+        (64, 128, 1),
+        (64, 127, 0),
+        (1, 128, 0),
+        (48, 1, 0),
+        (64, 128, 8),
+        (64, 128, 0),
+    ):
+        case = random_case((rows, K), 96, 2, 16, dtype=torch.bfloat16, device="cuda")
+        wide = torch.zeros(rows, K + 8, dtype=torch.bfloat16, device="cuda")
+        wide[:, offset : offset + K] = case.x
+        case.x = wide[:, offset : offset + K]
+        assert_two_times_rule(partial(multilora_linear, scaling_factor=case.scaling_factor), case)
+
+
 def test_bit_equal_twice():
     case = random_case((4096, 1024), 1536, 5, 32, dtype=torch.bfloat16, device="cuda")
     op = partial(multilora_linear, scaling_factor=case.scaling_factor, dropout_p=0.1, seed=3)
