@@ -27,6 +27,10 @@ def benches(path: Path) -> tuple[dict, list[dict]]:
     return document["machine_info"], [bench["extra_info"] for bench in document["benchmarks"]]
 
 
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.{2 if seconds < 5e-3 else 1}f}"
+
+
 def conditions_line(machine: dict) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
     return f"{machine['device']}, {machine['threads']} threads; {versions}; commit {machine['commit']}."
@@ -37,12 +41,14 @@ def layer_tables(path: Path) -> str:
     parts = []
     for direction in ("forward+backward", "forward", "backward"):
         chosen = [row for row in rows if row["settings"]["direction"] == direction]
+        if not chosen:
+            continue
         names = list(dict.fromkeys(name for row in chosen for name in row["median"]))
         body = []
         for row in chosen:
             s = row["settings"]
             case = f"{s['K']}→{s['N']}, n = {s['n']}, {s['dtype']}, dropout {s['dropout']:g}"
-            times = [f"{1e3 * row['median'][n]:.1f}" if n in row["median"] else "" for n in names]
+            times = [milliseconds(row["median"][n]) if n in row["median"] else "" for n in names]
             work = row["work"]
             ours = row["median"][OURS]
             rate, share = f"{work['flops'] / ours / 1e12:.3f}", f"{100 * work['floor_by_frozen_layer'] / ours:.0f} %"
@@ -82,7 +88,7 @@ def group_table(path: Path) -> str:
         s = row["settings"]
         sizes = ", ".join(map(str, s["N"]))
         case = f"{s['K']}→{sizes}, n = {s['n']}, {s['dtype']}, dropout {s['dropout']:g}"
-        times = [f"{1e3 * row['median'][name]:.1f}" for name in names]
+        times = [milliseconds(row["median"][name]) for name in names]
         body.append([case, *times, f"{row['ratios']['alone / shared']:.2f}x"])
     s = rows[0]["settings"]
     note = (
