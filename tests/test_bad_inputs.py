@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bad_inputs import CALLS, COMMANDS, Row, prepare
+from bad_files import prepare
+from bad_inputs import CALLS, COMMANDS, Row
 
 from multilora_fast import cli
 
