@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -25,8 +26,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 
 @pytest.fixture(autouse=True)
-def _compile_anew():
-    """torch.compile stops at eight versions of one function, and runs it eagerly without a word."""
+def _start_anew():
+    """Nothing of the case before: its models hang in cycles, and torch.compile stops at eight versions of one function
+    and runs it eagerly without a word."""
+    gc.collect()
     torch.compiler.reset()
 
 

@@ -6,7 +6,6 @@ must pass the 2× rule before anything is timed; compilation is of each adapted 
 """
 
 import copy
-import gc
 from functools import partial
 
 import pytest
@@ -70,7 +69,6 @@ def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("p", [0.0, 0.05])
 def test_step(benchmark, p, tiny, device, request):
-    gc.collect()  # the models of the test before hang in cycles
     n, r = (2, 2) if tiny else (3, 32)
     batch, length = (2, 8) if tiny else (8, 1024) if device == "cuda" else (4, 128)
     torch.manual_seed(0)

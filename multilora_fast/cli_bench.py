@@ -38,6 +38,8 @@ def bench(
     kind = choose_dtype(dtype, place)
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, PEFT loads it
+    import torch
+
     from multilora_fast.backends import choose
     from multilora_fast.demo.report import environment
     from multilora_fast.layer_bench import measure
@@ -67,8 +69,8 @@ def bench(
             device=str(place),
             rounds=rounds,
         )
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; a CPU's has no class of its own
-        if "memory" not in str(error):
+    except RuntimeError as error:  # a CPU's out of memory has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise ValueError(f"the layer does not fit the memory of {place}: take fewer --tokens.") from error
     if as_json:
