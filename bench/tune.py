@@ -151,7 +151,7 @@ def time_config(stage: Stage, config: Config, work: list[tuple[str, Use]]) -> di
         except OutOfResources as error:
             return f"does not fit ({error})"
         except (CompilationError, RuntimeError) as error:  # some tiles are beyond some compilers
-            return f"does not compile ({str(error).splitlines()[0][:200]})"
+            return f"does not compile or run ({str(error).splitlines()[0][:200]})"
         times[f"{name} {shape}"] = microseconds(lambda launch=launch: launch(config))
     return times
 

@@ -114,7 +114,7 @@ def _sum_tokens(h, z, seed, p, dropout, config):
 def _finish(parts, dw, w, scale, alpha, ds):
     """The second pass into dw (n, r, D) of any strides and, where wanted, ds (n, D)."""
     n, r, D = dw.shape
-    BLOCK_D, BLOCK_R = 32, min(32, max(16, triton.next_power_of_2(r)))
+    BLOCK_D, BLOCK_R = 32, 16 if r <= 16 else 32
     stride_wi, stride_wj, stride_wd = strides(w, 3)
     stride_si, stride_sd = strides(scale, 2)
     stride_oi, stride_oj, stride_od = dw.stride()

@@ -35,19 +35,14 @@ def check_plot(name: str, path: Path) -> None:
     check_file(name, path)
 
 
-def check_model(name: str, model: str) -> None:
-    """Raise ValueError if ``model``, a directory or hub id that is the value of the argument ``name``, is a file."""
-    if os.path.isfile(os.path.expanduser(model)):
-        raise ValueError(f"{name} {model} is a file; give a directory or a hub id.")
-
-
 def model_source(name: str, model: str) -> str | Path:
     """The directory or hub id that transformers loads ``model`` from, the value of the argument ``name``.
 
     Raises:
         ValueError: it is a file, or looks like a path where no directory is.
     """
-    check_model(name, model)
+    if os.path.isfile(os.path.expanduser(model)):
+        raise ValueError(f"{name} {model} is a file; give a directory or a hub id.")
     if not model.startswith((".", "/", "~")) and not model.endswith("/") and model.count("/") < 2:
         return model
     folder = Path(model).expanduser()

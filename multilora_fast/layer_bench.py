@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from multilora_fast.eager import inverse_keep
 from multilora_fast.functional import dropout_mask, multilora_linear
 from multilora_fast.layers import FusedMultiLoRALinear
 from multilora_fast.memory import peak_bytes, saved_bytes
@@ -57,7 +58,7 @@ def gate(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: s
     op = partial(multilora_linear, bias=None, scaling_factor=case.scaling_factor)
     if p:
         keep = dropout_mask(torch.tensor([1], device=device), tokens, K, p)
-        case.factor = keep.double() * 65536 / (65536 - round(65536 * p))
+        case.factor = keep.double() * inverse_keep(p)
         op = partial(op, dropout_p=p, seed=1)
     assert_two_times_rule(op, case)
 
