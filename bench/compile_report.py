@@ -23,7 +23,7 @@ import torch
 import triton
 
 from bench.compiled import compile_for, inspect, launches, options, source, tile_instructions
-from multilora_fast.kernels.configs import ROWS, find_row, rank_tiles
+from multilora_fast.kernels.configs import TUNED_CONFIGS, find_row, rank_tiles
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.reduce import reduce, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
@@ -70,7 +70,7 @@ class Case:
 
     def __call__(self) -> None:
         """Calls the launcher; the tensors are allocated and never read."""
-        dtype, params, config = getattr(torch, self.dtype), getattr(torch, self.params), ROWS[self.row]
+        dtype, params, config = getattr(torch, self.dtype), getattr(torch, self.params), TUNED_CONFIGS[self.row]
         M, D, n, r = self.M, self.D, self.n, self.r
         big, h = torch.empty(M, D, dtype=dtype), torch.empty(M, n * r, dtype=dtype)
         a, b = torch.empty(n, r, D, dtype=params), torch.empty(n, D, r, dtype=params).transpose(1, 2)
@@ -126,13 +126,13 @@ def quick_cases() -> list[Case]:
     for case in all_cases():
         half = ("bfloat16", "float16")[(list(USES).index(case.use) + list(SHARED_LIMITS).index(case.arch)) % 2]
         mixed = case.dtype != case.params
-        cast_on_tile = mixed and case.use.startswith("shrink") and not ROWS[case.row].pack
+        cast_on_tile = mixed and case.use.startswith("shrink") and not TUNED_CONFIGS[case.row].pack
         wanted = cast_on_tile or (not mixed and case.dtype in (half, "float32"))
         if not wanted or case.dropout != USES[case.use]:
             continue
         rank = case.n * case.r
         uneven = case.dtype == half and not case.use.startswith("expand") and rank & (rank - 1) > 0
-        second = rank_tiles(rank, ROWS[case.row])[1] if uneven else 0
+        second = rank_tiles(rank, TUNED_CONFIGS[case.row])[1] if uneven else 0
         key = (case.arch, case.use, case.row, mixed, uneven, second)
         if key not in chosen or chosen[key].n * chosen[key].r < rank:
             chosen[key] = case
@@ -141,7 +141,7 @@ def quick_cases() -> list[Case]:
 
 def unserved_rows(cases: list[Case]) -> set[tuple]:
     """Rows of the table that no case compiles."""
-    return set(ROWS) - {case.row for case in cases}
+    return set(TUNED_CONFIGS) - {case.row for case in cases}
 
 
 def jobs(cases: list[Case]) -> list[tuple[Case, int]]:

@@ -24,7 +24,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from bench.environment import conditions, slug
-from multilora_fast.kernels.configs import Config, device_of, dtype_class, pick, rank_class, rank_tiles
+from multilora_fast.kernels.configs import KernelConfig, device_of, dtype_class, pick, rank_class, rank_tiles
 from multilora_fast.kernels.dropout import drop_threshold, dropout_mask
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.reduce import reduce, reduce_scaled
@@ -64,7 +64,7 @@ def stages(kernel: str | None = None, size: str | None = None) -> list[Stage]:
     ]
 
 
-def shared_bytes(kernel: str, config: Config, R: int, itemsize: int = 2) -> int:
+def shared_bytes(kernel: str, config: KernelConfig, R: int, itemsize: int = 2) -> int:
     """Roughly the shared memory of the pipelined tiles."""
     columns = 32 if kernel == "expand" else sum(rank_tiles(R, config))
     across, along = (config.BLOCK_D, config.BLOCK_M) if kernel == "reduce" else (config.BLOCK_M, config.BLOCK_D)
@@ -72,7 +72,7 @@ def shared_bytes(kernel: str, config: Config, R: int, itemsize: int = 2) -> int:
     return config.num_stages * tiles * itemsize
 
 
-def candidates(stage: Stage, present: Config) -> list[Config]:
+def candidates(stage: Stage, present: KernelConfig) -> list[KernelConfig]:
     """The present row, then every tile worth timing, shuffled so that a short run still samples them all."""
     n, r = RANKS[stage.rank]
     rows = (64, 128) if stage.size == "tokens" else (64,)
@@ -85,13 +85,13 @@ def candidates(stage: Stage, present: Config) -> list[Config]:
         rows, columns, steps = (32, 64, 128), (64, 128), (2, 4, 8)
     whole = (256, 512) if n * r > 256 else (256,)
     product = itertools.product(rows, columns, (4, 8), (2, 3, 4), steps, packs, (True,), whole)
-    others = [Config(*values) for values in product]
+    others = [KernelConfig(*values) for values in product]
     others = [c for c in others if c != present and shared_bytes(stage.kernel, c, n * r) <= SHARED_LIMIT]
     random.Random(0).shuffle(others)
     return [present, *others]
 
 
-Use = tuple[str, Callable[[Config], torch.Tensor], torch.Tensor]
+Use = tuple[str, Callable[[KernelConfig], torch.Tensor], torch.Tensor]
 
 
 def uses(kernel: str, M: int, D: int, n: int, r: int, dtype=DTYPE, device="cuda") -> Iterator[Use]:
@@ -119,7 +119,7 @@ def uses(kernel: str, M: int, D: int, n: int, r: int, dtype=DTYPE, device="cuda"
         yield "backward, dropout", lambda c: reduce(h, big, n, dtype, seed, P, config=c), backward
 
 
-def correct(kernel: str, launch: Callable, config: Config, truth: torch.Tensor) -> bool:
+def correct(kernel: str, launch: Callable, config: KernelConfig, truth: torch.Tensor) -> bool:
     """Whether one launch is within 1 % of float32; expand adds to what its target holds, which is zero then."""
     if kernel == "expand":
         launch(config).zero_()
@@ -141,7 +141,7 @@ def microseconds(launch: Callable[[], object], runs: int = 15) -> float:
     return statistics.median(times)
 
 
-def time_config(stage: Stage, config: Config, work: list[tuple[str, Use]]) -> dict[str, float] | str:
+def time_config(stage: Stage, config: KernelConfig, work: list[tuple[str, Use]]) -> dict[str, float] | str:
     """Microseconds by use and shape, or why the configuration does not count."""
     times = {}
     for shape, (name, launch, truth) in work:

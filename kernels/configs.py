@@ -1,7 +1,7 @@
 """Which tile each kernel runs: data by kernel, tokens, rank, dtype and architecture.
 
-Nothing here needs a GPU. `ROWS` holds the default, small enough for any GPU and right in the interpreter, and what an
-architecture does better with; `bench.tune` prints rows to paste here.
+Nothing here needs a GPU. `TUNED_CONFIGS` holds the default, small enough for any GPU and right in the interpreter, and
+what an architecture does better with; `bench.tune` prints rows to paste here.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ DECODE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Config:
+class KernelConfig:
     """A tile of BLOCK_M tokens by BLOCK_D features.
 
     min_steps is the least number of tiles a split of the summed axis gets; pack builds c·s⊙w once in the dtype of the
@@ -57,58 +57,58 @@ def dtype_class(dtype: torch.dtype) -> str:
 # Ranks of 257 to 320 run as two chunks where mma.sync would hold the sums: a tile of 256 beside one of 64 spills there.
 DEFAULT, LARGE = "default", "large"
 ARCHITECTURES = {"sm_80": LARGE, "sm_90": LARGE, "sm_100": LARGE}
-ROWS = {
-    ("shrink", "tokens", "half", DEFAULT, 128): Config(64, 64, 4, 3, pack=True),
-    ("shrink", "tokens", "half", DEFAULT, 320): Config(64, 64, 8, 2, pack=True),
-    ("shrink", "tokens", "half", DEFAULT, 512): Config(64, 32, 8, 2, pack=True, columns=512),
-    ("shrink", "tokens", "half", LARGE, 128): Config(128, 64, 8, 4, pack=True),
-    ("shrink", "tokens", "half", LARGE, 288): Config(128, 64, 8, 3, pack=True, columns=512),
-    ("shrink", "tokens", "half", LARGE, 512): Config(64, 32, 8, 4, pack=True, columns=512),
-    ("shrink", "tokens", "half", "sm_90", 288): Config(64, 64, 8, 4, pack=True, columns=512),
-    ("shrink", "tokens", "half", "sm_80", 320): Config(128, 32, 8, 4, pack=True),
-    ("shrink", "tokens", "float", DEFAULT, 512): Config(64, 32, 8, 2, pack=True, two_tiles=False),
-    ("shrink", "decode", "half", DEFAULT, 512): Config(64, 32, 8, 2, two_tiles=False),
-    ("shrink", "decode", "half", "gfx942", 512): Config(64, 32, 8, 1, two_tiles=False),
-    ("expand", "tokens", "half", DEFAULT, 512): Config(64, 64, 4, 2),
-    ("expand", "tokens", "half", LARGE, 512): Config(128, 64, 8, 3),
-    ("expand", "tokens", "half", "sm_90", 128): Config(64, 64, 4, 3),
-    ("expand", "tokens", "half", "sm_90", 512): Config(64, 128, 8, 3),
-    ("expand", "tokens", "float", DEFAULT, 512): Config(32, 64, 4, 2),
-    ("expand", "decode", "half", DEFAULT, 512): Config(64, 64, 4, 2),
-    ("reduce", "tokens", "half", DEFAULT, 128): Config(64, 64, 4, 3),
-    ("reduce", "tokens", "half", DEFAULT, 320): Config(64, 64, 8, 2),
-    ("reduce", "tokens", "half", DEFAULT, 512): Config(32, 64, 8, 2, columns=512),
-    ("reduce", "tokens", "half", LARGE, 128): Config(64, 128, 8, 4),
-    ("reduce", "tokens", "half", LARGE, 288): Config(64, 128, 8, 3, columns=512),
-    ("reduce", "tokens", "half", LARGE, 512): Config(32, 64, 8, 4, columns=512),
-    ("reduce", "tokens", "half", "sm_80", 128): Config(64, 128, 8, 4),
-    ("reduce", "tokens", "half", "sm_80", 320): Config(64, 128, 8, 2),
+TUNED_CONFIGS = {
+    ("shrink", "tokens", "half", DEFAULT, 128): KernelConfig(64, 64, 4, 3, pack=True),
+    ("shrink", "tokens", "half", DEFAULT, 320): KernelConfig(64, 64, 8, 2, pack=True),
+    ("shrink", "tokens", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2, pack=True, columns=512),
+    ("shrink", "tokens", "half", LARGE, 128): KernelConfig(128, 64, 8, 4, pack=True),
+    ("shrink", "tokens", "half", LARGE, 288): KernelConfig(128, 64, 8, 3, pack=True, columns=512),
+    ("shrink", "tokens", "half", LARGE, 512): KernelConfig(64, 32, 8, 4, pack=True, columns=512),
+    ("shrink", "tokens", "half", "sm_90", 288): KernelConfig(64, 64, 8, 4, pack=True, columns=512),
+    ("shrink", "tokens", "half", "sm_80", 320): KernelConfig(128, 32, 8, 4, pack=True),
+    ("shrink", "tokens", "float", DEFAULT, 512): KernelConfig(64, 32, 8, 2, pack=True, two_tiles=False),
+    ("shrink", "decode", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2, two_tiles=False),
+    ("shrink", "decode", "half", "gfx942", 512): KernelConfig(64, 32, 8, 1, two_tiles=False),
+    ("expand", "tokens", "half", DEFAULT, 512): KernelConfig(64, 64, 4, 2),
+    ("expand", "tokens", "half", LARGE, 512): KernelConfig(128, 64, 8, 3),
+    ("expand", "tokens", "half", "sm_90", 128): KernelConfig(64, 64, 4, 3),
+    ("expand", "tokens", "half", "sm_90", 512): KernelConfig(64, 128, 8, 3),
+    ("expand", "tokens", "float", DEFAULT, 512): KernelConfig(32, 64, 4, 2),
+    ("expand", "decode", "half", DEFAULT, 512): KernelConfig(64, 64, 4, 2),
+    ("reduce", "tokens", "half", DEFAULT, 128): KernelConfig(64, 64, 4, 3),
+    ("reduce", "tokens", "half", DEFAULT, 320): KernelConfig(64, 64, 8, 2),
+    ("reduce", "tokens", "half", DEFAULT, 512): KernelConfig(32, 64, 8, 2, columns=512),
+    ("reduce", "tokens", "half", LARGE, 128): KernelConfig(64, 128, 8, 4),
+    ("reduce", "tokens", "half", LARGE, 288): KernelConfig(64, 128, 8, 3, columns=512),
+    ("reduce", "tokens", "half", LARGE, 512): KernelConfig(32, 64, 8, 4, columns=512),
+    ("reduce", "tokens", "half", "sm_80", 128): KernelConfig(64, 128, 8, 4),
+    ("reduce", "tokens", "half", "sm_80", 320): KernelConfig(64, 128, 8, 2),
     # One tile: Triton 3.6 cannot pipeline two products of one transposed tile behind a dropout mask for sm_100.
-    ("reduce", "tokens", "half", "sm_100", 128): Config(64, 128, 8, 4, two_tiles=False),
-    ("reduce", "tokens", "half", "sm_100", 288): Config(64, 128, 8, 3, two_tiles=False),
-    ("reduce", "tokens", "half", "sm_100", 512): Config(32, 64, 8, 4, two_tiles=False, columns=512),
-    ("reduce", "tokens", "float", DEFAULT, 512): Config(32, 64, 8, 2, two_tiles=False),
-    ("reduce", "tokens", "float", "sm_80", 512): Config(16, 64, 8, 2, two_tiles=False),
-    ("reduce", "tokens", "float", "sm_120", 320): Config(16, 64, 8, 2),
-    ("reduce", "tokens", "float", "sm_120", 512): Config(16, 64, 8, 2, columns=128),
+    ("reduce", "tokens", "half", "sm_100", 128): KernelConfig(64, 128, 8, 4, two_tiles=False),
+    ("reduce", "tokens", "half", "sm_100", 288): KernelConfig(64, 128, 8, 3, two_tiles=False),
+    ("reduce", "tokens", "half", "sm_100", 512): KernelConfig(32, 64, 8, 4, two_tiles=False, columns=512),
+    ("reduce", "tokens", "float", DEFAULT, 512): KernelConfig(32, 64, 8, 2, two_tiles=False),
+    ("reduce", "tokens", "float", "sm_80", 512): KernelConfig(16, 64, 8, 2, two_tiles=False),
+    ("reduce", "tokens", "float", "sm_120", 320): KernelConfig(16, 64, 8, 2),
+    ("reduce", "tokens", "float", "sm_120", 512): KernelConfig(16, 64, 8, 2, columns=128),
 }
 
 
 def find_row(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> tuple:
-    """The key in ROWS for a kernel over M tokens at total rank R: the architecture's own row, else its class's."""
+    """The key in TUNED_CONFIGS for a kernel over M tokens at rank R: its architecture's own row, or its class's."""
     kind = dtype_class(dtype)
     for size in dict.fromkeys((size_class(M), "tokens")):
         for architecture in (arch, ARCHITECTURES.get(arch, DEFAULT), DEFAULT):
             for rank in RANK_CLASSES:
                 key = (kernel, size, kind, architecture, rank)
-                if rank >= rank_class(R) and key in ROWS:
+                if rank >= rank_class(R) and key in TUNED_CONFIGS:
                     return key
-    raise AssertionError(f"configs.ROWS has no default for {kernel}, {kind}")
+    raise AssertionError(f"configs.TUNED_CONFIGS has no default for {kernel}, {kind}")
 
 
 @lru_cache(1024)
-def pick(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> Config:
-    return ROWS[find_row(kernel, M, R, dtype, arch)]
+def pick(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> KernelConfig:
+    return TUNED_CONFIGS[find_row(kernel, M, R, dtype, arch)]
 
 
 @lru_cache
@@ -127,7 +127,7 @@ def device_of(x: torch.Tensor) -> tuple[str, int]:
 
 
 @lru_cache(1024)
-def rank_tiles(R: int, config: Config) -> tuple[int, int]:
+def rank_tiles(R: int, config: KernelConfig) -> tuple[int, int]:
     """R columns as a tile of a power of two and, where that pads less, a second one: 96 = 64 + 32, 160 = 128 + 32.
 
     A second tile of 0 columns is none. More columns than the configuration holds run as equal chunks of such tiles.
@@ -141,8 +141,8 @@ def rank_tiles(R: int, config: Config) -> tuple[int, int]:
 
 
 @lru_cache(1024)
-def split(tiles: int, steps: int, processors: int, min_steps: int) -> tuple[int, int]:
-    """(parts, steps per part) of a sum of `steps` tiles so that `tiles` programs a part fill the processors."""
+def split_k(tiles: int, steps: int, processors: int, min_steps: int) -> tuple[int, int]:
+    """Split-K: (parts, steps per part) of a sum of `steps` tiles, `tiles` programs a part, to fill the processors."""
     parts = max(1, processors // max(1, tiles))
     if 4 * parts * tiles < 3 * processors:
         parts += 1

@@ -1,6 +1,6 @@
 """expand, in place: y += H B̃ᵀ forward, dx += mask/(1−p) ⊙ (dH Ã) backward; or y = … instead of +=.
 
-    y[m, d] += keep[m, d]/(1−p) · Σ_i Σ_j h[m, i·r + j] · alpha · scale[i, d] · w[i, j, d]
+    y[m, d] += keep[m, d]/(1−p) · Σ_i Σ_j h[m, i·r + j] · scaling · scale[i, d] · w[i, j, d]
 
 One program owns a tile of y, which is read (unless it is overwritten) and written once; the sum runs over the branches
 in slices of their rank.
@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Config, cdiv, device_of, pick
+from .configs import KernelConfig, cdiv, device_of, pick
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
 from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, rows, strides, sum_dtype
 from .pack import pack
@@ -20,7 +20,7 @@ from .pack import pack
 def expand_kernel(
     y_ptr, h_ptr, w_ptr, scale_ptr, seed_ptr, M, D, threshold,
     stride_ym, stride_hm, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-    alpha: tl.constexpr, n: tl.constexpr, r: tl.constexpr, HAS_SCALE: tl.constexpr, DROPOUT: tl.constexpr,
+    scaling: tl.constexpr, n: tl.constexpr, r: tl.constexpr, HAS_SCALE: tl.constexpr, DROPOUT: tl.constexpr,
     ACCUMULATE: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -46,9 +46,9 @@ def expand_kernel(
         w = tl.load(w_ptrs, mask=mask_j[:, None] & mask_d[None, :], other=0.0)
         if HAS_SCALE:
             s = tl.load(scale_ptr + i.to(tl.int64) * stride_si + wide_d * stride_sd, mask=mask_d, other=0.0)
-            w = w.to(ACC) * (alpha * s.to(ACC))[None, :]
-        elif alpha != 1.0:
-            w = w.to(ACC) * alpha
+            w = w.to(ACC) * (scaling * s.to(ACC))[None, :]
+        elif scaling != 1.0:
+            w = w.to(ACC) * scaling
         acc = tl.dot(h.to(DOT), w.to(DOT), acc, input_precision="ieee", out_dtype=ACC)
     if ACCUMULATE:
         y = tl.load(y_ptrs, mask=mask, other=0.0)
@@ -68,11 +68,11 @@ def expand(
     h: torch.Tensor,
     w: torch.Tensor,
     scale: torch.Tensor | None = None,
-    alpha: float = 1.0,
+    scaling: float = 1.0,
     seed: torch.Tensor | None = None,
     p: float = 0.0,
     accumulate: bool = True,
-    config: Config | None = None,
+    config: KernelConfig | None = None,
 ) -> None:
     """Adds the branches to y (M, D) in place, from h (M, n·r), w (n, r, D) and scale None or (n, D) of any strides.
 
@@ -97,8 +97,8 @@ def expand(
         return
     arch, _ = device_of(y)
     config = config or pick("expand", M, R, h.dtype, arch)
-    if config.pack and (scale is not None or alpha != 1.0 or w.dtype != h.dtype or w.stride(2) != 1):
-        w, scale, alpha = pack(w, h.dtype, scale, alpha)[None], None, 1.0
+    if config.pack and (scale is not None or scaling != 1.0 or w.dtype != h.dtype or w.stride(2) != 1):
+        w, scale, scaling = pack(w, h.dtype, scale, scaling)[None], None, 1.0
     if scale is None and w.stride(0) == w.shape[1] * w.stride(1):
         w = w.reshape(1, R, D)
     n, r, _ = w.shape
@@ -110,7 +110,7 @@ def expand(
         y_ptr=y, h_ptr=h, w_ptr=w, scale_ptr=scale, seed_ptr=seed if dropout else None,
         M=M, D=D, threshold=drop_threshold(p), stride_ym=y.stride(0), stride_hm=h.stride(0),
         stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
-        alpha=float(alpha), n=n, r=r, HAS_SCALE=scale is not None, DROPOUT=dropout,
+        scaling=float(scaling), n=n, r=r, HAS_SCALE=scale is not None, DROPOUT=dropout,
         ACCUMULATE=accumulate, DOT=dot_dtype(h.dtype), ACC=TL_DTYPES[sum_dtype(h.dtype)],
         BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D, BLOCK_R=16 if r <= 16 or h.element_size() > 2 else 32,
         **launch_options(config),

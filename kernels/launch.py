@@ -8,7 +8,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from .configs import Config
+from .configs import KernelConfig
 
 TL_DTYPES = {
     torch.float16: tl.float16,
@@ -76,7 +76,7 @@ def check_weight(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
         raise ValueError(f"scale has shape {tuple(scale.shape)}, wanted {(w.shape[0], D)}.")
 
 
-def launch_options(config: Config) -> dict[str, int]:
+def launch_options(config: KernelConfig) -> dict[str, int]:
     """The compiler's options. Told that a thread may have all 255 registers, ptxas does not spill for occupancy."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return options if torch.version.hip else options | {"maxnreg": 255}

@@ -11,7 +11,7 @@ from .launch import check_weight, launch, strides
 @triton.jit
 def pack_kernel(
     w_ptr, scale_ptr, out_ptr, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, ACC: tl.constexpr,
+    scaling: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -22,7 +22,7 @@ def pack_kernel(
     mask_d = offs_d < D
     mask = (offs_c < R)[:, None] & mask_d[None, :]
     w_ptrs = w_ptr + i[:, None] * stride_wi + j[:, None] * stride_wj + offs_d[None, :] * stride_wd
-    w = tl.load(w_ptrs, mask=mask, other=0.0).to(ACC) * alpha
+    w = tl.load(w_ptrs, mask=mask, other=0.0).to(ACC) * scaling
     if HAS_SCALE:
         s = tl.load(scale_ptr + i[:, None] * stride_si + offs_d[None, :] * stride_sd, mask=mask, other=0.0)
         w *= s.to(ACC)
@@ -30,8 +30,8 @@ def pack_kernel(
     tl.store(out_ptrs, w.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def pack(w: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None, alpha: float = 1.0) -> torch.Tensor:
-    """alpha·scale⊙w as a contiguous (n·r, D) tensor in `dtype`, for w (n, r, D) and scale None or (n, D), any strides.
+def pack(w: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None, scaling: float = 1.0) -> torch.Tensor:
+    """scaling·scale⊙w as a contiguous (n·r, D) tensor in `dtype`; w (n, r, D) and scale None or (n, D), any strides.
 
     The product is taken in float32 and rounded once. Raises ValueError when the shapes do not agree.
     """
@@ -49,7 +49,7 @@ def pack(w: torch.Tensor, dtype: torch.dtype, scale: torch.Tensor | None = None,
         w, pack_kernel, grid,
         w_ptr=w, scale_ptr=scale, out_ptr=out, D=D,
         stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
-        alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, ACC=acc,
+        scaling=float(scaling), r=r, R=n * r, HAS_SCALE=scale is not None, ACC=acc,
         BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, num_warps=4,
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Config, cdiv, device_of, pick, rank_tiles, split
+from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles, split_k
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
 from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, rows, strides, sum_dtype
 
@@ -63,14 +63,14 @@ def reduce_kernel(
 def finish_kernel(
     parts_ptr, w_ptr, scale_ptr, dw_ptr, ds_ptr, D, parts, stride_part,
     stride_wi, stride_wj, stride_wd, stride_si, stride_sd, stride_oi, stride_oj, stride_od,
-    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, WANT_SCALE: tl.constexpr,
+    scaling: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, WANT_SCALE: tl.constexpr,
     ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """For branch i: P_i = Σ_s parts[s] in order, dw_i = alpha·scale_i ⊙ P_i, ds_i = alpha·rowsum(w_i ⊙ P_i)."""
+    """For branch i: P_i = Σ_s parts[s] in order, dw_i = scaling·scale_i ⊙ P_i, ds_i = scaling·rowsum(w_i ⊙ P_i)."""
     i = tl.program_id(1).to(tl.int64)
     offs_d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    factor = tl.full((BLOCK_D,), alpha, ACC)
+    factor = tl.full((BLOCK_D,), scaling, ACC)
     if HAS_SCALE:
         factor *= tl.load(scale_ptr + i * stride_si + offs_d * stride_sd, mask=mask_d, other=0.0).to(ACC)
     ds = tl.zeros((BLOCK_D,), ACC)
@@ -88,7 +88,7 @@ def finish_kernel(
         dw_ptrs = dw_ptr + i * stride_oi + offs_j.to(tl.int64)[None, :] * stride_oj + offs_d[:, None] * stride_od
         tl.store(dw_ptrs, (factor[:, None] * total).to(dw_ptr.dtype.element_ty), mask=mask)
     if WANT_SCALE:
-        tl.store(ds_ptr + i * D + offs_d, ds * alpha, mask=mask_d)
+        tl.store(ds_ptr + i * D + offs_d, ds * scaling, mask=mask_d)
 
 
 def _sum_tokens(h, z, seed, p, dropout, config):
@@ -98,7 +98,7 @@ def _sum_tokens(h, z, seed, p, dropout, config):
     config = config or pick("reduce", M, R, z.dtype, arch)
     block_r, block_r2 = rank_tiles(R, config)
     tiles = cdiv(D, config.BLOCK_D) * cdiv(R, block_r + block_r2)
-    parts, steps = split(tiles, cdiv(M, config.BLOCK_M), processors, config.min_steps)
+    parts, steps = split_k(tiles, cdiv(M, config.BLOCK_M), processors, config.min_steps)
     sums = sum_dtype(z.dtype)
     out = torch.empty((parts, D, R), dtype=sums, device=z.device)
     launch(
@@ -111,7 +111,7 @@ def _sum_tokens(h, z, seed, p, dropout, config):
     return out
 
 
-def _finish(parts, dw, w, scale, alpha, ds):
+def _finish(parts, dw, w, scale, scaling, ds):
     """The second pass into dw (n, r, D) of any strides and, where wanted, ds (n, D)."""
     n, r, D = dw.shape
     BLOCK_D, BLOCK_R = 32, 16 if r <= 16 else 32
@@ -124,7 +124,7 @@ def _finish(parts, dw, w, scale, alpha, ds):
         stride_part=parts.stride(0),
         stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
         stride_oi=stride_oi, stride_oj=stride_oj, stride_od=stride_od,
-        alpha=float(alpha), r=r, R=n * r, HAS_SCALE=scale is not None, WANT_SCALE=ds is not None,
+        scaling=float(scaling), r=r, R=n * r, HAS_SCALE=scale is not None, WANT_SCALE=ds is not None,
         ACC=TL_DTYPES[parts.dtype], BLOCK_D=BLOCK_D, BLOCK_R=BLOCK_R, num_warps=4,
     )  # fmt: skip
 
@@ -145,7 +145,7 @@ def reduce(
     dtype: torch.dtype,
     seed: torch.Tensor | None = None,
     p: float = 0.0,
-    config: Config | None = None,
+    config: KernelConfig | None = None,
 ) -> torch.Tensor:
     """hᵀ x̂ as (n, r, D) in `dtype`, from h (M, n·r) and x (M, D); x̂ is x after the dropout of `seed` and p.
 
@@ -167,8 +167,8 @@ def reduce_scaled(
     dy: torch.Tensor,
     w: torch.Tensor,
     scale: torch.Tensor | None,
-    alpha: float = 1.0,
-    config: Config | None = None,
+    scaling: float = 1.0,
+    config: KernelConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dB, ds) from h (M, n·r), dy (M, N), w (n, r, N), being lora_B transposed, and scale None (all ones) or (n, N).
 
@@ -184,5 +184,5 @@ def reduce_scaled(
     ds = torch.empty((n, N), dtype=sum_dtype(dy.dtype), device=dy.device)
     if dw.numel() == 0 or dw.is_meta:
         return dw, ds
-    _finish(_sum_tokens(h, dy, None, 0.0, False, config), dw.transpose(1, 2), w, scale, alpha, ds)
+    _finish(_sum_tokens(h, dy, None, 0.0, False, config), dw.transpose(1, 2), w, scale, scaling, ds)
     return dw, ds

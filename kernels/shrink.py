@@ -1,6 +1,6 @@
 """shrink: H = x̂ Ãᵀ forward, dH = dy B̃ backward.
 
-    H[m, i·r + j] = Σ_d x̂[m, d] · alpha · scale[i, d] · w[i, j, d]
+    H[m, i·r + j] = Σ_d x̂[m, d] · scaling · scale[i, d] · w[i, j, d]
 
 One program owns BLOCK_M tokens, as many of the R columns as its configuration holds (128 to 512) and a part of D, so x
 is read once. Where that is not all of R, the programs of one tile of x are neighbours and the later ones find it in L2.
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import Config, cdiv, device_of, pick, rank_tiles, split
+from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles, split_k
 from .dropout import check_seed, drop_threshold, keep_inverse, keep_tile
 from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, rows, strides, sum_dtype
 from .pack import pack
@@ -20,19 +20,19 @@ from .pack import pack
 @triton.jit
 def weight_tile(
     w_ptr, scale_ptr, offs_d, offs_c, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr,
+    scaling: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """alpha·scale⊙w (BLOCK_D, BLOCK_R), column c being row c mod r of branch c // r, multiplied before the cast."""
+    """scaling·scale⊙w (BLOCK_D, BLOCK_R), column c being row c mod r of branch c // r, multiplied before the cast."""
     i, j = (offs_c // r).to(tl.int64), (offs_c % r).to(tl.int64)
     mask = (offs_d < D)[:, None] & (offs_c < R)[None, :]
     w_ptrs = w_ptr + offs_d.to(tl.int64)[:, None] * stride_wd + (i * stride_wi + j * stride_wj)[None, :]
     w = tl.load(w_ptrs, mask=mask, other=0.0)
     if HAS_SCALE:
         s_ptrs = scale_ptr + offs_d.to(tl.int64)[:, None] * stride_sd + (i * stride_si)[None, :]
-        w = w.to(ACC) * (alpha * tl.load(s_ptrs, mask=mask, other=0.0).to(ACC))
-    elif alpha != 1.0:
-        w = w.to(ACC) * alpha
+        w = w.to(ACC) * (scaling * tl.load(s_ptrs, mask=mask, other=0.0).to(ACC))
+    elif scaling != 1.0:
+        w = w.to(ACC) * scaling
     return w.to(DOT)
 
 
@@ -40,7 +40,7 @@ def weight_tile(
 def shrink_kernel(
     x_ptr, w_ptr, scale_ptr, out_ptr, seed_ptr, M, D, steps, threshold,
     stride_xm, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-    alpha: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, DROPOUT: tl.constexpr,
+    scaling: tl.constexpr, r: tl.constexpr, R: tl.constexpr, HAS_SCALE: tl.constexpr, DROPOUT: tl.constexpr,
     DOT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R2: tl.constexpr,
 ):  # fmt: skip
@@ -64,13 +64,13 @@ def shrink_kernel(
             x = tl.where(keep, x, 0.0).to(DOT)
         w = weight_tile(
             w_ptr, scale_ptr, offs_d, offs_c, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-            alpha, r, R, HAS_SCALE, DOT, ACC,
+            scaling, r, R, HAS_SCALE, DOT, ACC,
         )  # fmt: skip
         acc = tl.dot(x, w, acc, input_precision="ieee", out_dtype=ACC)
         if BLOCK_R2 > 0:
             w2 = weight_tile(
                 w_ptr, scale_ptr, offs_d, offs_c2, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-                alpha, r, R, HAS_SCALE, DOT, ACC,
+                scaling, r, R, HAS_SCALE, DOT, ACC,
             )  # fmt: skip
             acc2 = tl.dot(x, w2, acc2, input_precision="ieee", out_dtype=ACC)
     if DROPOUT:
@@ -102,10 +102,10 @@ def shrink(
     x: torch.Tensor,
     w: torch.Tensor,
     scale: torch.Tensor | None = None,
-    alpha: float = 1.0,
+    scaling: float = 1.0,
     seed: torch.Tensor | None = None,
     p: float = 0.0,
-    config: Config | None = None,
+    config: KernelConfig | None = None,
 ) -> torch.Tensor:
     """H (M, n·r) in x's dtype, from x (M, D), w (n, r, D) and scale None or (n, D) of any strides.
 
@@ -123,15 +123,15 @@ def shrink(
         return out
     arch, processors = device_of(x)
     config = config or pick("shrink", M, R, x.dtype, arch)
-    if config.pack and (scale is not None or alpha != 1.0 or w.dtype != x.dtype or w.stride(2) != 1):
-        w, scale, alpha = pack(w, x.dtype, scale, alpha)[None], None, 1.0
+    if config.pack and (scale is not None or scaling != 1.0 or w.dtype != x.dtype or w.stride(2) != 1):
+        w, scale, scaling = pack(w, x.dtype, scale, scaling)[None], None, 1.0
     if scale is None and w.stride(0) == w.shape[1] * w.stride(1):
         w = w.reshape(1, R, D)
     stride_wi, stride_wj, stride_wd = w.stride()
     stride_si, stride_sd = strides(scale, 2)
     block_r, block_r2 = rank_tiles(R, config)
     tiles = cdiv(M, config.BLOCK_M) * cdiv(R, block_r + block_r2)
-    parts, steps = split(tiles, cdiv(D, config.BLOCK_D), processors, config.min_steps)
+    parts, steps = split_k(tiles, cdiv(D, config.BLOCK_D), processors, config.min_steps)
     sums = sum_dtype(x.dtype)
     target = out if parts == 1 else torch.empty((parts, M, R), dtype=sums, device=x.device)
     launch(
@@ -139,7 +139,7 @@ def shrink(
         x_ptr=x, w_ptr=w, scale_ptr=scale, out_ptr=target, seed_ptr=seed if dropout else None,
         M=M, D=D, steps=steps, threshold=drop_threshold(p), stride_xm=x.stride(0),
         stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
-        alpha=float(alpha), r=w.shape[1], R=R, HAS_SCALE=scale is not None, DROPOUT=dropout,
+        scaling=float(scaling), r=w.shape[1], R=R, HAS_SCALE=scale is not None, DROPOUT=dropout,
         DOT=dot_dtype(x.dtype), ACC=TL_DTYPES[sums], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
         BLOCK_R=block_r, BLOCK_R2=block_r2, **launch_options(config),
     )  # fmt: skip

@@ -151,15 +151,17 @@ def _kernel_rows(arch: str | None, device) -> dict[str, Any]:
     """The table row that each kernel takes for many tokens and for few, and its configuration."""
     import torch
 
-    from multilora_fast.kernels.configs import ARCHITECTURES, DEFAULT, LARGE, ROWS, device_of, find_row
+    from multilora_fast.kernels.configs import ARCHITECTURES, DEFAULT, LARGE, TUNED_CONFIGS, device_of, find_row
 
-    known = dict.fromkeys(name for name in (*ARCHITECTURES, *(key[3] for key in ROWS)) if name not in (DEFAULT, LARGE))
+    known = dict.fromkeys(
+        name for name in (*ARCHITECTURES, *(key[3] for key in TUNED_CONFIGS)) if name not in (DEFAULT, LARGE)
+    )
     if arch not in (None, *known, DEFAULT):
         raise ValueError(f"--arch must be {', '.join(known)}, or {DEFAULT} for any other GPU, not {arch!r}.")
     arch = arch or device_of(torch.empty(0, device=device))[0]
     uses = ((kernel, M) for kernel in ("shrink", "expand", "reduce") for M in (8192, 1))
     keys = dict.fromkeys(find_row(kernel, M, 96, torch.bfloat16, arch) for kernel, M in uses)
-    return {"/".join(map(str, key)): ROWS[key] for key in keys}
+    return {"/".join(map(str, key)): TUNED_CONFIGS[key] for key in keys}
 
 
 _command(

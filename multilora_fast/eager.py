@@ -1,7 +1,7 @@
 """The three products of the op on torch matmuls, with the signatures of the Triton launchers in kernels/.
 
 M tokens, D columns (K or N), n branches of rank r, R = n·r. A branch tensor ``w`` is a view (n, r, D): lora_A as it
-is, or lora_B transposed. ``scale`` is a view (n, D); ``alpha`` a constant. Dropout is regenerated from ``seed``, an
+is, or lora_B transposed. ``scale`` is a view (n, D); ``scaling`` a constant. Dropout is regenerated from ``seed``, an
 int64 tensor of one element on x's device, once in forward and once in backward: the mask is never kept.
 """
 
@@ -51,11 +51,13 @@ def draw(seed: Any, M: int, K: int, p: float, dtype: torch.dtype) -> Tensor | No
     return None if threshold(p) == 0 else dropout_mask(seed, M, K, p, dtype)
 
 
-def shrink(x: Tensor, w: Tensor, scale: Tensor | None = None, alpha: float = 1.0, keep=None, p: float = 0.0) -> Tensor:
-    """dropout(x) (M, D) times (alpha·scale ⊙ w)ᵀ → (M, R) in x's dtype."""
+def shrink(
+    x: Tensor, w: Tensor, scale: Tensor | None = None, scaling: float = 1.0, keep=None, p: float = 0.0
+) -> Tensor:
+    """dropout(x) (M, D) times (scaling·scale ⊙ w)ᵀ → (M, R) in x's dtype."""
     if keep is not None:
-        x, alpha = keep.mul_(x), alpha * inverse_keep(p)
-    return x @ _stack(w, scale, alpha, x.dtype).t()
+        x, scaling = keep.mul_(x), scaling * inverse_keep(p)
+    return x @ _stack(w, scale, scaling, x.dtype).t()
 
 
 def expand(
@@ -63,14 +65,14 @@ def expand(
     h: Tensor,
     w: Tensor,
     scale: Tensor | None = None,
-    alpha: float = 1.0,
+    scaling: float = 1.0,
     keep=None,
     p: float = 0.0,
     *,
     accumulate: bool = True,
 ) -> None:
-    """y (M, D) += mask/(1−p) ⊙ (h (M, R) times alpha·scale ⊙ w), in place; y = … without ``accumulate``."""
-    w = _stack(w, scale, alpha if keep is None else alpha * inverse_keep(p), y.dtype)
+    """y (M, D) += mask/(1−p) ⊙ (h (M, R) times scaling·scale ⊙ w), in place; y = … without ``accumulate``."""
+    w = _stack(w, scale, scaling if keep is None else scaling * inverse_keep(p), y.dtype)
     h = h.to(y.dtype)
     if not accumulate:
         torch.mm(h, w, out=y)
@@ -89,19 +91,19 @@ def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, keep=None, p: float
     return (h.t() @ x).to(dtype).view(n, -1, x.shape[1])
 
 
-def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """P = dyᵀ h (D, R), and from it the gradients of lora_B, (n, D, r), and of the vector scale, (n, D).
 
     ``w`` is lora_B as a view (n, r, D). The first comes in w's dtype, the second in the wider of w's and scale's.
     """
     n, r, D = w.shape
     P = (dy.t() @ h).view(D, n, r).to(torch.promote_types(w.dtype, scale.dtype)).movedim(0, 1)
-    db = torch.mul(P, _times(scale, alpha).unsqueeze(2), out=torch.empty(n, D, r, dtype=w.dtype, device=w.device))
-    ds = _times(torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)), alpha)
+    db = torch.mul(P, _times(scale, scaling).unsqueeze(2), out=torch.empty(n, D, r, dtype=w.dtype, device=w.device))
+    ds = _times(torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)), scaling)
     return db, ds
 
 
-def _stack(w: Tensor, scale: Tensor | None, alpha: float, dtype: torch.dtype) -> Tensor:
+def _stack(w: Tensor, scale: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
     """The branches below each other, (R, D), scaled in their own precision and then cast.
 
     lora_B, the one with a scale, has its ranks next to each other in memory, and so has what is returned for it.
@@ -109,10 +111,10 @@ def _stack(w: Tensor, scale: Tensor | None, alpha: float, dtype: torch.dtype) ->
     n, r, D = w.shape
     if scale is not None:
         stacked = torch.empty(D, n, r, dtype=dtype, device=w.device)
-        torch.mul(w.transpose(1, 2), _times(scale, alpha).unsqueeze(2), out=stacked.transpose(0, 1))
+        torch.mul(w.transpose(1, 2), _times(scale, scaling).unsqueeze(2), out=stacked.transpose(0, 1))
         return stacked.view(D, -1).t()
-    return _times(w, alpha).to(dtype).reshape(-1, D)
+    return _times(w, scaling).to(dtype).reshape(-1, D)
 
 
-def _times(t: Tensor, alpha: float) -> Tensor:
-    return t if alpha == 1.0 else t * alpha
+def _times(t: Tensor, scaling: float) -> Tensor:
+    return t if scaling == 1.0 else t * scaling

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from multilora_fast.kernels.configs import Config
+from multilora_fast.kernels.configs import KernelConfig
 from multilora_fast.kernels.dropout import drop_threshold, dropout_mask
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.pack import pack
@@ -132,7 +132,7 @@ def test_ranks(n, r):
 def test_ranks_of_several_layers_summed_in_parts(n, r, dtype, columns, monkeypatch):
     for module in ("shrink", "reduce"):
         monkeypatch.setattr(f"multilora_fast.kernels.{module}.device_of", lambda x: ("interpreter", 132))
-    tile = Config(32, 32, 8, 1, min_steps=1, pack=True, columns=columns)
+    tile = KernelConfig(32, 32, 8, 1, min_steps=1, pack=True, columns=columns)
     check_all_uses((70, 136, 40, n, r), dtype, dtype, P, config=tile)
 
 
@@ -214,7 +214,7 @@ def test_writing_instead_of_adding(shape, p):
         assert torch.equal(y, added)
     dx = torch.full_like(x, math.nan)
     keep = dropout_mask(drop["seed"], *x.shape, p).double() * 65536 / (65536 - drop_threshold(p))
-    expand(dx, h, a, **drop, accumulate=False, config=Config(32, 32, 4, 2, pack=True))
+    expand(dx, h, a, **drop, accumulate=False, config=KernelConfig(32, 32, 4, 2, pack=True))
     ones = torch.ones(a.shape[0], x.shape[1], device=DEVICE)
     within(dx, lambda *t: expanded(0.0, *t), h, a, ones, keep, dtype=torch.float32)
 
@@ -256,7 +256,7 @@ def test_packed_weights_and_weights_scaled_on_the_tile_agree():
     torch.testing.assert_close(pack(b, torch.float64, scale, ALPHA), packed.reshape(36, 45))
     results = []
     for choice in (True, False):
-        y, tile = dy.clone(), Config(32, 32, 4, 2, pack=choice)
+        y, tile = dy.clone(), KernelConfig(32, 32, 4, 2, pack=choice)
         expand(y, h, b, scale, ALPHA, config=tile)
         results.append((shrink(dy, b, scale, ALPHA, config=tile), y))
     torch.testing.assert_close(results[0], results[1])
@@ -267,7 +267,7 @@ def test_a_rank_in_two_tiles_and_in_one_agree(n, r):
     x, _, a, _, _, h = problem((37, 48, 45, n, r), torch.float32, torch.float32)
     results = []
     for two_tiles in (True, False):
-        tile, drop = Config(32, 32, 4, 2, two_tiles=two_tiles), {"seed": seed_of(11), "p": P}
+        tile, drop = KernelConfig(32, 32, 4, 2, two_tiles=two_tiles), {"seed": seed_of(11), "p": P}
         results.append((shrink(x, a, **drop, config=tile), reduce(h, x, n, x.dtype, **drop, config=tile)))
     torch.testing.assert_close(results[0], results[1])
 

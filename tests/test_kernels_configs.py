@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multilora_fast.kernels import configs
-from multilora_fast.kernels.configs import Config
+from multilora_fast.kernels.configs import KernelConfig
 
 
 def test_every_lookup_finds_a_row():
@@ -15,13 +15,13 @@ def test_every_lookup_finds_a_row():
             for R in (1, 64, 65, 128, 129, 256, 257, 1000):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
                     for arch in ("sm_90", "sm_75", "gfx1100", "interpreter"):
-                        assert isinstance(configs.pick(kernel, M, R, dtype, arch), Config)
-    assert configs.find_row("shrink", 8192, 96, torch.bfloat16, "sm_75") in configs.ROWS
+                        assert isinstance(configs.pick(kernel, M, R, dtype, arch), KernelConfig)
+    assert configs.find_row("shrink", 8192, 96, torch.bfloat16, "sm_75") in configs.TUNED_CONFIGS
 
 
 @given(R=st.integers(1, 1200), columns=st.sampled_from([256, 512]), two_tiles=st.booleans())
 def test_rank_tiles_cover_the_rank(R, columns, two_tiles):
-    first, second = configs.rank_tiles(R, Config(64, 32, 8, 2, two_tiles=two_tiles, columns=columns))
+    first, second = configs.rank_tiles(R, KernelConfig(64, 32, 8, 2, two_tiles=two_tiles, columns=columns))
     assert first & (first - 1) == 0
     assert second & (second - 1) == 0
     assert first + second <= columns
@@ -37,13 +37,13 @@ def test_rank_tiles_cover_the_rank(R, columns, two_tiles):
     ],
 )  # fmt: skip
 def test_two_tiles_where_that_pads_less(R, wide, narrow):
-    assert configs.rank_tiles(R, Config(64, 32, 8, 2, columns=512)) == wide
-    assert configs.rank_tiles(R, Config(64, 32, 8, 2, columns=256)) == narrow
+    assert configs.rank_tiles(R, KernelConfig(64, 32, 8, 2, columns=512)) == wide
+    assert configs.rank_tiles(R, KernelConfig(64, 32, 8, 2, columns=256)) == narrow
 
 
 @given(tiles=st.integers(1, 5000), steps=st.integers(0, 5000), processors=st.integers(1, 200), least=st.integers(1, 8))
 def test_splits_cover_every_step(tiles, steps, processors, least):
-    parts, per_part = configs.split(tiles, steps, processors, least)
+    parts, per_part = configs.split_k(tiles, steps, processors, least)
     assert parts >= 1
     assert parts * per_part >= steps
     assert (parts - 1) * per_part < max(steps, 1)

@@ -9,7 +9,7 @@ import triton.language as tl
 from conftest import DEVICE
 
 from multilora_fast.kernels import dropout
-from multilora_fast.kernels.configs import Config
+from multilora_fast.kernels.configs import KernelConfig
 from multilora_fast.kernels.dropout import drop_threshold, dropout_mask
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.reduce import reduce
@@ -58,7 +58,9 @@ def test_the_counter_is_64_bits_wide():
     assert out.tolist() == [[kept(3, first + m, k, K, drop_threshold(P)) for k in range(32)] for m in range(16)]
 
 
-@pytest.mark.parametrize("tile", [Config(16, 16, 1, 1), Config(32, 64, 4, 2), Config(64, 32, 4, 2)], ids=str)
+@pytest.mark.parametrize(
+    "tile", [KernelConfig(16, 16, 1, 1), KernelConfig(32, 64, 4, 2), KernelConfig(64, 32, 4, 2)], ids=str
+)
 def test_every_kernel_draws_the_same_mask_whatever_its_tile(tile):
     M = K = 30
     drop, one = {"seed": seed_of(99), "p": P}, torch.ones(M, K, device=DEVICE)

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from multilora_fast.kernels import configs
-from multilora_fast.kernels.configs import Config
+from multilora_fast.kernels.configs import KernelConfig
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.reduce import reduce, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
@@ -82,7 +82,7 @@ def test_shrink_reads_x_once(watch, n, r, p, tokens):
     assert traffic.stores["x"] == 0
     config = configs.pick("shrink", tokens, n * r, x.dtype, "interpreter")
     tiles = triton.cdiv(tokens, config.BLOCK_M)
-    parts, _ = configs.split(tiles, triton.cdiv(K, config.BLOCK_D), 4, config.min_steps)
+    parts, _ = configs.split_k(tiles, triton.cdiv(K, config.BLOCK_D), 4, config.min_steps)
     partial = parts * h.nbytes if parts > 1 else 0
     seeds = 8 * tiles * triton.cdiv(K, config.BLOCK_D) if p else 0
     assert sum(traffic.stores.values()) == partial + h.nbytes
@@ -120,7 +120,7 @@ def test_reduce_reads_x_once(watch, n, r, p):
     da = reduce(h, x, n, x.dtype, **drop(p))
     config = configs.pick("reduce", M, n * r, x.dtype, "interpreter")
     tiles = triton.cdiv(K, config.BLOCK_D)
-    parts, _ = configs.split(tiles, triton.cdiv(M, config.BLOCK_M), 4, config.min_steps)
+    parts, _ = configs.split_k(tiles, triton.cdiv(M, config.BLOCK_M), 4, config.min_steps)
     assert traffic.loads["x"] == x.nbytes
     assert traffic.loads["h"] == tiles * h.nbytes
     assert traffic.stores["other"] == (parts + 1) * da.nbytes
@@ -142,7 +142,7 @@ def test_the_gradient_of_the_scale_reads_nothing_large_again(watch, n, r):
 @pytest.mark.parametrize(("n", "r", "columns", "reads"), [(3, 96, 512, 1), (3, 160, 512, 1), (3, 96, 256, 2)])
 def test_a_rank_beyond_256_reads_its_large_tensor_once_per_chunk(watch, n, r, columns, reads):
     x, a, h = torch.randn(40, K), torch.randn(n, r, K), torch.randn(40, n * r)
-    config = Config(32, 32, 8, 2, columns=columns)
+    config = KernelConfig(32, 32, 8, 2, columns=columns)
     traffic = watch(x=x)
     shrink(x, a, **drop(0.1), config=config)
     assert traffic.loads["x"] == reads * x.nbytes
@@ -152,7 +152,7 @@ def test_a_rank_beyond_256_reads_its_large_tensor_once_per_chunk(watch, n, r, co
 
 
 def test_the_chunks_of_one_tile_run_next_to_each_other(watch):
-    config = Config(32, 32, 4, 2, min_steps=100)
+    config = KernelConfig(32, 32, 4, 2, min_steps=100)
     x, a = torch.randn(64, 40), torch.randn(2, 150, 40)
     traffic = watch(first=x[:32], second=x[32:])
     shrink(x, a, config=config)

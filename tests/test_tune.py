@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICE
 
 from bench import tune
-from multilora_fast.kernels.configs import Config, pick
+from multilora_fast.kernels.configs import KernelConfig, pick
 
 
 @pytest.mark.parametrize("stage", tune.stages(), ids=lambda stage: "-".join(map(str, stage.key)))
@@ -21,8 +21,8 @@ def test_candidates_start_with_the_present_row_and_fit(stage):
 @pytest.mark.parametrize("kernel", ["shrink", "expand", "reduce"])
 def test_right_results_pass_the_check_and_wrong_ones_do_not(kernel):
     for _, launch, truth in tune.uses(kernel, 40, 48, 2, 8, torch.float32, DEVICE):
-        assert tune.correct(kernel, launch, Config(32, 32, 4, 2), truth)
-        assert not tune.correct(kernel, launch, Config(32, 32, 4, 2), 1.05 * truth + 0.1)
+        assert tune.correct(kernel, launch, KernelConfig(32, 32, 4, 2), truth)
+        assert not tune.correct(kernel, launch, KernelConfig(32, 32, 4, 2), 1.05 * truth + 0.1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
