@@ -22,10 +22,10 @@ test: $(VENV)/installed ## Run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
 fuzz: $(VENV)/installed ## Run the op on 2,000 cases drawn at random
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q --hypothesis-show-statistics tests/test_fuzz.py $(ARGS)
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q --hypothesis-show-statistics tests/ops/test_fuzz.py $(ARGS)
 
 soak: $(VENV)/installed ## For about ten minutes: safety, kills and other faults, long runs; prints the figures
-	SOAK=1 $(BIN)/python -m pytest -q -s tests/test_safety.py tests/test_faults.py tests/test_long.py $(ARGS)
+	SOAK=1 $(BIN)/python -m pytest -q -s tests/test_safety.py tests/training/test_faults.py tests/test_long.py $(ARGS)
 
 gpu: $(VENV)/installed ## On a machine with a GPU: test, tune and measure (bench/gpu.sh does one stage alone)
 	for stage in tests tune bench; do PYTHON=$(BIN)/python bench/gpu.sh $$stage $(OUT) || exit 1; done

@@ -6,6 +6,8 @@ from setuptools import setup
 here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"', (here / "multilora_fast/__init__.py").read_text(), re.M).group(1)
 
+rooms = ["kernels", "ops", "layers", "adapters", "peft", "memory", "benchmark", "training", "demo", "cli"]
+
 train = ["accelerate>=1.1", "bitsandbytes>=0.49; sys_platform == 'linux'"]
 demo = ["accelerate>=1.1", "gguf>=0.10", "datasets>=3", "matplotlib>=3.8"]
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
@@ -21,7 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["multilora_fast", "multilora_fast.kernels", "multilora_fast.peft", "multilora_fast.demo"],
+    packages=["multilora_fast", *(f"multilora_fast.{room}" for room in rooms)],
     package_data={"multilora_fast": ["py.typed"], "multilora_fast.kernels": ["README.md"]},
     install_requires=[
         "torch>=2.11",

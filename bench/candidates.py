@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
-from multilora_fast.layer_bench import base_layer, candidates, multilora, peft_lora
+from multilora_fast.benchmark.layer import base_layer, candidates, multilora, peft_lora
 
 COMPILED, LORA_FLOAT32, CONCATENATED, ADDMM, FP8 = (
     "reference loop, compiled", "PEFT LoRA, float32 adapters", "concatenated eager", "addmm_ LoRA", "ours, fp8 inputs",

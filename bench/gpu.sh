@@ -14,8 +14,8 @@ bench() {
 mkdir -p "$out"
 case ${1:-} in
 tests)
-    $python -m pytest -q tests/test_gpu.py tests/test_selfcheck.py tests/test_kernels.py tests/test_kernels_dropout.py \
-        tests/test_op.py tests/test_mask.py tests/test_determinism.py tests/test_compile.py \
+    $python -m pytest -q tests/test_gpu.py tests/kernels/test_kernels.py tests/kernels/test_dropout.py \
+        tests/ops/test_{selfcheck,op,mask,determinism,compile}.py \
         tests/test_long.py::test_more_than_two_to_the_31_elements_on_a_gpu
     ;;
 tune) $python -m bench.tune --out "$out" ;;

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from bench.candidates import FP8
 from bench.environment import conditions
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
-from multilora_fast.layer_bench import LORA, OURS, REFERENCE
+from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE
 from multilora_fast.memory import saved_bytes
 
 SIZES = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40), "65B": (8192, 22016, 64), "tiny": (64, 96, 4)}

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from bench.candidates import FP8
-from multilora_fast.layer_bench import LORA, OURS, REFERENCE
+from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"

@@ -12,8 +12,8 @@ from torch import nn
 
 from bench.timing import contest
 from multilora_fast import MultiLoraConfig
-from multilora_fast.layer_bench import FROZEN, LORA, OURS
-from multilora_fast.turns import Turn
+from multilora_fast.benchmark.layer import FROZEN, LORA, OURS
+from multilora_fast.benchmark.timing import Turn
 
 ALONE = "ours, each layer alone"
 # hidden size, and output sizes of q, k and v: LLaMA-7B's, a 2048-wide block, SmolLM2-135M's

@@ -11,8 +11,8 @@ import torch
 from bench.candidates import layers
 from bench.floor import layer_work, rates
 from bench.timing import contest
-from multilora_fast.layer_bench import DIRECTIONS, FROZEN, LORA, OURS, REFERENCE, gate
-from multilora_fast.turns import layer_turn
+from multilora_fast.benchmark.layer import DIRECTIONS, FROZEN, LORA, OURS, REFERENCE, gate
+from multilora_fast.benchmark.timing import layer_turn
 
 CPU_SHAPES = [(1024, 2048, 2048), (1024, 576, 1536)]
 GPU_SHAPES = [(8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096)]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from bench.floor import product_work, rates
-from multilora_fast import eager
-from multilora_fast.backends import choose, load
+from multilora_fast.ops import torch_backend
+from multilora_fast.ops.backends import choose, load
 
 USES = ["shrink forward", "shrink backward", "expand forward", "expand backward", "reduce forward", "reduce backward"]
 M, D = (8192, 4096) if torch.cuda.is_available() else (1024, 2048)
@@ -59,7 +59,7 @@ def test_op(benchmark, use, n, p, tiny, device):
     keep = ops.draw(seed, rows, columns, p, dtype)
     exact = {name: tensor.double() for name, tensor in t.items()}
     mask = ops.dropout_mask(seed, rows, columns, p).double() if p else None
-    truth = call(eager, use, exact, mask, p)
+    truth = call(torch_backend, use, exact, mask, p)
     got = call(ops, use, {**t, "y": t["y"].clone()}, keep, p)
     assert (got - truth).norm() <= 0.01 * truth.norm()
 

@@ -2,7 +2,7 @@
 
 import statistics
 
-from multilora_fast.turns import Turn
+from multilora_fast.benchmark.timing import Turn
 
 
 def contest(benchmark, turns: dict[str, Turn], ours: str, rounds: int, warmup: int = 2) -> dict[str, float]:

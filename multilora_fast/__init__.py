@@ -3,16 +3,16 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from multilora_fast.functional import dropout_mask, multilora_add, multilora_linear
 from multilora_fast.layers import FusedMultiLoRALinear, FuseReport, fuse, unfuse
+from multilora_fast.ops.functional import dropout_mask, multilora_add, multilora_linear
 from multilora_fast.reference import MultiLoRALinear
 
 if TYPE_CHECKING:
-    from multilora_fast.export import export_lora
+    from multilora_fast.adapters.export import export_lora
+    from multilora_fast.adapters.merge import from_loras
+    from multilora_fast.memory.plan import plan_memory
     from multilora_fast.peft import MultiLoraConfig
-    from multilora_fast.plan import plan_memory
     from multilora_fast.spectrum import singular_values
-    from multilora_fast.task_arithmetic import from_loras
 
 __version__ = "0.1.0"
 
@@ -35,9 +35,9 @@ __all__ = [
 # Loaded at their first touch: importing the library loads torch and nothing heavier.
 _LAZY = {
     "MultiLoraConfig": "multilora_fast.peft",
-    "export_lora": "multilora_fast.export",
-    "from_loras": "multilora_fast.task_arithmetic",
-    "plan_memory": "multilora_fast.plan",
+    "export_lora": "multilora_fast.adapters.export",
+    "from_loras": "multilora_fast.adapters.merge",
+    "plan_memory": "multilora_fast.memory.plan",
     "singular_values": "multilora_fast.spectrum",
 }
 

@@ -9,7 +9,7 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from multilora_fast.checks import check_alpha, check_hyperparameters
+from multilora_fast.validation import check_alpha, check_hyperparameters
 
 
 class MultiLoRALinear(nn.Linear):

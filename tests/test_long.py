@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE
+from device import DEVICE
 from soak import amount
 from torch import nn
 from torch.utils.checkpoint import checkpoint

@@ -16,11 +16,12 @@ from tiny_training import CHATS, PROMPTS, make_tokenizer, write
 
 import multilora_fast
 from multilora_fast import export_lora, from_loras, singular_values
-from multilora_fast.adapters import CONFIG, WEIGHTS, load_adapter
-from multilora_fast.cli_adapters import _compare
+from multilora_fast.adapters import load_adapter
+from multilora_fast.adapters.files import CONFIG, WEIGHTS
+from multilora_fast.cli.adapters import _compare
 from multilora_fast.demo.model import load_model
-from multilora_fast.train import run
-from multilora_fast.train_settings import Settings
+from multilora_fast.training.config import Settings
+from multilora_fast.training.run import run
 
 
 class Bomb:

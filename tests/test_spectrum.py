@@ -13,7 +13,8 @@ from tiny import ATTENTION, config, gpt2, llama, two_adapters
 from torch import nn
 
 from multilora_fast import MultiLoRALinear, cli, fuse, singular_values
-from multilora_fast.adapters import WEIGHTS, save_adapter
+from multilora_fast.adapters import save_adapter
+from multilora_fast.adapters.files import WEIGHTS
 from multilora_fast.spectrum import (
     by_kind,
     directions,
@@ -288,6 +289,6 @@ def test_mistakes_are_one_line_and_exit_code_2(adapters, tmp_path, monkeypatch, 
         assert shown.out == ""
         assert len(shown.err.splitlines()) == 1
         assert message in shown.err
-    monkeypatch.setattr("multilora_fast.cli_spectrum.find_spec", lambda name: None)
+    monkeypatch.setattr("multilora_fast.cli.spectrum.find_spec", lambda name: None)
     code, shown = run(monkeypatch, capsys, adapters[0], "--plot", tmp_path / "a.png")
     assert (code, shown.err) == (2, "multilora-fast: --plot needs matplotlib: run pip install matplotlib.\n")

@@ -10,7 +10,7 @@ set -eu
 cd "$(dirname "$0")/.."
 floors=$(sed -n 's/^ *"\([a-z]*\)>=\([0-9.]*\).*",$/\1==\2.*/p' setup.py | grep -E '^(torch|triton|transformers|peft)=')
 [ "$(echo "$floors" | wc -l)" = 4 ] || { echo "tests/versions.sh: setup.py lacks a floor: $floors" >&2; exit 1; }
-near="tests/test_kernels.py tests/test_op.py tests/test_export.py tests/test_from_loras.py"
+near="tests/kernels/test_kernels.py tests/ops/test_op.py tests/adapters/test_export.py tests/adapters/test_merge.py"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY-passive}" PIP_DISABLE_PIP_VERSION_CHECK=1
 
 make_home() { # home, requirements ...
@@ -35,7 +35,7 @@ for set in ${*:-oldest newest}; do
     *) echo "tests/versions.sh: $set is not oldest, newest or quick." >&2; exit 2 ;;
     esac
     "$home/bin/python" -m pip list 2>/dev/null | grep -E '^(numpy|torch|triton|transformers|peft) ' | xargs echo "$set:"
-    PYTHONPATH=. "$home/bin/python" -m pytest -q -p no:cacheprovider $([ "$set" != quick ] || echo $near tests/test_peft*.py) ||
+    PYTHONPATH=. "$home/bin/python" -m pytest -q -p no:cacheprovider $([ "$set" != quick ] || echo $near tests/peft/test_[^dt]*.py) ||
         failed="$failed $set"
 done
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from examples.multitask.plan import Study
 from multilora_fast import from_loras, fuse, unfuse
 from multilora_fast.adapters import load_adapter
-from multilora_fast.branches import collect
+from multilora_fast.adapters.branches import collect
 from multilora_fast.demo.model import LINEARS, add_branches, target_linears
 from multilora_fast.demo.scoring import Encoded
 from multilora_fast.demo.training import pack

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from multilora_fast.benchmark.timing import Turn, take_turns
 from multilora_fast.demo.model import add_branches, target_linears
-from multilora_fast.layers import fuse
+from multilora_fast.layers.fuse import fuse
 from multilora_fast.memory import peak_bytes, saved_bytes
-from multilora_fast.turns import Turn, take_turns
 
 NAIVE, LORA, OURS = "naive MultiLoRA", "PEFT LoRA", "multilora-fast"
 

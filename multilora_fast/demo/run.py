@@ -21,7 +21,7 @@ from multilora_fast.demo.settings import Settings
 from multilora_fast.demo.tasks import SPLITS, Task, load_tasks, majority_rate
 from multilora_fast.demo.training import check_packing, pack, train
 from multilora_fast.devices import choose_device, choose_dtype
-from multilora_fast.layers import fuse
+from multilora_fast.layers.fuse import fuse
 
 
 def run(settings: Settings, tasks: Sequence[Task] | None = None) -> list[report.TaskResult]:

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from multilora_fast.checks import check_hyperparameters
 from multilora_fast.demo.report import check_output
+from multilora_fast.validation import check_hyperparameters
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Literal
 
 from peft import PeftConfig
 
-from multilora_fast.checks import check_config, check_expression, check_hyperparameters, check_save_inputs
 from multilora_fast.peft.register import peft_type
+from multilora_fast.validation import check_config, check_expression, check_hyperparameters, check_save_inputs
 
 
 @dataclass

@@ -11,10 +11,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from multilora_fast.branches import Branches, as_lora
-from multilora_fast.functional import multilora_add, multilora_linear
+from multilora_fast.adapters.branches import Branches, as_lora
+from multilora_fast.layers.shared_input import SharedInput, finish_shared
+from multilora_fast.ops.functional import multilora_add, multilora_linear
 from multilora_fast.peft.quantization import base_weight, compute_as, dense_4bit, is_4bit, resolve_quantization_backend
-from multilora_fast.shared import SharedInput, finish_shared
 
 
 class MultiLoraBranches(nn.Module):

@@ -13,12 +13,13 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, Auxil
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from multilora_fast.branches import CONTAINER, NAMES, Branches, describe, pattern_value, shape_options, stack, targets
+from multilora_fast.adapters.branches import CONTAINER, NAMES, Branches, stack
+from multilora_fast.adapters.config import describe, pattern_value, shape_options, targets
+from multilora_fast.layers.shared_input import find_groups
 from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraLinear
 from multilora_fast.peft.precision import warn_of_half_scales
 from multilora_fast.peft.quantization import get_quantization_kwargs, resolve_quantization_backend
-from multilora_fast.shared import find_groups
 
 
 class MultiLoraModel(BaseTuner):

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import nn
 
-from multilora_fast.branches import NAMES
+from multilora_fast.adapters.branches import NAMES
 from multilora_fast.peft.layer import MultiLoraLinear
 
 HALF = (torch.bfloat16, torch.float16)

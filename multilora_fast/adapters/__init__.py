@@ -1,0 +1,5 @@
+"""Adapters as files."""
+
+from multilora_fast.adapters.files import load_adapter, save_adapter
+
+__all__ = ["load_adapter", "save_adapter"]

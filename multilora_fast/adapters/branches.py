@@ -1,0 +1,85 @@
+"""The branches of one adapted layer as plain tensors: from models, into one LoRA, and stacked from several.
+
+n branches of rank r, K in_features, N out_features, R = n·r, c the constant scaling factor.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from multilora_fast.reference import MultiLoRALinear
+
+NAMES = ("lora_A", "lora_B", "lora_scaling")
+CONTAINER = "multilora_branches"  # of the PEFT layer: one module per adapter
+
+
+class Branches(NamedTuple):
+    """lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1), and c: the layer adds Σᵢ c·sᵢ ⊙ Bᵢ Aᵢ x."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_scaling: Tensor
+    scaling_factor: float = 1.0
+
+    @property
+    def lora_num(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def r(self) -> int:
+        return self.lora_A.shape[1]
+
+    @classmethod
+    def of(cls, module: Any) -> "Branches":
+        """Of any module with these four attributes; no copies."""
+        return cls(module.lora_A.detach(), module.lora_B.detach(), module.lora_scaling.detach(), module.scaling_factor)
+
+
+def as_lora(branches: Branches) -> tuple[Tensor, Tensor]:
+    """The same update as one LoRA of rank R: Ã (R, K) and B̃ (N, R), with B̃ Ã x what the branches add to the output."""
+    A, B, s, c = branches
+    B = B * (c * s).unsqueeze(2)
+    return A.flatten(0, 1), B.transpose(0, 1).flatten(1)
+
+
+def stack(parts: Sequence[Branches], generator: torch.Generator | None = None) -> Branches:
+    """All branches of ``parts`` as one set, c folded into the scales. Lower ranks are padded to the highest: A with
+    random rows, B with zero columns, so that the update is the same and the padding can learn."""
+    r = max(part.r for part in parts)
+    width = max(part.lora_scaling.shape[1] for part in parts)
+    As, Bs, scales = [], [], []
+    for A, B, s, c in parts:
+        n, rank, K = A.shape
+        rows = torch.empty(n, r - rank, K, dtype=A.dtype, device=A.device)
+        As.append(torch.cat([A, rows.uniform_(-(K**-0.5), K**-0.5, generator=generator)], 1))
+        Bs.append(torch.cat([B, B.new_zeros(n, B.shape[1], r - rank)], 2))
+        scales.append((c * s).expand(n, width))
+    return Branches(torch.cat(As), torch.cat(Bs), torch.cat(scales))
+
+
+def collect(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
+    """The modules of ``model`` that hold branches, by the path of the layer they adapt: our own layers, and of PEFT
+    layers the adapter ``adapter_name``, or their active one.
+
+    Raises:
+        ValueError: several PEFT adapters are active and none is named, or weights of an adapter are merged.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: dict[str, nn.Module] = {}
+    for path, module in base.named_modules():
+        name = path.removeprefix("_orig_mod.").replace("._orig_mod", "")  # a compiled model holds the model under this
+        if isinstance(module, MultiLoRALinear):
+            found[name] = module
+        elif CONTAINER in module._modules:
+            adapters = getattr(module, CONTAINER)
+            wanted = [adapter_name] if adapter_name is not None else module.active_adapters
+            here = [name for name in wanted if name in adapters]
+            if len(here) > 1:
+                raise ValueError(f"model has several active adapters, {', '.join(here)}: pass adapter_name.")
+            if here and here[0] in module.merged_adapters:
+                raise ValueError(f"model has the adapter {here[0]!r} merged into its weights: unmerge it first.")
+            if here:
+                found[name] = adapters[here[0]]
+    return found

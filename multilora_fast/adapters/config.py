@@ -1,0 +1,51 @@
+"""What an adapter's config says of each module: patterns of ranks, branches and alphas, and the target modules."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from multilora_fast.adapters.branches import Branches
+
+
+def pattern_value(pattern: Mapping[str, object] | None, name: str, default):
+    """The value of the first key of ``pattern`` that is a regular expression for the end of ``name``, as in PEFT."""
+    return next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def shape_options(config: Mapping, name: str) -> dict:
+    """r, lora_num and lora_alpha of the module ``name`` under an adapter's config and its patterns."""
+    r = pattern_value(config.get("rank_pattern"), name, config["r"])
+    alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
+    return {
+        "r": r,
+        "lora_num": pattern_value(config.get("lora_num_pattern"), name, config["lora_num"]),
+        "lora_alpha": r if alpha is None else alpha,
+    }
+
+
+def describe(modules: Mapping[str, Branches]) -> dict:
+    """The config fields that give every module its r, lora_num and c: common values, and patterns for the others."""
+    alpha_is_rank = all(b.scaling_factor == 1.0 for b in modules.values())
+    values = {name: (b.r, b.lora_num, b.scaling_factor * b.r) for name, b in modules.items()}
+    common = [Counter(column).most_common(1)[0][0] for column in zip(*values.values(), strict=True)]
+    patterns = [
+        {f"^{re.escape(name)}": row[i] for name, row in values.items() if row[i] != common[i]} for i in range(3)
+    ]
+    return {
+        "r": common[0],
+        "lora_num": common[1],
+        "lora_alpha": None if alpha_is_rank else common[2],
+        "rank_pattern": patterns[0],
+        "lora_num_pattern": patterns[1],
+        "alpha_pattern": {} if alpha_is_rank else patterns[2],
+    }
+
+
+def targets(adapted: Iterable[str], everything: Iterable[str] = ()) -> list[str] | str:
+    """``target_modules`` for exactly the modules ``adapted`` of those in ``everything``: their names, or one regular
+    expression where a name is also the end of another module's."""
+    adapted = sorted(adapted)
+    suffixes = tuple(f".{name}" for name in adapted)
+    if any(name.endswith(suffixes) for name in set(everything) - set(adapted)):
+        return "|".join(re.escape(name) for name in adapted)
+    return adapted

@@ -1,0 +1,234 @@
+"""Adapters as files: branches in safetensors, with a config in JSON beside them.
+
+The directory is laid out as a PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``, with keys
+``base_model.model.<module path>.multilora_branches.lora_A | lora_B | lora_scaling``. What is saved here loads with
+PeftModel.from_pretrained, and what a PeftModel saved loads here, on nn.Linear modules.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from multilora_fast.adapters.branches import CONTAINER, NAMES, Branches, collect
+from multilora_fast.adapters.config import describe, shape_options, targets
+from multilora_fast.files import RECORD, check_folder, made
+from multilora_fast.layers.fused import FusedMultiLoRALinear
+from multilora_fast.reference import MultiLoRALinear
+from multilora_fast.validation import check_config, check_hyperparameters
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+PREFIX = "base_model.model."
+MADE_BY = "multilora_fast"  # in the metadata of the weights that a command made of others
+_SUFFIX = f".{CONTAINER}."
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Write the branches of every MultiLoRA layer of ``model``, in their own dtypes, into ``directory``.
+
+    A failed save leaves what stood there before.
+
+    Raises:
+        ValueError: the model holds no MultiLoRA layer, or layers that differ in kind of scale or dropout, which one
+            config cannot describe.
+    """
+    layers = {name: m for name, m in collect(model).items() if isinstance(m, MultiLoRALinear)}
+    if not layers:
+        raise ValueError("model holds no MultiLoRA layer to save.")
+    options = {name: _options(layer) for name, layer in layers.items()}
+    first = next(iter(options.values()))
+    for name, other in options.items():
+        if other != first:
+            raise ValueError(f"model must have one lora_dropout and kind of scale in all layers, but {name} differs.")
+    modules = {name: Branches.of(layer) for name, layer in layers.items()}
+    chosen = targets(layers, [name for name, _ in model.named_modules()])
+    write_multilora(directory, modules, {**first, "target_modules": chosen})
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
+    """Put the adapter of ``directory`` on ``model``'s nn.Linear modules, in place, and return their names.
+
+    The model is changed only if every tensor fits.
+
+    Raises:
+        ValueError: a file that is missing, damaged or foreign, or that does not fit this model.
+    """
+    config, modules = read_multilora(directory)
+    layers: dict[str, FusedMultiLoRALinear] = {}
+    for name, branches in modules.items():
+        try:
+            base = model.get_submodule(name)
+        except AttributeError:
+            raise ValueError(f"{directory} adapts {name}, which the model does not have.") from None
+        if not isinstance(base, nn.Linear) or isinstance(base, MultiLoRALinear):
+            raise ValueError(f"{directory} adapts {name}, which is a {type(base).__name__}, not an nn.Linear.")
+        _check_shapes(directory, config, name, branches, base.in_features, base.out_features)
+        options = {k: config[k] for k in ("lora_dropout", "scaling")}
+        with torch.device("meta"):
+            bare = nn.Linear(base.in_features, base.out_features)
+            layer = FusedMultiLoRALinear(bare, **shape_options(config, name), **options)
+        for key in NAMES:
+            setattr(layer, key, nn.Parameter(getattr(branches, key).to(base.weight.device)))
+        layer.weight = base.weight
+        layer.register_parameter("bias", base.bias)
+        layers[name] = layer.train(base.training)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return list(layers)
+
+
+def write_multilora(
+    directory: str | os.PathLike, modules: Mapping[str, Branches], config: dict, made_by: str | None = None
+) -> None:
+    """An adapter with the branches of ``modules``, by module path; ``config`` holds what the branches do not say."""
+    tensors = {f"{PREFIX}{name}{_SUFFIX}{key}": getattr(b, key) for name, b in modules.items() for key in NAMES}
+    write_files(directory, {"peft_type": "MULTILORA", **describe(modules), **config}, tensors, made_by)
+
+
+def read_multilora(directory: str | os.PathLike) -> tuple[dict, dict[str, Branches]]:
+    """The config, and the branches by module path."""
+    directory = Path(directory)
+    config, tensors = read_files(directory, "MultiLoRA")
+    if config.get("peft_type") != "MULTILORA":
+        raise ValueError(f"{directory / CONFIG} does not describe a MultiLoRA adapter.")
+    missing = {"r", "lora_num", "lora_alpha", "lora_dropout", "scaling"} - set(config)
+    if missing:
+        raise ValueError(f"{directory / CONFIG} lacks {', '.join(sorted(missing))}.")
+    try:
+        check_config(config)
+        check_hyperparameters(**{k: config[k] for k in ("r", "lora_num", "lora_dropout", "scaling")})
+    except ValueError as error:
+        raise ValueError(f"{directory / CONFIG} is wrong: {error}") from None
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, suffix, branch = key.removeprefix(PREFIX).rpartition(_SUFFIX)
+        if branch.partition(".")[2] in NAMES:  # PEFT before 0.20 puts a model's other adapters here too, by name
+            continue
+        if not key.startswith(PREFIX) or not suffix or branch not in NAMES:
+            raise ValueError(f"{directory / WEIGHTS} holds {key}, which is no MultiLoRA tensor.")
+        found.setdefault(name, {})[branch] = tensor
+    if not found:
+        raise ValueError(f"{directory / WEIGHTS} holds no MultiLoRA tensor.")
+    modules = {}
+    for name, branches in found.items():
+        lacking = sorted(set(NAMES) - set(branches))
+        if lacking:
+            raise ValueError(f"{directory / WEIGHTS} lacks {', '.join(lacking)} of {name}.")
+        options = shape_options(config, name)
+        modules[name] = Branches(**branches, scaling_factor=options["lora_alpha"] / options["r"])
+        K, N = ((*t.shape, 0, 0, 0)[axis] for t, axis in ((branches["lora_A"], 2), (branches["lora_B"], 1)))
+        _check_shapes(directory, config, name, modules[name], K, N)
+    return config, modules
+
+
+def read_files(directory: str | os.PathLike, kind: str) -> tuple[dict, dict[str, Tensor]]:
+    """The config and the tensors of an adapter of any method. Only safetensors are read: a pickle can run code."""
+    directory = Path(directory)
+    try:
+        if not directory.is_dir():
+            raise ValueError("it is a file" if directory.exists() else "no such directory")
+        config = json.loads((directory / CONFIG).read_text())
+        if not (directory / WEIGHTS).exists():
+            pickled = [path.name for path in sorted(directory.iterdir()) if path.suffix in PICKLED]
+            if pickled:
+                raise ValueError(f"{pickled[0]} is pickled, which could run code, and there is no {WEIGHTS}")
+        tensors = load_file(directory / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{directory} is no readable {kind} adapter: {' '.join(str(error).split())}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{directory / CONFIG} does not describe a {kind} adapter.")
+    check_values(directory / WEIGHTS, tensors)
+    return config, tensors
+
+
+def check_values(where: object, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming the first of ``tensors`` that is no floating-point tensor or not finite."""
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{where} holds {key} of {tensor.dtype}, not of a floating-point dtype.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{where} holds values that are not finite, in {key}.")
+
+
+def check_output(directory: str | os.PathLike, made_by: str) -> None:
+    """Raise ValueError unless ``directory`` may take what the command ``made_by`` makes: it holds no model, training
+    run or adapter, but for one that this command made and nobody trained since."""
+    directory = Path(directory)
+    check_folder("the output", directory)
+    for pattern, what in (("config.json", "model"), (RECORD, "training run"), ("checkpoint-*", "training run")):
+        if any(directory.glob(pattern)):
+            raise ValueError(f"the output {directory} holds a {what} ({pattern}): give another directory.")
+    if any((directory / name).exists() for name in (CONFIG, WEIGHTS)) and _made_by(directory / WEIGHTS) != made_by:
+        raise ValueError(
+            f"the output {directory} holds an adapter that is no earlier {made_by}: give another directory."
+        )
+
+
+def _made_by(weights: Path) -> str | None:
+    """The command that made the adapter. Who trains it and saves it writes the file without that."""
+    try:
+        with safe_open(weights, "pt") as file:
+            return (file.metadata() or {}).get(MADE_BY)
+    except (OSError, SafetensorError):
+        return None
+
+
+def _order_metadata(weights: Path) -> None:
+    """safetensors writes metadata in an order of chance; equal adapters are equal files."""
+    with weights.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+def write_files(
+    directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor], made_by: str | None = None
+) -> None:
+    """Both files of an adapter, put in their places once both are complete; on an error nothing has changed.
+
+    Raises:
+        ValueError: ``directory`` can be none, or a tensor is not finite.
+        OSError: the files cannot be written, on a full disk say.
+    """
+    directory = Path(directory)
+    check_folder("the output", directory)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    check_values("the adapter", tensors)
+    with made(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as temporary:
+        weights, text = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
+        try:
+            save_file(tensors, weights, metadata={"format": "pt"} | ({MADE_BY: made_by} if made_by else {}))
+            _order_metadata(weights)
+        except SafetensorError as error:
+            raise OSError(f"{directory} cannot be written: {error}") from error
+        text.write_text(json.dumps(config, indent=2) + "\n")
+        os.chmod(weights, text.stat().st_mode)
+        os.replace(weights, directory / WEIGHTS)
+        os.replace(text, directory / CONFIG)
+
+
+def _check_shapes(directory, config: dict, name: str, branches: Branches, K: int, N: int) -> None:
+    options = shape_options(config, name)
+    n, r = options["lora_num"], options["r"]
+    shapes = ((n, r, K), (n, N, r), (n, N if config["scaling"] == "vector" else 1))
+    for key, tensor, wanted in zip(NAMES, branches[:3], shapes, strict=True):
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"{directory} holds {key} of shape {tuple(tensor.shape)} for {name}, which needs {wanted}."
+            )
+
+
+def _options(layer: MultiLoRALinear) -> dict:
+    return {
+        "lora_dropout": layer.lora_dropout.p,
+        "scaling": "scalar" if layer.lora_scaling.shape[1] == 1 else "vector",
+    }

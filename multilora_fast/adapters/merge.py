@@ -1,0 +1,167 @@
+"""Task arithmetic: existing LoRA adapters as the branches of one MultiLoRA adapter, whose scales can be learned."""
+
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from multilora_fast.adapters.branches import Branches, stack
+from multilora_fast.adapters.config import pattern_value
+from multilora_fast.adapters.files import PREFIX, check_output, read_files, write_multilora
+from multilora_fast.validation import check_config, check_hyperparameters
+
+# Fields of a LoRA config that change what the adapter computes beyond B A x, or hold tensors outside of A and B.
+_NOT_PLAIN = (
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices",
+    "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config", "velora_config",
+    "monteclora_config", "kasa_config", "megatron_config",
+)  # fmt: skip
+# Initialisations that change the base weight too, so that the adapter alone says nothing about the original model.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+def from_loras(
+    directories: Sequence[str | os.PathLike],
+    out_dir: str | os.PathLike,
+    *,
+    weights: Sequence[float] | None = None,
+    scaling: str = "vector",
+    lora_dropout: float = 0.0,
+    seed: int = 0,
+) -> Path:
+    """Write one MultiLoRA adapter whose branch i is the LoRA adapter ``directories[i]``, and return its directory.
+
+    A model with it computes the weighted sum of the LoRAs' updates, exactly at creation: branch i's scales are
+    ``weights[i]`` and its alpha / r (or alpha / √r) is folded into B. Lower ranks are padded with random rows of A and
+    zero columns of B, which can learn. Where a LoRA does not adapt a module that others do, its branch is fresh, with
+    scale zero. Everything is stored in float32.
+
+    Args:
+        directories: LoRA adapters as PEFT saves them, for one base model.
+        out_dir: made if missing, or that of an earlier merge, which is overwritten; load it with
+            PeftModel.from_pretrained or multilora_fast.adapters.load_adapter.
+        weights: one number per LoRA; all 1 when None.
+        scaling: "vector" or "scalar", the kind of scale to learn from there.
+        lora_dropout: of the new adapter, when it is trained.
+        seed: of the padding and the fresh branches.
+
+    Raises:
+        ValueError: no directories, other numbers of weights, adapters that are missing, damaged, no plain LoRA (DoRA,
+            biases, modules_to_save, ...), or for modules of different shapes; or ``out_dir`` holds a model, a training
+            run or an adapter that is no merge.
+    """
+    if isinstance(directories, (str, os.PathLike)):
+        raise ValueError(f"directories must be a list of LoRA adapters' directories, not {os.fspath(directories)!r}.")
+    directories = [os.fspath(directory) for directory in directories]
+    try:
+        weights = [1.0] * len(directories) if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError):
+        raise ValueError(f"weights must be a list of numbers or None, not {weights!r}.") from None
+    if not directories:
+        raise ValueError("directories must name at least one LoRA adapter.")
+    if len(weights) != len(directories):
+        raise ValueError(f"weights must hold one number per adapter, {len(directories)}, not {len(weights)}.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"weights must be finite, not {weights}.")
+    check_hyperparameters(r=1, lora_num=1, lora_dropout=lora_dropout, scaling=scaling)
+    overwritten = [directory for directory in directories if Path(directory).resolve() == Path(out_dir).resolve()]
+    if overwritten:
+        raise ValueError(f"the output {out_dir} holds one of the LoRA adapters, which would be overwritten.")
+    check_output(out_dir, "merge")
+    loras = [read_lora(directory) for directory in directories]
+    generator = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name in dict.fromkeys(name for _, lora in loras for name in lora):
+        _check_shapes(name, directories, loras)
+        K, N = next((A.shape[1], B.shape[0]) for A, B in (lora[name] for _, lora in loras if name in lora))
+        width = N if scaling == "vector" else 1
+        r = max(lora[name][0].shape[0] for _, lora in loras if name in lora)
+        parts = []
+        for (_, lora), weight in zip(loras, weights, strict=True):
+            if name in lora:
+                A, B = lora[name]
+                parts.append(Branches(A[None], B[None], torch.full((1, width), weight)))
+            else:
+                A = torch.empty(1, r, K).uniform_(-(K**-0.5), K**-0.5, generator=generator)
+                B = torch.empty(1, N, r).uniform_(-(r**-0.5), r**-0.5, generator=generator)
+                parts.append(Branches(A, B, torch.zeros(1, width)))
+        modules[name] = stack(parts, generator)
+    config = _config([config for config, _ in loras], scaling, lora_dropout, sorted(modules))
+    write_multilora(out_dir, modules, config, made_by="merge")
+    return Path(out_dir)
+
+
+def read_lora(directory: str | os.PathLike) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
+    """The config, and A (r, K) and B (N, r) by module path, in float32, with alpha / r folded into B."""
+    config, tensors = read_files(directory, "LoRA")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter, not a LoRA adapter.")
+    for field in _NOT_PLAIN:
+        if config.get(field):
+            raise ValueError(f"{directory} has {field}={config[field]!r}, which MultiLoRA branches cannot hold.")
+    missing = {"r", "lora_alpha"} - {field for field, value in config.items() if value is not None}
+    if missing:
+        raise ValueError(f"{directory} has a config that lacks {', '.join(sorted(missing))}.")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{directory} has bias={config['bias']!r}, which MultiLoRA branches cannot hold.")
+    init = str(config.get("init_lora_weights")).lower()
+    if init.startswith(_CHANGES_BASE):
+        raise ValueError(f"{directory} was made with init_lora_weights={init!r}, which changes the base weights too.")
+    try:
+        check_config(config)
+    except ValueError as error:
+        raise ValueError(f"{directory} has a config that is wrong: {error}") from None
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, dot, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(PREFIX) or not dot or which not in ("lora_A", "lora_B") or tensor.dim() != 2:
+            raise ValueError(f"{directory} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear layer.")
+        found.setdefault(name, {})[which] = tensor.float()
+    if not found:
+        raise ValueError(f"{directory} holds no tensors.")
+    lora = {}
+    for name, pair in found.items():
+        if len(pair) < 2:
+            raise ValueError(f"{directory} holds {next(iter(pair))} of {name}, but not the other half.")
+        r = pattern_value(config.get("rank_pattern"), name, config.get("r"))
+        alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+        if not pair["lora_A"].shape[0] == pair["lora_B"].shape[1] == r:
+            shapes = f"{tuple(pair['lora_A'].shape)} and {tuple(pair['lora_B'].shape)}"
+            raise ValueError(f"{directory} holds A and B of shapes {shapes} for {name}, which its config gives r={r}.")
+        lora[name] = pair["lora_A"], pair["lora_B"] * (alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    return config, lora
+
+
+def _check_shapes(name: str, directories: Sequence[str | os.PathLike], loras: Sequence[tuple[dict, dict]]) -> None:
+    shapes = {
+        directory: (lora[name][0].shape[1], lora[name][1].shape[0])
+        for directory, (_, lora) in zip(directories, loras, strict=True)
+        if name in lora
+    }
+    first = next(iter(shapes))
+    for directory, (K, N) in shapes.items():
+        if shapes[first] != (K, N):
+            was = "{} to {}".format(*shapes[first])
+            raise ValueError(f"{name} maps {was} features in {first}, but {K} to {N} in {directory}.")
+
+
+def _config(configs: Sequence[dict], scaling: str, lora_dropout: float, names: list[str]) -> dict:
+    def common(field: str):
+        values = {config.get(field) for config in configs}
+        return values.pop() if len(values) == 1 else None
+
+    bases = sorted({config["base_model_name_or_path"] for config in configs if config.get("base_model_name_or_path")})
+    if len(bases) > 1:
+        warnings.warn(f"the LoRA adapters name different base models: {', '.join(bases)}.", stacklevel=3)
+    return {
+        "base_model_name_or_path": bases[0] if len(bases) == 1 else None,
+        "task_type": common("task_type"),
+        "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
+        "scaling": scaling,
+        "lora_dropout": lora_dropout,
+        "target_modules": names,
+    }

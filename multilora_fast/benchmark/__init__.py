@@ -1,0 +1,1 @@
+"""Layers timed beside their peers."""

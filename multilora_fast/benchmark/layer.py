@@ -1,0 +1,104 @@
+"""One frozen linear layer timed beside itself with branches on it: the reference loop, PEFT's LoRA of the same total
+rank, and ours. Nothing is timed before its result has been checked."""
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from multilora_fast.benchmark.timing import layer_turn, take_turns
+from multilora_fast.layers.fused import FusedMultiLoRALinear
+from multilora_fast.memory import peak_bytes, saved_bytes
+from multilora_fast.ops.functional import dropout_mask, multilora_linear
+from multilora_fast.ops.torch_backend import inverse_keep
+from multilora_fast.progress import progress
+from multilora_fast.reference import MultiLoRALinear
+from multilora_fast.testing import assert_two_times_rule, random_case
+
+FROZEN, REFERENCE, LORA, OURS = "frozen base layer", "reference loop", "PEFT LoRA", "ours"
+DIRECTIONS = ("forward", "backward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Median seconds by DIRECTIONS, the bytes that forward saves beyond the weights, and the most that forward and
+    backward have alive at once beyond weights, x and dy."""
+
+    seconds: dict[str, float]
+    saved: int
+    peak: int
+
+
+def base_layer(K: int, N: int, dtype: torch.dtype, device: str) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(K, N, bias=False, dtype=dtype, device=device).requires_grad_(False)
+
+
+def multilora(cls: type[MultiLoRALinear], base: nn.Linear, n: int, r: int, p: float) -> MultiLoRALinear:
+    """Branches with non-zero scales, in the base's dtype."""
+    torch.manual_seed(1)
+    layer = cls(base, r=r, lora_num=n, lora_dropout=p)
+    nn.init.normal_(layer.lora_scaling)
+    return layer
+
+
+def peft_lora(base: nn.Linear, rank: int, p: float, *, float32: bool = False) -> nn.Module:
+    """PEFT's LoRA of the same total rank; its adapters in the base's dtype unless ``float32``."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=p, target_modules=["0"])
+    return get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=float32)
+
+
+def gate(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, tokens: int = 128) -> None:
+    """Raise AssertionError unless the op obeys the 2× rule at these settings, on fewer tokens."""
+    case = random_case((tokens, K), N, n, r, dtype=dtype, bias=False, device=device)
+    op = partial(multilora_linear, bias=None, scaling_factor=case.scaling_factor)
+    if p:
+        keep = dropout_mask(torch.tensor([1], device=device), tokens, K, p)
+        case.factor = keep.double() * inverse_keep(p)
+        op = partial(op, dropout_p=p, seed=1)
+    assert_two_times_rule(op, case)
+
+
+def candidates(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
+    """The layers by name, as modules of x, each on a base layer of its own."""
+    bases = [base_layer(K, N, dtype, device) for _ in range(4)]
+    return {
+        FROZEN: bases[0],
+        REFERENCE: multilora(MultiLoRALinear, bases[1], n, r, p),
+        LORA: peft_lora(bases[2], n * r, p),
+        OURS: multilora(FusedMultiLoRALinear, bases[3], n, r, p),
+    }
+
+
+def measure(
+    K: int, N: int, *, tokens: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, rounds: int
+) -> dict[str, LayerCost]:
+    """What the layer costs, by name, frozen and with branches of total rank n·r: medians of ``rounds`` turns.
+
+    Raises:
+        AssertionError: the op's result breaks the 2× rule of :mod:`multilora_fast.testing`.
+    """
+    gate(K, N, n, r, p, dtype, device)
+    layers = candidates(K, N, n, r, p, dtype, device)
+    x = torch.randn(tokens, K, dtype=dtype, device=device).requires_grad_()
+    dy = torch.randn(tokens, N, dtype=dtype, device=device)
+    medians: dict[str, dict[str, float]] = {name: {} for name in layers}
+    for direction in DIRECTIONS:
+        turns = {name: layer_turn(layer, x, dy, direction) for name, layer in layers.items()}
+        take_turns(turns, range(2))
+        for name, seconds in take_turns(turns, progress(range(rounds), direction)).items():
+            medians[name][direction] = statistics.median(seconds)
+    return {name: LayerCost(medians[name], *_memory(layer, x, dy)) for name, layer in layers.items()}
+
+
+def _memory(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple[int, int]:
+    turn = layer_turn(layer, x, dy, "forward+backward")
+    turn.prepare()
+    peak = peak_bytes(partial(turn.run, None), x.device)
+    with saved_bytes(layer.parameters()) as saved:
+        layer(x)
+    return saved.total, peak

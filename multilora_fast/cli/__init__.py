@@ -1,0 +1,88 @@
+"""The command line: ``multilora-fast`` and the names under it. Heavy imports wait for a command."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from multilora_fast import __version__
+from multilora_fast.cli import adapters, bench, demo, info, plan, spectrum, train
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+ClickException: Any = typer.BadParameter.__mro__[2]  # click's, or that of the copy of click inside newer typer
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"multilora-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def multilora_fast(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """MultiLoRA: parallel LoRA branches with learned scales inside one adapter, at the cost of LoRA."""
+
+
+def _command(short: str, *examples: str) -> Any:
+    """A command with its line in the list of all, and with examples under its help."""
+    lines = "\n".join(f"  multilora-fast {example}" for example in examples)
+    title = "Examples" if len(examples) > 1 else "Example"
+    return app.command(short_help=short, epilog=f"\b\n{title}:\n{lines}")
+
+
+_command("Fine-tune a small model on four tasks, against LoRA.", "demo --quick", "demo --steps 320 --output run")(
+    demo.demo
+)
+_command("Show versions, device, backend and kernel settings.", "info", "info --arch sm_90 --json")(info.info)
+_command(
+    "Say what a training step will hold, by method.",
+    "plan MODEL --batch 4 --seq-len 2048",
+    "plan MODEL --gpu H100 --quantization 4bit --json",
+)(plan.plan)
+_command(
+    "Fine-tune a model on tasks in JSONL files.",
+    "train boolq.jsonl rte.jsonl --model MODEL --output out",
+    "train --task math=gsm8k.jsonl --model MODEL --output out --resume",
+)(train.train)
+_command("Write an adapter as a plain LoRA.", "export out lora", "export out lora --model MODEL --json")(
+    adapters.export
+)
+_command("Make one adapter of several LoRAs.", "merge lora-a lora-b --weights 1,0.5 --output sum")(adapters.merge)
+_command(
+    "Show singular values of what training changed.",
+    "spectrum out lora --modules k_proj,v_proj --plot spectrum.png",
+    "spectrum tuned-model --base MODEL",
+)(spectrum.spectrum)
+_command(
+    "Time one layer here, against the loop and LoRA.",
+    "bench",
+    "bench --in-features 4096 --out-features 11008 --lora-num 5 --lora-dropout 0.05 --json",
+)(bench.bench)
+
+
+def main() -> None:
+    """Run the app; a mistake in what was asked is one line on stderr and exit code 2."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if code == 130:  # what newer typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except ClickException as error:
+        _fail(error.format_message())
+    except ValueError as error:
+        _fail(str(error))
+    except OSError as error:  # a full disk, a file without permission
+        _fail(f"{error.filename}: {error.strerror}." if error.filename and error.strerror else str(error))
+    except (typer.Abort, KeyboardInterrupt) as stop:
+        after = "\n" if sys.stderr.isatty() else ""  # the terminal's own ^C
+        print(f"{after}{str(stop) or 'Interrupted.'}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"multilora-fast: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

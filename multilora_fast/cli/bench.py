@@ -1,0 +1,106 @@
+"""The command ``bench``. Mistakes are ValueErrors of one sentence."""
+
+import json
+import logging
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+
+def bench(
+    in_features: Annotated[
+        int | None, typer.Option(help="Inputs of the layer, K.", show_default="4096, on a CPU 2048")
+    ] = None,
+    out_features: Annotated[int | None, typer.Option(help="Its outputs, N.", show_default="as many")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows of x, M.", show_default="8192, on a CPU 1024")] = None,
+    lora_num: Annotated[int, typer.Option(help="Parallel branches, n.")] = 3,
+    r: Annotated[int, typer.Option(help="Rank of each branch; LoRA gets n times as much.")] = 32,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.0,
+    dtype: Annotated[
+        str, typer.Option(help="Of layer and branches: float32, bfloat16, or auto for bfloat16 where it is native.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Times that each layer takes its turn.")] = 15,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, in seconds and bytes.")] = False,
+) -> None:
+    """Time one frozen linear layer on this machine: alone, with the naive loop, with PEFT's LoRA, and with this
+    library's branches, in turns, after checking that the results are right."""
+    from multilora_fast.devices import choose_device, choose_dtype
+    from multilora_fast.validation import check_hyperparameters, check_integer
+
+    given = {"in_features": in_features, "out_features": out_features, "tokens": tokens, "rounds": rounds}
+    for name, value in given.items():
+        if value is not None:
+            check_integer(f"--{name.replace('_', '-')}", value, least=1)
+    check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout)
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
+
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, PEFT loads it
+    import torch
+
+    from multilora_fast.benchmark.layer import measure
+    from multilora_fast.demo.report import environment
+    from multilora_fast.ops.backends import choose
+
+    on_cpu = place.type == "cpu"
+    K = in_features if in_features is not None else 2048 if on_cpu else 4096
+    layer: dict[str, Any] = {
+        "tokens": tokens if tokens is not None else 1024 if on_cpu else 8192,
+        "in_features": K,
+        "out_features": out_features if out_features is not None else K,
+        "lora_num": lora_num,
+        "r": r,
+        "lora_dropout": lora_dropout,
+        "dtype": str(kind).removeprefix("torch."),
+        "backend": choose(None, place),
+        "rounds": rounds,
+    }
+    try:
+        found = measure(
+            K,
+            layer["out_features"],
+            tokens=layer["tokens"],
+            n=lora_num,
+            r=r,
+            p=lora_dropout,
+            dtype=kind,
+            device=str(place),
+            rounds=rounds,
+        )
+    except RuntimeError as error:  # a CPU's out of memory has no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ValueError(f"the layer does not fit the memory of {place}: take fewer --tokens.") from error
+    if as_json:
+        costs = {name: asdict(cost) for name, cost in found.items()}
+        print(json.dumps({"layer": layer, "environment": environment(place), "costs": costs}, indent=1))
+    else:
+        _print_table(layer, environment(place), found)
+
+
+def _print_table(layer: dict[str, Any], where: dict[str, Any], found: dict) -> None:
+    from multilora_fast.benchmark.layer import DIRECTIONS, LORA
+    from multilora_fast.demo.report import MIB, table
+
+    def cell(value: float, lora: float, unit: float) -> str:
+        return f"{value / unit:.2f} ({value / lora:.2f}x)"
+
+    lora = found[LORA]
+    rows = [
+        [name]
+        + [cell(cost.seconds[direction], lora.seconds[direction], 1e-3) for direction in DIRECTIONS]
+        + [cell(cost.saved, lora.saved, MIB), cell(cost.peak, lora.peak, MIB)]
+        for name, cost in found.items()
+    ]
+    n, r = layer["lora_num"], layer["r"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
+    print(
+        f"nn.Linear({layer['in_features']}, {layer['out_features']}) in {layer['dtype']}, {layer['tokens']} tokens; "
+        f"{n} branches of rank {r}, LoRA of rank {n * r}, dropout {layer['lora_dropout']:g}\n"
+        f"{where['device']} ({where['hardware']}), {where['threads']} threads, backend {layer['backend']}; {versions}\n"
+    )
+    print(table(("one layer", "forward, ms", "backward, ms", "both, ms", "saved, MiB", "peak, MiB"), rows))
+    print(f"In turns, medians of {layer['rounds']}; in brackets: against PEFT LoRA. The op's error was checked first.")
+    print("Saved: by forward for backward, x included. Peak: alive at once in both, beyond weights, x and dy.")

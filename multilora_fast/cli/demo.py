@@ -1,0 +1,71 @@
+"""The command ``demo``. Mistakes are ValueErrors of one sentence."""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of a causal LM.", show_default="the packaged SmolLM2-135M")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="160, quick: 6")] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Longest example in tokens; longer ones are left out.")] = 160,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
+    lora_num: Annotated[int, typer.Option(help="Parallel branches per layer, n.")] = 3,
+    r: Annotated[int, typer.Option(help="Rank of each branch.")] = 8,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="Branches are scaled by alpha / r.", show_default="r")
+    ] = None,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.05,
+    target_modules: Annotated[
+        str, typer.Option(help="Names of the linear layers to adapt, with commas.")
+    ] = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+    dtype: Annotated[
+        str, typer.Option(help="Of the base: float32, bfloat16, or auto for bfloat16 where it is native.")
+    ] = "auto",
+    eval_items: Annotated[
+        int | None, typer.Option(help="Held-out items per task.", show_default="100, quick: 8")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the items drawn, their order and the branches.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: Annotated[Path, typer.Option(help="Directory for the adapter, metrics.json and comparison.png.")] = Path(
+        "demo-output"
+    ),
+    compare: Annotated[bool, typer.Option(help="Compare with naive MultiLoRA and PEFT LoRA.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="A run of a minute or two that claims no accuracy.")] = False,
+) -> None:
+    """Fine-tune a small model on four real tasks and compare the cost of a step with LoRA's."""
+    from multilora_fast.demo.settings import Settings
+
+    settings = Settings(
+        model=model,
+        steps=steps if steps is not None else 6 if quick else 160,
+        batch_size=batch_size,
+        max_length=max_length,
+        learning_rate=learning_rate,
+        lora_num=lora_num,
+        r=r,
+        lora_alpha=r if lora_alpha is None else lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
+        dtype=dtype,
+        eval_items=eval_items if eval_items is not None else 8 if quick else 100,
+        seed=seed,
+        device=device,
+        output=output,
+        rounds=0 if not compare else 2 if quick else 5,
+    )
+    settings.check()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it is loaded but not used
+    print("Loading torch and transformers ...", flush=True)
+    from multilora_fast.demo.run import run
+
+    run(settings)
+    if quick:
+        print("This was a quick run: too short for its accuracies and times to mean anything.")

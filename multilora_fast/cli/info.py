@@ -1,0 +1,63 @@
+"""The command ``info``. Mistakes are ValueErrors of one sentence."""
+
+import json
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+
+def info(
+    arch: Annotated[
+        str | None,
+        typer.Option(help="GPU architecture to show the kernels' settings for, e.g. sm_90.", show_default="this GPU's"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show versions, device, the backend that would run on it, and what each Triton kernel runs with on a GPU: its
+    tile of tokens by features, warps and pipeline stages."""
+    import torch
+
+    from multilora_fast.demo.model import cache_dir
+    from multilora_fast.demo.report import environment
+    from multilora_fast.devices import choose_device, choose_dtype
+    from multilora_fast.ops.backends import choose
+
+    device = choose_device("auto")
+    found = environment(device)
+    found |= {"backend": choose(None, device), "cuda_build": torch.version.cuda}
+    found |= {"demo_dtype": str(choose_dtype("auto", device)).removeprefix("torch."), "demo_cache": str(cache_dir())}
+    kernels = _kernel_rows(arch, device) if arch is not None or device.type == "cuda" else {}
+    if as_json:
+        print(json.dumps(found | {"kernels": {row: asdict(config) for row, config in kernels.items()}}, indent=1))
+        return
+    rows = {name: version or "not installed" for name, version in found["versions"].items()}
+    rows |= {"python": found["python"], "device": f"{found['device']} ({found['hardware']})"}
+    rows |= {"threads": found["threads"], "backend": found["backend"]}
+    rows |= {"demo dtype": found["demo_dtype"], "demo cache": found["demo_cache"]}
+    rows |= {"CUDA build": found["cuda_build"] or "no"}
+    for name, value in rows.items():
+        print(f"{name:<15} {value}")
+    if not kernels:
+        print("kernels         not used on this device: torch matmuls run")
+        return
+    print(f"\nkernels on {arch or torch.cuda.get_device_name(device)}, bfloat16, n·r = 96:")
+    for row, config in kernels.items():
+        print(f"  {row:<36} {config}")
+
+
+def _kernel_rows(arch: str | None, device) -> dict[str, Any]:
+    """The table row that each kernel takes for many tokens and for few, and its configuration."""
+    import torch
+
+    from multilora_fast.kernels.configs import ARCHITECTURES, DEFAULT, LARGE, TUNED_CONFIGS, device_of, find_row
+
+    known = dict.fromkeys(
+        name for name in (*ARCHITECTURES, *(key[3] for key in TUNED_CONFIGS)) if name not in (DEFAULT, LARGE)
+    )
+    if arch not in (None, *known, DEFAULT):
+        raise ValueError(f"--arch must be {', '.join(known)}, or {DEFAULT} for any other GPU, not {arch!r}.")
+    arch = arch or device_of(torch.empty(0, device=device))[0]
+    uses = ((kernel, M) for kernel in ("shrink", "expand", "reduce") for M in (8192, 1))
+    keys = dict.fromkeys(find_row(kernel, M, 96, torch.bfloat16, arch) for kernel, M in uses)
+    return {"/".join(map(str, key)): TUNED_CONFIGS[key] for key in keys}

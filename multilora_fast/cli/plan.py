@@ -1,0 +1,87 @@
+"""The command ``plan``. Mistakes are ValueErrors of one sentence."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multilora_fast.files import check_file, check_plot, replaced
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, of which only the config is read.")],
+    batch: Annotated[int, typer.Option(help="Rows per step.")] = 4,
+    seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    lora_num: Annotated[int, typer.Option(help="Parallel branches per layer, n.")] = 3,
+    r: Annotated[int, typer.Option(help="Rank of each branch.")] = 32,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.0,
+    scaling: Annotated[str, typer.Option(help="A branch's learned scale: vector or scalar.")] = "vector",
+    target_modules: Annotated[
+        str, typer.Option(help="Names of the linear layers to adapt, with commas, or all-linear.")
+    ] = "all-linear",
+    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = "bfloat16",
+    adapter_dtype: Annotated[
+        str | None, typer.Option(help="Of the adapters.", show_default="float32, as PEFT has it")
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="4bit for a base in bitsandbytes' NF4, or 8bit.", show_default="none")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
+    ] = False,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, adafactor or sgd.")] = "adamw",
+    device: Annotated[str, typer.Option(help="cuda or cpu, where operations keep different tensors.")] = "cuda",
+    gpu: Annotated[
+        str | None, typer.Option(help="Find the largest batch for a GPU, e.g. H100.", show_default="none")
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Find it for a size of memory, e.g. 24GiB.", show_default="none")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a bar chart of the peaks, e.g. plan.png.", show_default="none")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the plan as JSON.", show_default="none")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, sizes in bytes.")] = False,
+) -> None:
+    """Say what a training step will hold, by full fine-tuning, LoRA, the naive loop and this library."""
+    if gpu is not None and gpu_memory is not None:
+        raise ValueError("--gpu and --gpu-memory both say how much memory there is: give one of them.")
+    if plot is not None:
+        check_plot("--plot", plot)
+    if output is not None:
+        check_file("--output", output)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for CPUs that it did not find
+    from transformers.utils import logging as transformers_logging
+
+    from multilora_fast.memory.plan import plan_memory
+
+    transformers_logging.set_verbosity_error()
+    names = [name.strip() for name in target_modules.split(",") if name.strip()]
+    found = plan_memory(
+        model,
+        batch=batch,
+        seq_len=seq_len,
+        r=r,
+        lora_num=lora_num,
+        dtype=dtype,
+        lora_dropout=lora_dropout,
+        target_modules="all-linear" if names == ["all-linear"] else names,
+        quantization=quantization,
+        checkpointing=gradient_checkpointing,
+        optimizer=optimizer,
+        adapter_dtype=adapter_dtype,
+        device=device,
+        device_memory=gpu if gpu is not None else gpu_memory,
+        scaling=scaling,
+    )
+    say = sys.stderr if as_json else sys.stdout
+    print(json.dumps(found.to_dict(), indent=1) if as_json else found)
+    if plot is not None:
+        print(f"wrote {found.plot(plot)}", file=say)
+    if output is not None:
+        with replaced(output) as unfinished:
+            unfinished.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        print(f"wrote {output}", file=say)

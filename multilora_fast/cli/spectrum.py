@@ -1,0 +1,147 @@
+"""``multilora-fast spectrum``: singular values of the updates in adapters, or of models that were fine-tuned whole."""
+
+import json
+import sys
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multilora_fast.files import check_file
+
+
+def spectrum(
+    adapters: Annotated[
+        list[Path],
+        typer.Argument(help="Directories of MultiLoRA or LoRA adapters; with --base, also of fine-tuned models."),
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The model that fine-tuned models came from, as a directory or hub id.")
+    ] = None,
+    modules: Annotated[
+        str | None, typer.Option(help="Modules, by the end of their names, with commas.", show_default="all")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Directions that are compared between two updates.")] = 8,
+    plot: Annotated[Path | None, typer.Option(help="PNG of the key and value projections' histograms.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
+) -> None:
+    """Say how many directions the updates of adapters use, how balanced they are, and how far two updates agree."""
+    _check(adapters, top, plot)
+    from multilora_fast.spectrum import by_kind, save_histograms, singular_values
+
+    wanted = None if modules is None else [name.strip() for name in modules.split(",") if name.strip()]
+    labels = [path.name for path in adapters]
+    if len(set(labels)) < len(labels):
+        labels = list(map(str, adapters))
+    sources = [_source(path, base) for path in adapters]
+    if base is not None and not any(options for _, options in sources):
+        raise ValueError(f"--base {base} is for fine-tuned models, but every directory holds an adapter.")
+    spectra = {
+        label: by_kind(singular_values(source, modules=wanted, **options))
+        for label, (source, options) in zip(labels, sources, strict=True)
+    }
+    measured = _measured(spectra)
+    overlaps = _overlaps(labels, sources, wanted, top) if len(adapters) > 1 else []
+    if as_json:
+        print(json.dumps({"updates": measured, "overlaps": overlaps, "top": top}, indent=1))
+    else:
+        _print_tables(measured, overlaps, top)
+    if plot is not None:
+        shown = {label: {kind: one[kind] for kind in _shown(spectra) if kind in one} for label, one in spectra.items()}
+        save_histograms(plot, shown)
+        print(f"wrote {plot}", file=sys.stderr if as_json else sys.stdout)
+
+
+def _print_tables(measured: list[dict], overlaps: list[dict], top: int) -> None:
+    from multilora_fast.demo.report import table
+
+    form = {"rank": "{:.0f}", "effective_rank": "{:.1f}", "top_share": "{:.3f}", "largest": "{:.3g}"}
+    form |= {"output": "{:.3f}", "input": "{:.3f}"}
+
+    def rows(figures: list[dict]) -> list[list[str]]:
+        return [[form.get(name, "{}").format(value) for name, value in row.items()] for row in figures]
+
+    print(table([name.replace("_", " ") for name in measured[0]], rows(measured)))
+    print("Means over the modules. With p each singular value's share of their sum, effective rank is exp(-Σ p log p).")
+    if overlaps:
+        print(f"\n{table(list(overlaps[0]), rows(overlaps))}")
+        print(f"Share of the smaller of two subspaces of up to {top} leading directions that lies in the other.")
+        print("By chance: their dimension over that of the space, about.")
+
+
+def _check(adapters: list[Path], top: int, plot: Path | None) -> None:
+    """Raise ValueError for what would fail after the slow part."""
+    if top < 1:
+        raise ValueError(f"--top must be at least 1, not {top}.")
+    repeated = [path for i, path in enumerate(adapters) if path in adapters[:i]]
+    if repeated:
+        raise ValueError(f"{repeated[0]} is given twice.")
+    if plot is None:
+        return
+    if plot.suffix != ".png":
+        raise ValueError(f"--plot must end in .png, but is {plot}.")
+    check_file("--plot", plot)
+    if find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: run pip install matplotlib.")
+
+
+def _source(path: Path, base: str | None) -> tuple:
+    """The source and the keyword arguments that spectrum's functions take for a directory."""
+    import torch
+
+    from multilora_fast.adapters.files import CONFIG
+    from multilora_fast.demo.model import load_model
+
+    if (path / CONFIG).exists() or not (path / "config.json").exists():
+        return path, {}
+    if base is None:
+        raise ValueError(f"{path} holds a model, not an adapter: name the model it was fine-tuned from with --base.")
+    before, after = (load_model(name, torch.float32, torch.device("cpu")) for name in (base, str(path.absolute())))
+    return after, {"base": before}
+
+
+def _measured(spectra: dict[str, dict]) -> list[dict]:
+    """Of every update, by projection, the means over its modules."""
+    from multilora_fast.spectrum import effective_rank, numerical_rank, top_share
+
+    measures = {
+        "rank": numerical_rank, "effective_rank": effective_rank, "top_share": top_share,
+        "largest": lambda values: values.max().item(),
+    }  # fmt: skip
+    rows = []
+    for label, kinds in spectra.items():
+        for kind, values in kinds.items():
+            means = {name: sum(map(measure, values)) / len(values) for name, measure in measures.items()}
+            rows.append({"update": label, "projection": kind, "modules": len(values), **means})
+    return rows
+
+
+def _overlaps(labels: list[str], sources: list[tuple], modules: list[str] | None, top: int) -> list[dict]:
+    """Of every pair, by projection, the mean over the modules that both adapt, on the output side and the input's."""
+    from multilora_fast.spectrum import directions, overlap
+
+    found = [directions(source, top=top, modules=modules, **options) for source, options in sources]
+    rows = []
+    for (one, first), (other, second) in combinations(zip(labels, found, strict=True), 2):
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        for name in first:
+            if name in second:
+                shapes = [(len(U), len(V)) for U, V in (first[name], second[name])]
+                if shapes[0] != shapes[1]:
+                    raise ValueError(
+                        f"{one} and {other} are of different models: {name} is {shapes[0]} and {shapes[1]}."
+                    )
+                output, given = (overlap(a, b) for a, b in zip(first[name], second[name], strict=True))
+                kinds.setdefault(name.rpartition(".")[2], []).append((output, given))
+        for kind, pairs in kinds.items():
+            output, given = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+            rows.append({"overlap": f"{one} / {other}", "projection": kind, "output": output, "input": given})
+    return rows
+
+
+def _shown(spectra: dict[str, dict]) -> list[str]:
+    """The key and value projections, or every projection where there are none."""
+    kinds = list(dict.fromkeys(kind for one in spectra.values() for kind in one))
+    return [kind for kind in kinds if kind in ("k_proj", "v_proj")] or kinds

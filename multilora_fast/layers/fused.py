@@ -1,0 +1,51 @@
+"""The layer on the fused op."""
+
+from torch import Tensor
+
+from multilora_fast.layers.shared_input import SharedInput, finish_shared
+from multilora_fast.ops.functional import multilora_linear
+from multilora_fast.reference import MultiLoRALinear
+
+
+class FusedMultiLoRALinear(MultiLoRALinear):
+    """:class:`MultiLoRALinear`, with the same parameters, at about the time and memory of one LoRA of rank n·r.
+
+    Attributes, which :func:`fuse` sets: ``backend`` is "triton", "torch", or None for Triton on a CUDA device and torch
+    elsewhere; ``save_inputs`` "exact", or "fp8" to keep x for backward in 8 bits; ``shared`` the group of layers that
+    it reads its input with, if any.
+    """
+
+    backend: str | None = None
+    save_inputs: str = "exact"
+    shared: SharedInput | None = None
+    fan_in_fan_out: bool = False  # a weight stored as (K, N)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        taken = None if self.shared is None else self.shared.take(self, x)
+        if taken is not None:
+            return finish_shared(self, *taken, weight=weight, bias=self.bias)
+        return multilora_linear(
+            x,
+            weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.lora_scaling,
+            scaling_factor=self.scaling_factor,
+            dropout_p=self.lora_dropout.p,
+            training=self.lora_dropout.training,
+            backend=self.backend,
+            save_inputs=self.save_inputs,
+        )
+
+    def extra_repr(self) -> str:
+        dropout = f", lora_dropout={self.lora_dropout.p:g}" if self.lora_dropout.p else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"lora_num={self.lora_num}, r={self.r}{dropout}, backend={self.backend!r}"
+        )
+
+    def __repr__(self) -> str:
+        """One line, where nn.Module's would show the dropout on lines of its own."""
+        return f"{type(self).__name__}({self.extra_repr()})"

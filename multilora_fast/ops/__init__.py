@@ -1,0 +1,1 @@
+"""The op on tensors; it knows no nn.Module."""

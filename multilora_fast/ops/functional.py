@@ -1,0 +1,152 @@
+"""The public functions: one linear layer with n LoRA branches, and the branches alone."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from multilora_fast.ops.autograd import MultiLoRA
+from multilora_fast.ops.backends import choose, load
+from multilora_fast.ops.checks import check_base, check_branches, check_output
+from multilora_fast.ops.compile import compiled
+from multilora_fast.ops.equations import Settings
+from multilora_fast.validation import check_dropout, check_integer, check_save_inputs, check_scaling_factor
+
+Weight = Tensor | Callable[[], Tensor]
+
+
+def multilora_linear(
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_scaling: Tensor,
+    *,
+    scaling_factor: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+    save_inputs: str = "exact",
+) -> Tensor:
+    """Linear layer with n LoRA branches: x Wᵀ + b + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x).
+
+    Args:
+        x: (..., K).
+        weight: (N, K), frozen or trainable, or a function that returns it (a quantized base), which is called again
+            in backward and gets no gradient.
+        bias: (N,) or None.
+        lora_A, lora_B, lora_scaling: (n, r, K), (n, N, r) and (n, N), or (n, 1) for a scalar per branch. They may be
+            kept in another floating-point dtype than x; their gradients come in their own.
+        dropout_p: probability in [0, 1) of dropping an element of x before A, one mask for all branches.
+        training: dropout acts only when true.
+        seed: of the mask: an int, or an int64 tensor of one element on x's device; drawn from torch's generator of
+            that device when None.
+        backend: "triton", "torch", or None for Triton on a CUDA device and torch elsewhere.
+        save_inputs: "exact", or "fp8" to keep x for backward as 8-bit floats (e4m3, a power of two per token) where
+            nothing else keeps it: half the bytes of bfloat16, a lora_A gradient of 2 to 3 % relative error, and
+            every other gradient exact. Not under torch.compile.
+
+    Returns: (..., N), in x's dtype or autocast's. Its backward can be taken once: no double backward.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not agree, dropout_p outside [0, 1), a scaling_factor that is not
+            finite, a backend that cannot run.
+    """
+    options = (scaling_factor, dropout_p, training, seed, backend, save_inputs)
+    settings, seed = prepare(x, lora_A, lora_B, lora_scaling, *options)
+    if isinstance(weight, Tensor):
+        check_base(x, weight, bias, lora_B.shape[1], autocast=autocasts(x))
+    elif not callable(weight):
+        raise ValueError(f"weight must be a tensor or a function that returns one, not {weight!r}.")
+    return _apply(x, None, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
+
+
+def multilora_add(
+    y: Tensor,
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    lora_scaling: Tensor,
+    *,
+    scaling_factor: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+    save_inputs: str = "exact",
+) -> Tensor:
+    """y + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x), for bases that bring their own forward and backward.
+
+    y (..., N) is left as it is; the result has its shape and dtype. Other arguments, limits and errors as
+    :func:`multilora_linear`.
+    """
+    options = (scaling_factor, dropout_p, training, seed, backend, save_inputs)
+    settings, seed = prepare(x, lora_A, lora_B, lora_scaling, *options)
+    check_output(x, y, lora_B.shape[1])
+    return _apply(x, y, None, None, lora_A, lora_B, lora_scaling, seed, settings)
+
+
+def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str | None = None) -> Tensor:
+    """The mask the op draws for x of M tokens and K features: bool (M, K), true where an element is kept.
+
+    Kept elements are multiplied by 65536 / (65536 − round(65536·p)), which is 1/(1−p) up to 2⁻¹⁷. The mask depends on
+    the seed, the backend and, for "torch", on whether the seed is on a CPU. An int is a seed on the CPU: for the mask
+    of an op on a GPU pass a tensor there.
+
+    Raises:
+        ValueError: p outside [0, 1), M or K below 0, a seed that is neither an int of 64 bits nor an int64 tensor
+            of one element.
+    """
+    check_dropout("p", p)
+    for name, size in (("M", M), ("K", K)):
+        check_integer(name, size, least=0)
+    if not isinstance(seed, Tensor):
+        seed = _seed_tensor(seed, torch.device("cpu"))
+    return load(choose(backend, seed.device)).dropout_mask(seed, M, K, p)
+
+
+def prepare(
+    x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, seed, backend, save_inputs
+) -> tuple[Settings, Tensor | None]:
+    """The settings of a call, and the seed of its mask, after every check that does not concern the base layer."""
+    check_branches(x, lora_A, lora_B, lora_scaling)
+    check_scaling_factor(scaling_factor)
+    check_dropout("dropout_p", dropout_p)
+    check_save_inputs(save_inputs)
+    p = float(dropout_p) if training else 0.0
+    seed = _seed_tensor(seed, x.device) if p > 0.0 else None
+    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
+    return Settings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype), save_inputs), seed
+
+
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast chooses the dtype of x's products; it leaves float64 alone."""
+    kind = x.device.type
+    return kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+
+
+def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint((1 << 63) - 1, (1,), device=device)
+    if not isinstance(seed, Tensor):
+        if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"seed must be an int of 64 bits or an int64 tensor of one element, not {seed!r}.")
+        return torch.tensor([seed], device=device)
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise ValueError(
+            f"seed must be an int64 tensor of one element on {device}, not {seed.dtype} {tuple(seed.shape)} "
+            f"on {seed.device}."
+        )
+    return seed.reshape(1)
+
+
+def _apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
+    if not torch.compiler.is_compiling():
+        return MultiLoRA.apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
+    if callable(weight):
+        raise ValueError("weight as a function cannot be compiled: compile the base layer alone and use multilora_add.")
+    if settings.save_inputs != "exact":
+        raise ValueError(f'save_inputs="{settings.save_inputs}" cannot be compiled: use "exact" under torch.compile.')
+    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, *settings[:4])[0]

@@ -1,0 +1,82 @@
+"""No GPU is trusted untried: before the Triton kernels first serve a device, dtype and shape of adapter, each runs once
+on a small input there and is compared with torch in float64. It takes milliseconds beside the kernels' compilation."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from multilora_fast.ops.backends import load
+from multilora_fast.ops.torch_backend import threshold
+
+
+def check(direction: str, tokens: Tensor, w: Tensor, settings) -> None:
+    """Check the kernels that ``direction``, "forward" or "backward", launches for ``tokens`` (M, …) and branches ``w``
+    (n, r, …) in ``settings.dtype``.
+
+    Raises:
+        RuntimeError: a kernel's result is not what torch computes, by more than rounding.
+    """
+    from multilora_fast.kernels.configs import DECODE_TOKENS
+
+    few = tokens.shape[0] <= DECODE_TOKENS
+    n, r, _ = w.shape
+    dropout = settings.dropout_p if threshold(settings.dropout_p) else 0.0
+    _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, dropout, few)
+
+
+@cache
+def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: float, few: bool) -> None:
+    M, K, N = 16 if few else 80, 208, 144
+    x, dy, h = (_random(device, i, M, size).to(dtype) for i, size in enumerate((K, N, n * r)))
+    A, B, scale = (_random(device, 3 + i, *size).to(own) for i, size in enumerate(((n, r, K), (n, N, r), (n, N))))
+    w, seed = B.transpose(1, 2), torch.tensor([7], device=device)
+    kernels, exact = load("triton"), load("torch")
+    keep = kernels.dropout_mask(seed, M, K, p).double() if p else None
+    if direction == "forward":
+        _compare("shrink", exact.shrink, kernels.shrink, (x, A, None, 1.0), keep, seed, p)
+        _compare("expand", _expand(exact.expand), _expand(kernels.expand), (dy, h, w, scale, c))
+    else:
+        _compare("shrink", exact.shrink, kernels.shrink, (dy, w, scale, c))
+        written, kernel = (_expand(expand, accumulate=False) for expand in (exact.expand, kernels.expand))
+        _compare("expand", written, kernel, (x, h, A, None, 1.0), keep, seed, p)
+        _compare("reduce", _reduce(exact.reduce), _reduce(kernels.reduce), (h, x, n), keep, seed, p)
+        for i, name in enumerate(("reduce (lora_B)", "reduce (lora_scaling)")):
+            summed, kernel = (lambda *a, f=f, i=i: f(*a)[i] for f in (exact.reduce_scaled, kernels.reduce_scaled))
+            _compare(name, summed, kernel, (h, dy, w, scale, c))
+
+
+def _compare(name, exact, kernel, arguments, keep=None, seed=None, p=0.0) -> None:
+    """‖error‖ ≤ 4·eps·‖the same formula on absolute values‖, against ``exact`` in float64."""
+    dropout = (seed, p) if keep is not None else ()
+    got = kernel(*arguments, *dropout).double()
+    eps = max(torch.finfo(a.dtype).eps for a in arguments if isinstance(a, Tensor))
+
+    def double(f):
+        wide = (f(a.double()) if isinstance(a, Tensor) else a for a in arguments)
+        return exact(*wide, *((keep.clone(), p) if keep is not None else ()))  # the eager products use it up
+
+    truth = double(lambda t: t)
+    error, bound = (got - truth).norm().item(), 4 * eps * double(Tensor.abs).norm().item()
+    if not error <= bound:
+        raise RuntimeError(
+            f"Triton kernel {name} is wrong on {got.device} in {arguments[0].dtype}: "
+            f'error {error:.2e} where {bound:.2e} is rounding; use backend="torch".'
+        )
+
+
+def _expand(function, accumulate=True):
+    def expanded(y, *rest):
+        y = y.clone()
+        function(y, *rest, accumulate=accumulate)
+        return y
+
+    return expanded
+
+
+def _reduce(function):
+    return lambda h, x, n, *dropout: function(h, x, n, h.dtype, *dropout)
+
+
+def _random(device: torch.device, seed: int, *size: int) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator(device).manual_seed(seed), device=device)

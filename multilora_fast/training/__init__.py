@@ -1,0 +1,1 @@
+"""``multilora-fast train``: fine-tuning on tasks in JSON Lines."""

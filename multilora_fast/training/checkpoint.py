@@ -1,0 +1,167 @@
+"""What a training run leaves in its output directory, so that it can be broken off at any moment and resumed."""
+
+import filecmp
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import cast
+
+from huggingface_hub import ModelCardData
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerState
+
+from multilora_fast import __version__
+from multilora_fast.adapters.files import CONFIG, WEIGHTS, read_multilora
+from multilora_fast.files import RECORD, made, replaced
+from multilora_fast.training.config import UNFINISHED, Settings
+
+STATE = "trainer_state.json"  # the last file of a checkpoint to be written
+_TO_RESUME = ("optimizer", "scheduler", "scaler", "rng_state")  # how a checkpoint's other files begin
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Put RECORD in ``folder``, which is made if missing; on an error nothing has changed."""
+    with made(folder), replaced(folder / RECORD) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint in ``folder``, or None. One whose writing was broken off is passed over.
+
+    Raises:
+        ValueError: it was damaged after it was written.
+    """
+    found = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_step_of, reverse=True)
+    last = next((path.parent for path in found if _state(path) is not None), None)
+    if last is None:
+        return None
+    try:
+        read_multilora(last)
+        for path in sorted(last.glob("*.pt*")):
+            if not zipfile.is_zipfile(path):
+                raise ValueError(f"{path} is damaged.")
+    except ValueError as error:
+        raise ValueError(f"--resume: {error} Delete {last} to go on from what was before it.") from error
+    return last
+
+
+def finish(checkpoint: Path, settings: Settings) -> bool:
+    """Whether the checkpoint has taken all steps that are asked for. Its adapter, the tokenizer and its state are then
+    put in their places by the first process, each file in one move.
+
+    Raises:
+        ValueError: they are there already; the Trainer would take one more step than is asked for.
+    """
+    state, folder = cast(TrainerState, _state(checkpoint / STATE)), settings.output
+    done = state.epoch >= settings.epochs if settings.max_steps is None else state.global_step >= settings.max_steps
+    if not done or not is_first():
+        return done
+    there = all((folder / name).exists() for name in (CONFIG, WEIGHTS))
+    if there and filecmp.cmp(checkpoint / WEIGHTS, folder / WEIGHTS, shallow=False):
+        raise ValueError(
+            f"--resume: the run has taken its {state.global_step} steps, and {checkpoint} holds its adapter: "
+            "ask for more with --max-steps or --epochs."
+        )
+    stage = folder / UNFINISHED
+    shutil.rmtree(stage, ignore_errors=True)
+    others = [path.name for path in checkpoint.iterdir() if path.name.startswith(_TO_RESUME)]
+    shutil.copytree(checkpoint, stage, ignore=lambda *_: others)
+    _move(stage, settings)
+    return True
+
+
+def interruption(state: TrainerState, folder: Path) -> str:
+    """What is said of a run that was interrupted in this state."""
+    last = last_checkpoint(folder)
+    kept = ", before its first checkpoint." if last is None else f": {last.name} is kept, --resume goes on from it."
+    return f"Interrupted at step {state.global_step} of {state.max_steps}{kept}"
+
+
+def is_first() -> bool:
+    """Whether this is the only process, or the one of several that speaks and writes, before they form a group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def save(trainer: Trainer, settings: Settings) -> None:
+    """Write the adapter and the tokenizer beside their places, then move each file there."""
+    stage = settings.output / UNFINISHED
+    trainer.save_model(str(stage))
+    if trainer.is_world_process_zero():
+        _move(stage, settings)
+
+
+def _move(stage: Path, settings: Settings) -> None:
+    (stage / "README.md").write_text(_card(settings))  # PEFT's own asks for more information
+    for path in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG):  # the adapter's config last
+        os.replace(path, settings.output / path.name)
+    shutil.rmtree(stage)
+
+
+def _card(settings: Settings) -> str:
+    """The page of the adapter, as on the Hugging Face hub."""
+    s = settings
+    tags = [f"base_model:adapter:{s.model}", "multilora", "transformers"]
+    data = ModelCardData(base_model=s.model, library_name="peft", pipeline_tag="text-generation", tags=tags)
+    length = f"epochs {s.epochs:g}" if s.max_steps is None else f"steps {s.max_steps}"
+    return f"""---
+{data.to_yaml()}
+---
+
+# A MultiLoRA adapter of {s.model}
+
+- Method: MultiLoRA, {s.lora_num} branches of rank {s.r} with learned scales ({s.scaling}), alpha \
+{s.r if s.lora_alpha is None else s.lora_alpha:g}, dropout {s.lora_dropout:g}, on {", ".join(s.target_modules)}
+- Training: {length}, AdamW, peak learning rate {s.learning_rate:g}, {s.batch_size * s.gradient_accumulation} rows per \
+process and step, of at most {s.max_length} tokens, seed {s.seed}
+- Base: {"" if s.quantization is None else f"{s.quantization}, "}dtype {s.dtype}
+- Made with multilora-fast {__version__}
+
+Load it:
+
+```python
+import multilora_fast.peft
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({s.model!r})
+model = PeftModel.from_pretrained(base, {str(s.output)!r})
+```
+
+Or write it as a plain LoRA of rank {s.lora_num * s.r}, which needs this library no more:
+
+    multilora-fast export {s.output} lora
+"""
+
+
+@contextmanager
+def failures_named(folder: Path) -> Iterator[None]:
+    """A full disk is an OSError also where safetensors and torch.save tell otherwise of it, and a checkpoint that asks
+    for code a ValueError."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"--resume: the checkpoint in {folder} holds more than tensors.") from error
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OSError(f"{folder} cannot be written: {reason}. --resume goes on from the last checkpoint.") from error
+
+
+def _step_of(path: Path) -> int:
+    """Of a file in a checkpoint's directory; -1 for a directory that is named otherwise."""
+    step = path.parent.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() else -1
+
+
+def _state(path: Path) -> TrainerState | None:
+    """None where the writing was broken off."""
+    try:
+        return TrainerState.load_from_json(str(path))
+    except (OSError, ValueError, TypeError):
+        return None

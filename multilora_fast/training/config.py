@@ -1,0 +1,112 @@
+"""What a training run is asked to do, and the directory it goes to."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from multilora_fast.devices import choose_dtype
+from multilora_fast.files import RECORD, check_folder
+from multilora_fast.validation import check_alpha, check_hyperparameters
+
+UNFINISHED = ".unfinished"  # how files begin that were not yet in their places when a run was broken off
+FREE = ("output", "resume", "epochs", "max_steps", "save_steps")  # what may change when a run is resumed
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str
+    output: Path
+    files: tuple[Path, ...] = ()
+    named: dict[str, Path] = field(default_factory=dict)
+    dtype: str = "auto"
+    quantization: str | None = None
+    gradient_checkpointing: bool = False
+    resume: bool = False
+    lora_num: int = 3
+    r: int = 32
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    scaling: str = "vector"
+    target_modules: tuple[str, ...] = ("all-linear",)
+    epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate: float = 1e-3
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    max_length: int = 1024
+    eval_fraction: float = 0.05
+    save_steps: int | None = None
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise ValueError for a value outside its range, no data, a package that is missing, and an output directory
+        that must not be written to."""
+        if not self.files and not self.named:
+            raise ValueError("no data was given: name JSONL files, or use --task NAME=FILE.")
+        check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
+        check_alpha(self.lora_alpha)
+        if self.quantization not in (None, "4bit"):
+            raise ValueError(f"--quantization must be 4bit, not {self.quantization!r}.")
+        choose_dtype(self.dtype, torch.device("cpu"))
+        needed = {"accelerate": "train"} | ({"bitsandbytes": "--quantization 4bit"} if self.quantization else {})
+        for package, what in needed.items():
+            if find_spec(package) is None:
+                raise ValueError(f"{what} needs {package}: run pip install {package}")
+        if not self.target_modules:
+            raise ValueError("--target-modules must name a module or be all-linear.")
+        for name in ("epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"--{name.replace('_', '-')} must be more than 0, not {value}.")
+        if self.max_length < 2:
+            raise ValueError(f"--max-length must be at least 2, not {self.max_length}.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to 4294967295, not {self.seed}.")
+        if not 0.0 <= self.eval_fraction < 1.0:
+            raise ValueError(f"--eval-fraction must be in [0, 1), not {self.eval_fraction}.")
+        self._check_output()
+
+    def _check_output(self) -> None:
+        folder = self.output
+        check_folder("--output", folder)
+        there = [path for path in folder.iterdir() if not path.name.startswith(UNFINISHED)] if folder.is_dir() else []
+        begun = [path.name for path in there] == [RECORD] and _is_record(there[0])  # and nothing was reached
+        if there and not begun and not self.resume:
+            raise ValueError(f"--output {folder} is not empty: give another directory, or --resume to go on in it.")
+        if self.resume and not (folder / RECORD).is_file():
+            raise ValueError(f"--resume: {folder} holds no earlier run of multilora-fast train.")
+
+    def record(self, rows: Iterable[object]) -> dict:
+        """What must stay the same for a resumed run to be the same run, as JSON holds it."""
+        fixed = {key: value for key, value in asdict(self).items() if key not in (*FREE, "files", "named")}
+        data = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
+        return json.loads(json.dumps({**fixed, "data": data}))
+
+
+def _is_record(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"model", "lora_num", "data"} <= found.keys()
+
+
+def check_same_run(folder: Path, record: dict) -> None:
+    """Raise ValueError, naming what differs, if the run in ``folder`` was not one of this record."""
+    try:
+        earlier = json.loads((folder / RECORD).read_text())
+        changed = [key for key in record if earlier.get(key) != record[key]]
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"--resume: {folder / RECORD} is damaged: {error}.") from error
+    if "data" in changed:
+        raise ValueError(f"--resume: the data is not that of the run in {folder}.")
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"--resume: the run in {folder} had --{key.replace('_', '-')} {earlier.get(key)}, not {record[key]}."
+        )

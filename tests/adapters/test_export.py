@@ -1,0 +1,233 @@
+"""Exports: the LoRA that servers load computes what the MultiLoRA adapter does."""
+
+import json
+
+import pytest
+import torch
+import typer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import ATTENTION, assert_differ, assert_same_logits, config, gpt2, llama, logits
+from torch import nn
+from typer.testing import CliRunner
+
+from multilora_fast import MultiLoRALinear, export_lora, fuse
+from multilora_fast.adapters import save_adapter
+from multilora_fast.adapters.files import CONFIG, WEIGHTS
+from multilora_fast.cli.adapters import export
+
+MIXED = {"rank_pattern": {"q_proj|c_attn": 6}, "lora_num_pattern": {"v_proj|c_fc": 1}, "alpha_pattern": {"k_proj": 9}}
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@pytest.mark.parametrize("scaling", ["vector", "scalar"])
+def test_from_a_directory_and_from_a_model(make, scaling, tmp_path):
+    model = get_peft_model(make(), config(target_modules="all-linear", scaling=scaling, **MIXED))
+    expected = logits(model)
+    assert_differ(expected, logits(make()))
+    model.save_pretrained(tmp_path / "source")
+    report = export_lora(tmp_path / "source", tmp_path / "a")
+    assert (report.rank, report.max_lora_rank) == (18, 32)
+    assert export_lora(model, tmp_path / "b") == report
+    files = [load_file(tmp_path / name / WEIGHTS) for name in "ab"]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    for name in "ab":
+        lora = PeftModel.from_pretrained(make(), tmp_path / name)
+        assert_same_logits(logits(lora), expected)
+
+
+def test_what_servers_ask_of_the_files(tmp_path):
+    model = get_peft_model(llama(), config(**MIXED, target_modules=["q_proj", "k_proj"]))
+    model.save_pretrained(tmp_path / "source")
+    report = export_lora(tmp_path / "source", tmp_path / "out")
+    assert str(report) == "LoRA of rank 18 on 4 modules: serve it with --max-lora-rank 32"
+    written = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (written["peft_type"], written["r"], written["lora_alpha"], written["bias"]) == ("LORA", 18, 18, "none")
+    assert written["rank_pattern"] == written["alpha_pattern"] == {}
+    assert written["modules_to_save"] is None
+    assert not written["use_dora"]
+    assert not written["use_rslora"]
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    start = "base_model.model.model.layers.0.self_attn.q_proj."
+    assert tensors[start + "lora_A.weight"].shape == (18, 32)
+    assert tensors[start + "lora_B.weight"].shape == (32, 18)
+    assert {key.rpartition("proj.")[2] for key in tensors} == {"lora_A.weight", "lora_B.weight"}
+    assert LoraConfig.from_pretrained(tmp_path / "out").r == 18
+
+
+@pytest.mark.parametrize(("r", "n", "rank"), [(1, 1, 1), (3, 3, 16), (32, 8, 256), (32, 9, 320), (64, 9, None)])
+def test_the_rank_that_vllm_will_need(r, n, rank, tmp_path):
+    model = nn.ModuleDict({"lin": MultiLoRALinear(nn.Linear(4, 4), r=r, lora_num=n)})
+    report = export_lora(model, tmp_path)
+    assert (report.rank, report.max_lora_rank) == (r * n, rank)
+    if rank is None:
+        assert "vLLM cannot serve it, because its --max-lora-rank ends at 512" in str(report)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_from_layers_without_peft(fused, tmp_path):
+    model = llama()
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = MultiLoRALinear(layer.self_attn.q_proj, r=3, lora_num=2, lora_alpha=5)
+        nn.init.normal_(layer.self_attn.q_proj.lora_scaling)
+    if fused:
+        fuse(model)
+    expected = logits(model)
+    export_lora(model, tmp_path)
+    assert_same_logits(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected)
+
+
+def test_one_of_several_adapters(tmp_path):
+    model = get_peft_model(llama(), config())
+    model.add_adapter("other", config(r=2))
+    model.set_adapter("other")
+    expected = logits(model)
+    export_lora(model, tmp_path / "active")
+    model.set_adapter("default")
+    export_lora(model, tmp_path / "named", adapter_name="other")
+    for name in ("active", "named"):
+        assert_same_logits(logits(PeftModel.from_pretrained(llama(), tmp_path / name)), expected)
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="several active adapters, default, other: pass adapter_name"):
+        export_lora(model, tmp_path / "none")
+    with pytest.raises(ValueError, match="no MultiLoRA adapter called 'ghost'"):
+        export_lora(model, tmp_path / "none", adapter_name="ghost")
+    assert not (tmp_path / "none").exists()
+
+
+def test_from_a_model_that_transformers_loaded(tmp_path):
+    get_peft_model(llama(), config()).save_pretrained(tmp_path / "source")
+    model = llama()
+    model.load_adapter(str(tmp_path / "source"))
+    export_lora(model, tmp_path / "out")
+    assert_same_logits(logits(PeftModel.from_pretrained(llama(), tmp_path / "out")), logits(model))
+
+
+# Errors
+
+
+def edit_config(**new):
+    return lambda path: (path / CONFIG).write_text(json.dumps(json.loads((path / CONFIG).read_text()) | new))
+
+
+def add_a_bias(path):
+    tensors = load_file(path / WEIGHTS)
+    save_file({**tensors, "base_model.model.model.layers.0.self_attn.q_proj.bias": torch.zeros(2)}, path / WEIGHTS)
+
+
+REFUSED = {
+    "modules_to_save": (
+        edit_config(modules_to_save=["lm_head"]),
+        r"modules_to_save \['lm_head'\], which no LoRA holds",
+    ),
+    "bias": (edit_config(bias="all"), "bias='all', which no LoRA"),
+    "a bias tensor": (add_a_bias, r"q_proj\.bias, which is no MultiLoRA tensor"),
+    "not MultiLoRA": (edit_config(peft_type="LORA"), "does not describe a MultiLoRA adapter"),
+    "cut short": (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:99]), "no readable MultiLoRA"),
+    "other shapes": (edit_config(lora_num=2), r"lora_A of shape \(3, 4, 32\) for \S+, which needs \(2, 4, 32\)"),
+    "impossible rank": (edit_config(r=0), "r must be an integer of at least 1"),
+    "nothing there": (lambda p: (p / CONFIG).unlink(), "no readable MultiLoRA adapter"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_leave_the_destination_alone(case, tmp_path):
+    get_peft_model(llama(), config(target_modules=["q_proj"])).save_pretrained(tmp_path / "source")
+    export_lora(tmp_path / "source", tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    damage, message = REFUSED[case]
+    damage(tmp_path / "source")
+    for out in ("out", "new"):
+        with pytest.raises(ValueError, match=message):
+            export_lora(tmp_path / "source", tmp_path / out)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_models_that_cannot_be_exported(tmp_path):
+    with pytest.raises(ValueError, match="holds no MultiLoRA adapter to export"):
+        export_lora(llama(), tmp_path)
+    with pytest.raises(ValueError, match="modules_to_save"):
+        export_lora(get_peft_model(llama(), config(modules_to_save=["lm_head"])), tmp_path)
+    model = get_peft_model(llama(), config())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged into its weights: unmerge it first"):
+        export_lora(model, tmp_path)
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter that is no earlier export: give another directory"):
+        export_lora(model, tmp_path)
+
+
+def test_an_export_is_written_anew_but_no_longer_once_it_was_trained(tmp_path):
+    get_peft_model(llama(), config()).save_pretrained(tmp_path / "source")
+    for r in (2, 3):
+        export_lora(get_peft_model(llama(), config(r=r)), tmp_path / "out")
+        assert json.loads((tmp_path / "out" / CONFIG).read_text())["r"] == 3 * r
+    PeftModel.from_pretrained(llama(), tmp_path / "out", is_trainable=True).save_pretrained(tmp_path / "out")
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="holds an adapter that is no earlier export"):
+        export_lora(tmp_path / "source", tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+
+
+def test_no_export_goes_into_a_models_directory(tmp_path):
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a model \(config.json\): give another directory"):
+        export_lora(get_peft_model(llama(), config()), tmp_path)
+    assert not (tmp_path / CONFIG).exists()
+
+
+def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch):
+    model = get_peft_model(llama(), config())
+    export_lora(model, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def fail(tensors, path, metadata):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("multilora_fast.adapters.files.save_file", fail)
+    for out in ("out", "new"):
+        with pytest.raises(OSError, match="disk full"):
+            export_lora(model, tmp_path / out)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+# The command
+
+
+def run(*arguments):
+    app = typer.Typer()
+    app.command()(export)
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def test_the_command_compares_logits_and_names_the_rank(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    get_peft_model(llama(), config(target_modules=ATTENTION)).save_pretrained(tmp_path / "source")
+    result = run(tmp_path / "source", tmp_path / "out", "--model", tmp_path / "base")
+    assert result.exit_code == 0, result.output
+    assert "logits differ by" in result.output
+    assert "--max-lora-rank 16" in result.output
+    assert (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_the_command_writes_nothing_when_the_check_fails(tmp_path, monkeypatch):
+    get_peft_model(llama(), config()).save_pretrained(tmp_path / "source")
+    result = run(tmp_path / "source", tmp_path / "out", "--model", tmp_path / "nowhere")
+    assert isinstance(result.exception, ValueError)
+    assert "no such directory" in str(result.exception)
+    monkeypatch.setattr("multilora_fast.cli.adapters._compare", lambda *_: (0.1, 1.0))
+    result = run(tmp_path / "source", tmp_path / "out", "--model", "any")
+    assert "differ from the source's by 0.1, of at most 1" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_saving_over_an_export_is_allowed(tmp_path):
+    model = nn.ModuleDict({"lin": MultiLoRALinear(nn.Linear(4, 4), r=2, lora_num=2)})
+    export_lora(model, tmp_path)
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "MULTILORA"

@@ -1,0 +1,142 @@
+"""Adapters as files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear, fuse
+from multilora_fast.adapters import load_adapter, save_adapter
+from multilora_fast.adapters.files import CONFIG, WEIGHTS
+
+
+def base():
+    torch.manual_seed(0)
+    return nn.ModuleDict({"attention": nn.ModuleDict({"q": nn.Linear(8, 6), "k": nn.Linear(8, 6)})})
+
+
+def adapted(scaling="vector", other=None):
+    """``other``: options of the second layer alone."""
+    model = base()
+    for name in ("q", "k"):
+        options = {"r": 2, "lora_num": 3, "lora_alpha": 4, "lora_dropout": 0.1, "scaling": scaling}
+        layer = MultiLoRALinear(model["attention"][name], **(options | (other or {} if name == "k" else {})))
+        nn.init.normal_(layer.lora_scaling)
+        model["attention"][name] = layer
+    return model.eval()
+
+
+@pytest.mark.parametrize("scaling", ["vector", "scalar"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_round_trip(fused, scaling, tmp_path):
+    model = adapted(scaling)
+    if fused:
+        fuse(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert set(load_file(tmp_path / "adapter" / WEIGHTS)) == {
+        f"base_model.model.attention.{name}.multilora_branches.{key}"
+        for name in ("q", "k")
+        for key in ("lora_A", "lora_B", "lora_scaling")
+    }
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS]
+    again = base().eval()
+    assert sorted(load_adapter(again, tmp_path / "adapter")) == ["attention.k", "attention.q"]
+    x = torch.randn(5, 8)
+    for name in ("q", "k"):
+        layer = again["attention"][name]
+        assert isinstance(layer, FusedMultiLoRALinear)
+        assert layer.lora_dropout.p == 0.1
+        assert not layer.training
+        torch.testing.assert_close(layer(x), model["attention"][name](x))
+
+
+@pytest.mark.parametrize("other", [{"r": 3}, {"lora_num": 2}, {"lora_alpha": 5}, {"r": 4, "lora_alpha": 4}])
+def test_layers_of_different_shapes_round_trip(other, tmp_path):
+    model = adapted(other=other)
+    save_adapter(model, tmp_path)
+    again = base().eval()
+    load_adapter(again, tmp_path)
+    x = torch.randn(5, 8)
+    for name in ("q", "k"):
+        layer, source = again["attention"][name], model["attention"][name]
+        assert (layer.r, layer.lora_num, layer.scaling_factor) == (source.r, source.lora_num, source.scaling_factor)
+        torch.testing.assert_close(layer(x), source(x))
+
+
+def test_only_models_that_one_config_describes_are_saved(tmp_path):
+    with pytest.raises(ValueError, match="no MultiLoRA layer"):
+        save_adapter(base(), tmp_path)
+    for other in ({"scaling": "scalar"}, {"lora_dropout": 0.2}):
+        with pytest.raises(ValueError, match=r"attention\.k differs"):
+            save_adapter(adapted(other=other), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_save_leaves_the_good_file(tmp_path, monkeypatch):
+    save_adapter(adapted(), tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fail(tensors, path, metadata):
+        with open(path, "w") as file:
+            file.write("half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("multilora_fast.adapters.files.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_adapter(adapted(), tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def truncate(path):
+    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-10])
+
+
+def edit_config(**new):
+    def edit(path):
+        config = json.loads((path / CONFIG).read_text()) | new
+        (path / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+    return edit
+
+
+def edit_tensors(change):
+    def edit(path):
+        tensors = load_file(path / WEIGHTS)
+        change(tensors)
+        save_file(tensors, path / WEIGHTS)
+
+    return edit
+
+
+Q = "base_model.model.attention.q.multilora_branches.lora_A"
+DAMAGE = [
+    (lambda path: (path / CONFIG).unlink(), "no readable MultiLoRA adapter"),
+    (lambda path: (path / WEIGHTS).unlink(), "no readable MultiLoRA adapter"),
+    (lambda path: (path / CONFIG).write_text("{"), "no readable MultiLoRA adapter"),
+    (truncate, "no readable MultiLoRA adapter"),
+    (edit_config(peft_type="LORA"), "does not describe a MultiLoRA adapter"),
+    (edit_config(r=None), "lacks r"),
+    (edit_config(r=3), r"holds lora_A of shape \(3, 2, 8\) for attention\.\w, which needs \(3, 3, 8\)"),
+    (edit_tensors(lambda t: t.pop(Q)), "lacks lora_A of attention.q"),
+    (edit_tensors(lambda t: t.update(other=torch.zeros(1))), "holds other, which is no MultiLoRA tensor"),
+    (
+        edit_tensors(lambda t: t.update({k.replace(".q.", ".o."): t.pop(k) for k in list(t) if ".q." in k})),
+        "adapts attention.o, which the model does not have",
+    ),
+    (
+        edit_tensors(lambda t: t.update({k.replace(".q.", "."): t.pop(k) for k in list(t) if ".q." in k})),
+        "adapts attention, which is a ModuleDict",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE, ids=[message for _, message in DAMAGE])
+def test_bad_files_are_named_and_the_model_stays(damage, message, tmp_path):
+    save_adapter(adapted(), tmp_path)
+    damage(tmp_path)
+    model = base()
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, tmp_path)
+    assert all(type(m) in (nn.Linear, nn.ModuleDict) for m in model.modules())

@@ -1,0 +1,198 @@
+"""Existing LoRA adapters as the branches of one MultiLoRA adapter."""
+
+import json
+
+import pytest
+import torch
+import typer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny import ATTENTION, IDS, assert_differ, assert_same_logits, gpt2, llama, logits
+from torch import nn
+from typer.testing import CliRunner
+
+from multilora_fast import from_loras
+from multilora_fast.adapters import load_adapter
+from multilora_fast.adapters.files import CONFIG, WEIGHTS
+from multilora_fast.cli.adapters import merge
+
+KINDS = {
+    "plain": {"r": 4, "lora_alpha": 6, "target_modules": ATTENTION},
+    "rslora": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "up_proj"], "use_rslora": True},
+    "patterns": {
+        "r": 3,
+        "lora_alpha": 5,
+        "target_modules": ["k_proj", "q_proj"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 6},
+        "alpha_pattern": {"k_proj": 1},
+    },
+}
+
+
+def lora(path, options, make=llama, seed=0):
+    """A saved LoRA adapter with a random B."""
+    model = get_peft_model(make(), LoraConfig(**options))
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def loras(tmp_path):
+    return [lora(tmp_path / name, options, seed=i) for i, (name, options) in enumerate(KINDS.items())]
+
+
+def weighted(directories, weights, make=llama):
+    """The base with the weighted sum of the LoRAs' updates in its weights."""
+    model = make()
+    with torch.no_grad():
+        for directory, weight in zip(directories, weights, strict=True):
+            adapted = PeftModel.from_pretrained(make(), directory)
+            for name, layer in adapted.base_model.model.named_modules():
+                if hasattr(layer, "get_delta_weight"):
+                    model.get_submodule(name).weight += weight * layer.get_delta_weight("default")
+    return model
+
+
+@pytest.mark.parametrize("scaling", ["vector", "scalar"])
+@pytest.mark.parametrize("weights", [None, [0.5, -1.0, 2.0]])
+def test_it_is_the_weighted_sum(weights, scaling, loras, tmp_path):
+    out = from_loras(loras, tmp_path / "out", weights=weights, scaling=scaling)
+    model = PeftModel.from_pretrained(llama(), out)
+    expected = logits(weighted(loras, weights or [1.0] * 3))
+    assert_differ(expected, logits(llama()))
+    assert_same_logits(logits(model), expected, 1e-5)
+    plain = llama()
+    load_adapter(plain, out)
+    assert torch.equal(logits(plain), logits(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_alone_is_the_lora(kind, loras, tmp_path):
+    directory = loras[list(KINDS).index(kind)]
+    out = from_loras([directory], tmp_path / "out")
+    expected = logits(PeftModel.from_pretrained(llama(), directory))
+    assert_same_logits(logits(PeftModel.from_pretrained(llama(), out)), expected, 2e-6)
+
+
+def test_conv1d(tmp_path):
+    options = {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    directories = [lora(tmp_path / str(i), options, gpt2, seed=i) for i in range(2)]
+    out = from_loras(directories, tmp_path / "out", weights=[1, 3])
+    expected = logits(weighted(directories, [1, 3], gpt2))
+    assert_same_logits(logits(PeftModel.from_pretrained(gpt2(), out)), expected, 1e-5)
+
+
+def test_branches_stay_in_place_and_everything_can_learn(loras, tmp_path):
+    out = from_loras(loras, tmp_path / "out", weights=[1.0, 2.0, 3.0])
+    model = PeftModel.from_pretrained(llama(), out, is_trainable=True)
+    model(IDS, labels=IDS).loss.backward()
+    modules = {n: m.multilora_branches["default"] for n, m in model.named_modules() if hasattr(m, "multilora_branches")}
+    for name, module in modules.items():
+        assert module.lora_A.shape[0] == 3
+        scales = module.lora_scaling.detach()
+        adapted = [any(name.endswith(target) for target in options["target_modules"]) for options in KINDS.values()]
+        for i, there in enumerate(adapted):
+            assert (scales[i] == (i + 1.0 if there else 0.0)).all()
+            assert module.lora_scaling.grad[i].any()
+            if there:  # each rank of a padded branch has a gradient, through A or through B
+                moved = module.lora_A.grad[i].any(1) | module.lora_B.grad[i].any(0)
+                assert moved.all()
+
+
+def test_the_same_seed_gives_the_same_file(loras, tmp_path):
+    files = [(from_loras(loras, tmp_path / str(i), seed=i // 2) / WEIGHTS).read_bytes() for i in range(3)]
+    assert files[0] == files[1] != files[2]
+
+
+def test_a_merge_is_written_anew_but_no_longer_once_it_was_trained(loras, tmp_path):
+    out = tmp_path / "out"
+    for weight in (1.0, 0.5):
+        from_loras(loras, out, weights=[weight] * 3)
+        expected = logits(weighted(loras, [weight] * 3))
+        assert_same_logits(logits(PeftModel.from_pretrained(llama(), out)), expected, 1e-5)
+    PeftModel.from_pretrained(llama(), out, is_trainable=True).save_pretrained(out)
+    before = (out / WEIGHTS).read_bytes()
+    with pytest.raises(ValueError, match="holds an adapter that is no earlier merge: give another directory"):
+        from_loras(loras, out)
+    assert (out / WEIGHTS).read_bytes() == before
+
+
+def edit_config(**new):
+    return lambda path: (path / CONFIG).write_text(json.dumps(json.loads((path / CONFIG).read_text()) | new))
+
+
+def edit_tensors(change):
+    def edit(path):
+        tensors = load_file(path / WEIGHTS)
+        change(tensors)
+        save_file(tensors, path / WEIGHTS)
+
+    return edit
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj."
+REFUSED = {
+    "DoRA": (edit_config(use_dora=True), "use_dora=True, which MultiLoRA branches cannot hold"),
+    "bias": (edit_config(bias="lora_only"), "bias='lora_only'"),
+    "lora_bias": (edit_config(lora_bias=True), "lora_bias=True"),
+    "modules_to_save": (edit_config(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
+    "parameters": (edit_config(target_parameters=["experts.up"]), "target_parameters="),
+    "changed base": (edit_config(init_lora_weights="pissa_niter_4"), "changes the base weights too"),
+    "another method": (edit_config(peft_type="IA3"), "holds a IA3 adapter, not a LoRA adapter"),
+    "an embedding": (
+        edit_tensors(lambda t: t.update({Q + "lora_embedding_A": t.pop(Q + "lora_A.weight")})),
+        "no LoRA of a linear layer",
+    ),
+    "half a pair": (edit_tensors(lambda t: t.pop(Q + "lora_B.weight")), "lora_A of .*q_proj, but not the other half"),
+    "other rank": (edit_config(r=7), "which its config gives r=7"),
+    "cut short": (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:99]), "no readable LoRA adapter"),
+    "nothing there": (lambda p: (p / WEIGHTS).unlink(), "no readable LoRA adapter"),
+    "other model": (
+        edit_tensors(lambda t: t.update({Q + "lora_A.weight": torch.zeros(4, 9)})),
+        r"q_proj maps 9 to 32 features in \S+plain, but 32 to 32 in \S+rslora",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_write_nothing(case, loras, tmp_path):
+    damage, message = REFUSED[case]
+    damage(loras[0])
+    with pytest.raises(ValueError, match=message):
+        from_loras(loras, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_arguments(loras, tmp_path):
+    for arguments, message in [
+        (([], {}), "directories must name at least one"),
+        ((loras, {"weights": [1.0]}), "weights must hold one number per adapter, 3, not 1"),
+        ((loras, {"weights": [1.0, float("nan"), 1.0]}), "weights must be finite"),
+        ((loras, {"scaling": "matrix"}), "scaling must be"),
+        ((loras, {"lora_dropout": 1.5}), "lora_dropout must be a probability"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            from_loras(arguments[0], tmp_path / "out", **arguments[1])
+    edit_config(base_model_name_or_path="one")(loras[0])
+    edit_config(base_model_name_or_path="two")(loras[1])
+    with pytest.warns(UserWarning, match="different base models: one, two"):
+        from_loras(loras, tmp_path / "out")
+
+
+def test_the_command(loras, tmp_path):
+    app = typer.Typer()
+    app.command()(merge)
+    arguments = [*map(str, loras), "--weights", "1,-0.5,2", "--output", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "3 LoRA adapters as the branches of one MultiLoRA adapter" in result.output
+    result = CliRunner().invoke(app, [str(loras[0]), "--output", str(tmp_path / "one")])
+    assert "1 LoRA adapter as the branch of one MultiLoRA adapter" in result.output
+    expected = logits(weighted(loras, [1, -0.5, 2]))
+    assert_same_logits(logits(PeftModel.from_pretrained(llama(), tmp_path / "out")), expected, 1e-5)
+    result = CliRunner().invoke(app, [str(loras[0]), "--weights", "one", "--output", str(tmp_path / "out")])
+    assert "weights must be numbers with commas between them, not 'one'" in str(result.exception)

@@ -1,0 +1,81 @@
+"""Every row of bad_inputs.py: one sentence, exit code 2 from a command, nothing written and nothing written over."""
+
+import io
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from bad_files import prepare
+from bad_inputs import CALLS, COMMANDS, Row
+from disk import disk_of
+
+from multilora_fast import cli
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("prepared") / "root"
+    root.mkdir()
+    prepare(root)
+    return root
+
+
+@pytest.fixture
+def root(prepared, tmp_path, monkeypatch) -> Path:
+    copy = tmp_path / "root"
+    shutil.copytree(prepared, copy)
+    monkeypatch.chdir(copy)
+    monkeypatch.setattr(tempfile, "tempdir", str(copy / "tmp"))
+    monkeypatch.setattr(os, "access", os.access)  # so that a row's own is taken back
+    return copy
+
+
+def everything(root: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+
+
+def command(words: str, monkeypatch) -> int:
+    monkeypatch.setattr(sys, "argv", ["multilora-fast", *words.split()])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # to whatever might be asked
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    return exit.value.code
+
+
+def name_of(row: Row) -> str:
+    return row.name
+
+
+@pytest.mark.parametrize("row", COMMANDS, ids=name_of)
+def test_a_command_says_what_is_wrong_in_one_line_and_writes_nothing(row, root, prepared, monkeypatch, capsys):
+    row.before()
+    before = everything(root)
+    with disk_of(row.disk):
+        code = command(row.call.format(root=prepared), monkeypatch)
+    said = capsys.readouterr().err
+    assert code == 2, said
+    line = said.splitlines()[-1]
+    assert line.startswith("multilora-fast: "), said
+    assert row.says in line
+    assert len(line) < 600
+    assert "Traceback" not in said
+    assert everything(root) == before
+
+
+@pytest.mark.parametrize("row", CALLS, ids=name_of)
+def test_a_call_says_what_is_wrong_in_one_sentence_and_writes_nothing(row, root):
+    row.before()
+    before = everything(root)
+    with disk_of(row.disk), pytest.raises(ValueError if row.disk is None else OSError) as error:
+        row.call()
+    assert row.says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert everything(root) == before
+
+
+def test_the_table_is_of_some_size():
+    names = [row.name for row in (*COMMANDS, *CALLS)]
+    assert len(set(names)) == len(names) >= 60

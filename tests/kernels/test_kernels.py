@@ -1,0 +1,318 @@
+"""Every kernel against the same formula in float64, in the interpreter where there is no GPU.
+
+The bound is the 2× rule: ‖error‖ ≤ 2·‖error of torch in that dtype‖ + eps·‖the formula on absolute values‖.
+Outputs are allocated full of NaN, so that an element a kernel does not write fails.
+"""
+
+import math
+
+import pytest
+import torch
+from device import DEVICE
+
+from multilora_fast.kernels.configs import KernelConfig
+from multilora_fast.kernels.dropout import drop_threshold, dropout_mask
+from multilora_fast.kernels.expand import expand
+from multilora_fast.kernels.pack import pack
+from multilora_fast.kernels.reduce import reduce, reduce_scaled
+from multilora_fast.kernels.shrink import shrink
+
+ALPHA = 1 / 3
+DTYPES = [torch.float32, torch.float16]
+if DEVICE == "cpu":
+    DTYPES.append(torch.float64)
+P = 0.3
+# M, K, N, n, r
+SHAPES = [
+    (1, 8, 8, 1, 1),
+    (3, 65, 33, 2, 4),
+    (37, 83, 45, 3, 12),
+    (70, 128, 64, 5, 32),
+    (130, 40, 72, 1, 32),
+    (66, 24, 150, 5, 1),
+    (2, 700, 300, 3, 32),
+    (9, 33, 17, 2, 150),
+]
+
+
+@pytest.fixture(autouse=True)
+def nan_outputs(monkeypatch):
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(math.nan) if out.is_floating_point() and not out.is_meta else out
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+def seed_of(value: int) -> torch.Tensor:
+    return torch.tensor([value], device=DEVICE)
+
+
+def shrunk(x, w, scale, keep):
+    return torch.einsum("md,nrd,nd->mnr", x * keep, w, scale).flatten(1)
+
+
+def expanded(y, h, w, scale, keep):
+    n, r, _ = w.shape
+    return y + keep * torch.einsum("mnr,nrd,nd->md", h.reshape(-1, n, r), w, scale)
+
+
+def reduced(h, x, keep, n):
+    return (h.T @ (x * keep)).reshape(n, h.shape[1] // n, x.shape[1])
+
+
+def reduced_scaled(h, z, w, scale):
+    n, r, _ = w.shape
+    products = (z.T @ h).reshape(z.shape[1], n, r).permute(1, 0, 2)
+    return scale[:, :, None] * products, ALPHA * (w.transpose(1, 2) * products).sum(-1)
+
+
+def within(got, formula, *inputs, dtype, factors=()):
+    """The 2× rule for one output; `factors` are exact numbers, the same in every dtype."""
+    truth = formula(*(t.double() for t in inputs), *(f.double() for f in factors))
+    plain = formula(*(t.to(dtype) for t in inputs), *(f.to(dtype) for f in factors))
+    size = formula(*(t.double().abs() for t in inputs), *(f.double().abs() for f in factors))
+    assert got.shape == truth.shape
+    error = (got.double() - truth).norm()
+    allowed = 2 * (plain.double() - truth).norm() + torch.finfo(dtype).eps * size.norm()
+    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
+
+
+def problem(shape, dtype, params, scalar=False):
+    M, K, N, n, r = shape
+    make = lambda *size, dtype=dtype: torch.randn(*size, dtype=torch.float64).to(dtype).to(DEVICE)  # noqa: E731
+    scale = make(n, 1, dtype=params).expand(n, N) if scalar else make(n, N, dtype=params)
+    a, b = make(n, r, K, dtype=params), make(n, N, r, dtype=params)
+    return make(M, K), make(M, N), a, b.transpose(1, 2), scale, make(M, n * r)
+
+
+def check_all_uses(shape, dtype, params, p, scalar=False, config=None):
+    x, dy, a, b, scale, h = problem(shape, dtype, params, scalar)
+    n = a.shape[0]
+    drop = {"seed": seed_of(-(2**62) + 12345), "p": p}
+    keep = dropout_mask(drop["seed"], *x.shape, p).double() * 65536 / (65536 - drop_threshold(p))
+    ones = torch.ones(n, x.shape[1], device=DEVICE)
+    scaled = (ALPHA * scale.double()).to(torch.float64)
+    on = torch.ones((), device=DEVICE)
+
+    within(shrink(x, a, **drop, config=config), shrunk, x, a, ones, keep, dtype=dtype)
+    within(shrink(dy, b, scale, ALPHA, config=config), shrunk, dy, b, scaled, on, dtype=dtype)
+    y = dy.clone()
+    expand(y, h, b, scale, ALPHA)
+    within(y, expanded, dy, h, b, scaled, on, dtype=dtype)
+    dx = x.clone()
+    expand(dx, h, a, **drop)
+    within(dx, expanded, x, h, a, ones, keep, dtype=dtype)
+    da = reduce(h, x, n, params, **drop, config=config)
+    within(da, lambda h, x, keep: reduced(h, x, keep, n), h, x, keep, dtype=dtype)
+    db, ds = reduce_scaled(h, dy, b, scale, ALPHA, config=config)
+    within(db, lambda *t: reduced_scaled(*t)[0], h, dy, b, scaled, dtype=dtype)
+    within(ds, lambda *t: reduced_scaled(*t)[1], h, dy, b, scaled, dtype=dtype)
+    assert (da.dtype, db.dtype) == (params, params)
+    assert db.is_contiguous()
+    assert ds.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_use_agrees_with_the_formula(shape, dtype):
+    check_all_uses(shape, dtype, dtype, P if SHAPES.index(shape) % 3 else 0.0, scalar=SHAPES.index(shape) % 2 == 0)
+
+
+@pytest.mark.parametrize(("n", "r"), [(1, 4), (2, 12), (3, 1), (5, 4), (3, 32), (5, 32), (1, 300)])
+def test_ranks(n, r):
+    check_all_uses((18, 40, 24, n, r), torch.float32, torch.float32, P)
+
+
+@pytest.mark.parametrize("columns", [256, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("n", "r"), [(3, 96), (3, 160), (4, 128), (4, 130)])
+def test_ranks_of_several_layers_summed_in_parts(n, r, dtype, columns, monkeypatch):
+    for module in ("shrink", "reduce"):
+        monkeypatch.setattr(f"multilora_fast.kernels.{module}.device_of", lambda x: ("interpreter", 132))
+    tile = KernelConfig(32, 32, 8, 1, min_steps=1, pack=True, columns=columns)
+    check_all_uses((70, 136, 40, n, r), dtype, dtype, P, config=tile)
+
+
+@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (70, 40, 64, 2, 32)], ids=str)
+def test_float32_parameters_with_float16_tokens(shape):
+    check_all_uses(shape, torch.float16, torch.float32, P)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 16, 2, 4), (5, 0, 16, 2, 4), (5, 16, 0, 2, 4)], ids=str)
+def test_empty_axes(shape):
+    check_all_uses(shape, torch.float32, torch.float32, P)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 4096, 4096, 3, 32), (777, 1024, 2048, 5, 32), (999, 4096, 1376, 5, 12)], ids=str)
+def test_every_use_on_the_gpu(shape, dtype):
+    check_all_uses(shape, dtype, dtype, P)
+    check_all_uses(shape, dtype, torch.float32, P)
+
+
+def test_bfloat16_in_the_interpreter_is_close():
+    if DEVICE != "cpu":
+        pytest.skip("the interpreter multiplies bfloat16 in float32")
+    x, dy, a, b, scale, h = problem((37, 83, 45, 3, 12), torch.bfloat16, torch.bfloat16)
+    y = dy.clone()
+    expand(y, h, b, scale, ALPHA)
+    truth = expanded(dy.double(), h.double(), b.double(), ALPHA * scale.double(), 1.0)
+    assert (y.double() - truth).norm() < 0.01 * truth.norm()
+    truth = shrunk(x.double(), a.double(), torch.ones(3, 83).double(), 1.0)
+    assert (shrink(x, a).double() - truth).norm() < 0.01 * truth.norm()
+
+
+@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (3, 700, 300, 2, 32)], ids=str)
+def test_same_inputs_give_the_same_bits(shape):
+    x, dy, a, b, scale, h = problem(shape, torch.float32, torch.float32)
+    drop = {"seed": seed_of(7), "p": P}
+
+    def outputs():
+        y, dx = dy.clone(), x.clone()
+        expand(y, h, b, scale, ALPHA)
+        expand(dx, h, a, **drop)
+        return [
+            shrink(x, a, **drop), shrink(dy, b, scale, ALPHA), y, dx,
+            reduce(h, x, shape[3], x.dtype, **drop), *reduce_scaled(h, dy, b, scale, ALPHA),
+        ]  # fmt: skip
+
+    assert all(torch.equal(first, second) for first, second in zip(outputs(), outputs(), strict=True))
+
+
+def test_a_zero_scale_leaves_the_bits_of_y_and_the_gradient_of_b_zero():
+    _, y, _, b, scale, h = problem((37, 83, 45, 3, 12), torch.float32, torch.float32)
+    y[::3] = -0.0
+    before = y.clone()
+    expand(y, h, b, torch.zeros_like(scale), ALPHA)
+    assert torch.equal(y.view(torch.int32), before.view(torch.int32))
+    db, ds = reduce_scaled(h, y, b, torch.zeros_like(scale), ALPHA)
+    assert torch.count_nonzero(db) == 0
+    assert torch.count_nonzero(ds) == ds.numel()
+
+
+@pytest.mark.parametrize("p", [0.0, P])
+@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (3, 48, 1, 2, 4), (70, 128, 64, 5, 32)], ids=str)
+def test_writing_instead_of_adding(shape, p):
+    """Whatever the strides of y, h, w and scale, NaN in y is neither read nor kept, and nothing beside y is written."""
+    x, dy, a, b, scale, h = problem(shape, torch.float32, torch.float32)
+    N, drop = dy.shape[1], {"seed": seed_of(23), "p": p}
+    keep = dropout_mask(drop["seed"], *dy.shape, p).double() * 65536 / (65536 - drop_threshold(p))
+    scalar = scale[:, :1].expand_as(scale)
+    heads = torch.cat([h, h], 1)[:, h.shape[1] :]
+    for head, w, s in ((h, b, scale), (heads, b.contiguous(), scale.T.contiguous().T), (h, b, scalar)):
+        wide = torch.full((dy.shape[0], N + 40), math.nan, device=DEVICE)
+        y, added = wide[:, 20 : 20 + N], torch.zeros_like(dy)
+        expand(y, head, w, s, ALPHA, **drop, accumulate=False)
+        within(y, lambda *t: expanded(0.0, *t), head, w, ALPHA * s.double(), keep, dtype=torch.float32)
+        assert wide[:, :20].isnan().all()
+        assert wide[:, 20 + N :].isnan().all()
+        expand(added, head, w, s, ALPHA, **drop)
+        assert torch.equal(y, added)
+    dx = torch.full_like(x, math.nan)
+    keep = dropout_mask(drop["seed"], *x.shape, p).double() * 65536 / (65536 - drop_threshold(p))
+    expand(dx, h, a, **drop, accumulate=False, config=KernelConfig(32, 32, 4, 2, pack=True))
+    ones = torch.ones(a.shape[0], x.shape[1], device=DEVICE)
+    within(dx, lambda *t: expanded(0.0, *t), h, a, ones, keep, dtype=torch.float32)
+
+
+def test_strided_inputs_and_outputs():
+    x, dy, a, b, scale, h = problem((37, 48, 45, 3, 12), torch.float32, torch.float32)
+    wide = torch.cat([dy, dy], 1)
+    y = wide[:, 20:65]
+    want = expanded(y.double(), h.double(), b.double(), ALPHA * scale.double(), 1.0)
+    outside = wide[:, :20].clone(), wide[:, 65:].clone()
+    expand(y, torch.cat([h, h], 1)[:, 36:], b.contiguous(), scale.T.contiguous().T, ALPHA)
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(wide[:, :20], outside[0])
+    assert torch.equal(wide[:, 65:], outside[1])
+    for odd in (x[::2], x.T.contiguous().T, torch.cat([x, x], 1)[:, 16:64], x[:1].expand(9, 48)):
+        torch.testing.assert_close(shrink(odd, a), shrink(odd.contiguous(), a))
+        heads = h[: odd.shape[0]]
+        torch.testing.assert_close(reduce(heads, odd, 3, x.dtype), reduce(heads, odd.contiguous(), 3, x.dtype))
+
+
+def test_addresses_beyond_two_to_the_31_elements():
+    """Rows whose stride fits 32 bits and whose offset does not; only the pages they touch ever exist."""
+    stride = 2**30 + 64
+    storage = torch.zeros(0, dtype=torch.float16, device=DEVICE).resize_(2 * stride + 40)
+    far = storage.as_strided((3, 40), (stride, 1))
+    near = torch.randn(3, 40, device=DEVICE).half()
+    far.copy_(near)
+    _, _, a, _, _, h = problem((3, 40, 8, 2, 4), torch.float16, torch.float16)
+    assert torch.equal(shrink(far, a), shrink(near, a))
+    assert torch.equal(reduce(h, far, 2, torch.float32), reduce(h, near, 2, torch.float32))
+    expand(far, h, a)
+    expand(near, h, a)
+    assert torch.equal(far, near)
+
+
+def test_packed_weights_and_weights_scaled_on_the_tile_agree():
+    _, dy, _, b, scale, h = problem((37, 48, 45, 3, 12), torch.float32, torch.float32)
+    packed = ALPHA * scale[:, None].double() * b.double()
+    torch.testing.assert_close(pack(b, torch.float64, scale, ALPHA), packed.reshape(36, 45))
+    results = []
+    for choice in (True, False):
+        y, tile = dy.clone(), KernelConfig(32, 32, 4, 2, pack=choice)
+        expand(y, h, b, scale, ALPHA, config=tile)
+        results.append((shrink(dy, b, scale, ALPHA, config=tile), y))
+    torch.testing.assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize(("n", "r"), [(3, 32), (5, 32), (2, 90)])
+def test_a_rank_in_two_tiles_and_in_one_agree(n, r):
+    x, _, a, _, _, h = problem((37, 48, 45, n, r), torch.float32, torch.float32)
+    results = []
+    for two_tiles in (True, False):
+        tile, drop = KernelConfig(32, 32, 4, 2, two_tiles=two_tiles), {"seed": seed_of(11), "p": P}
+        results.append((shrink(x, a, **drop, config=tile), reduce(h, x, n, x.dtype, **drop, config=tile)))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_sum_over_parts_does_not_depend_on_how_many(monkeypatch):
+    x, _, a, _, _, h = problem((150, 300, 8, 2, 12), torch.float64, torch.float64)
+    if DEVICE != "cpu":
+        pytest.skip("counts the processors of the interpreter")
+    whole = shrink(x, a), reduce(h, x, 2, x.dtype)
+    for module in ("shrink", "reduce"):
+        monkeypatch.setattr(f"multilora_fast.kernels.{module}.device_of", lambda x: ("interpreter", 132))
+    torch.testing.assert_close((shrink(x, a), reduce(h, x, 2, x.dtype)), whole)
+
+
+def test_meta_tensors_get_shapes_without_a_launch():
+    x, dy, h = (torch.empty(7, d, device="meta") for d in (20, 30, 6))
+    a, b, scale = (torch.empty(2, *size, device="meta") for size in ((3, 20), (30, 3), (30,)))
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    assert shrink(x, a, seed=seed, p=P).shape == (7, 6)
+    assert expand(dy, h, b.transpose(1, 2), scale) is None
+    assert reduce(h, x, 2, torch.float16, seed, P).shape == (2, 3, 20)
+    db, ds = reduce_scaled(h, dy, b.transpose(1, 2), scale)
+    assert (db.shape, ds.shape) == ((2, 30, 3), (2, 30))
+    assert dropout_mask(seed, 4, 5, P).shape == (4, 5)
+
+
+def test_mistakes_are_named():
+    x, dy, a, b, scale, h = problem((4, 16, 24, 2, 3), torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="w has shape"):
+        shrink(x, b)
+    with pytest.raises(ValueError, match="scale has shape"):
+        shrink(dy, b, scale[:, :5])
+    with pytest.raises(ValueError, match="p is 1"):
+        shrink(x, a, seed=seed_of(0), p=1.0)
+    with pytest.raises(ValueError, match="seed has dtype"):
+        shrink(x, a, seed=torch.zeros(2, device=DEVICE), p=P)
+    with pytest.raises(ValueError, match="x has shape"):
+        shrink(x.long(), a)
+    with pytest.raises(ValueError, match="y has shape"):
+        expand(torch.empty(24, 4, device=DEVICE).T, h, b)
+    with pytest.raises(ValueError, match="h has shape"):
+        expand(dy, h[:, :5], b)
+    with pytest.raises(ValueError, match="h has shape"):
+        reduce(h[:2], x, 2, x.dtype)
+    with pytest.raises(ValueError, match="n is 4"):
+        reduce(h, x, 4, x.dtype)
+    with pytest.raises(ValueError, match="h has 5 columns"):
+        reduce_scaled(h[:, :5], dy, b, scale)

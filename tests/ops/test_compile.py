@@ -1,0 +1,133 @@
+"""torch.compile keeps the op whole, and its dropout agrees between forward, recomputation and backward."""
+
+import shutil
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from multilora_fast import FusedMultiLoRALinear, multilora_add, multilora_linear
+from multilora_fast.ops.compile import compiled, compiled_backward
+from multilora_fast.testing import assert_two_times_rule, random_case
+
+BACKENDS = ["torch", "triton"]
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("add", [False, True])
+def test_opcheck(add, p, backend, device):
+    case = random_case((2, 5, 24), 16, 2, 4, device=device)
+    v = {k: t.requires_grad_() for k, t in case.parameters.items()}
+    base = (case.dy.requires_grad_(), None, None) if add else (None, v["weight"], v["bias"])
+    seed = torch.tensor([7], device=device)
+    branches = (v["lora_A"], v["lora_B"], v["lora_scaling"])
+    arguments = (case.x.requires_grad_(), *base, *branches, seed, 2.0, p, torch.float32, backend)
+    torch.library.opcheck(compiled, arguments)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scaling", ["vector", "scalar"])
+def test_opcheck_of_backward_in_half_precision(scaling, backend, device):
+    case = random_case((3, 24), 16, 2, 4, dtype=torch.float16, scaling=scaling, device=device)
+    v = case.parameters
+    H = torch.randn(3, 8, dtype=torch.float16, device=device)
+    branches = (v["lora_A"], v["lora_B"], v["lora_scaling"])
+    settings = (2.0, 0.0, torch.float16, backend)
+    torch.library.opcheck(compiled_backward, (case.dy, case.x, H, v["weight"], *branches, None, *settings, [True] * 6))
+
+
+@needs_compiler
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_gradients_of_scales_in_half_precision_add_up(backend, device):
+    case = random_case((9, 24), 16, 2, 4, dtype=torch.float16, device=device)
+    v = {k: t.requires_grad_() for k, t in case.parameters.items()}
+
+    def twice(x, weight, bias, lora_A, lora_B, lora_scaling):
+        once = partial(multilora_linear, x, weight, bias, lora_A, lora_B, backend=backend)
+        return once(lora_scaling * 2) + once(lora_scaling)
+
+    found = []
+    for op in (twice, torch.compile(twice, fullgraph=True)):
+        op(case.x, **v).backward(case.dy)
+        found.append(v["lora_scaling"].grad)
+        v["lora_scaling"].grad = None
+    torch.testing.assert_close(*found, rtol=5e-3, atol=5e-3)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_in_one_graph_and_exact(dtype, device):
+    case = random_case((2, 33, 72), 48, 3, 12, dtype=dtype, adapter_dtype=torch.float32, device=device)
+    op = torch.compile(partial(multilora_linear, scaling_factor=case.scaling_factor), fullgraph=True)
+    assert_two_times_rule(op, case)
+
+
+@needs_compiler
+def test_compiled_add_in_one_graph(device):
+    case = random_case((2, 9, 24), 16, 2, 4, device=device)
+
+    def both(x, weight, bias, **branches):
+        return multilora_add(nn.functional.linear(x, weight, bias), x, **branches, scaling_factor=2.0)
+
+    assert_two_times_rule(torch.compile(both, fullgraph=True), case)
+
+
+def linear_in_dropout(device):
+    """A layer that passes x through dropout and nothing else: y = dropout(x), dx = mask/(1−p) ⊙ dy."""
+    layer = FusedMultiLoRALinear(nn.Linear(64, 64, bias=False), r=64, lora_num=1, lora_dropout=0.5).to(device)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.lora_A.copy_(torch.eye(64))
+        layer.lora_B.copy_(torch.eye(64))
+        layer.lora_scaling.fill_(1.0)
+    return layer
+
+
+@needs_compiler
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_one_mask_in_forward_recomputation_and_backward(checkpointed, device):
+    layer = linear_in_dropout(device)
+    step = partial(checkpoint, layer, use_reentrant=False) if checkpointed else layer
+    step = torch.compile(step, fullgraph=True)
+    masks = []
+    for _ in range(2):
+        x = torch.ones(32, 64, device=device, requires_grad=True)
+        layer.zero_grad()
+        y = step(x)
+        y.sum().backward()
+        assert set(y.unique().tolist()) == {0.0, 2.0}
+        assert torch.equal(x.grad, y)  # dx's mask is the forward's
+        assert torch.equal(layer.lora_A.grad[0], y.sum(0).expand(64, 64))  # and so is dA's
+        masks.append(y.detach())
+    assert not torch.equal(*masks)
+
+
+@needs_compiler
+def test_a_weight_from_a_function_runs_outside_the_graph(device):
+    case = random_case((2, 9, 24), 16, 2, 4, device=device)
+    weight = case.parameters.pop("weight")
+
+    def op(x, **parameters):
+        return multilora_linear(x, lambda: weight, **parameters)
+
+    wanted = op(case.x, **case.parameters)
+    torch.testing.assert_close(torch.compile(op)(case.x, **case.parameters), wanted)
+    torch.compiler.reset()
+    with pytest.raises((torch._dynamo.exc.Unsupported, ValueError)):
+        torch.compile(op, fullgraph=True)(case.x, **case.parameters)
+
+
+def test_double_backward_is_refused(device):
+    case = random_case((3, 8), 4, 2, 2, device=device)
+    x = case.x.requires_grad_()
+    v = case.parameters
+    out, _ = compiled(
+        x, None, v["weight"], v["bias"], v["lora_A"], v["lora_B"], v["lora_scaling"], None, 1.0, 0.0, x.dtype, "torch"
+    )
+    (grad,) = torch.autograd.grad(out.pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()

@@ -1,0 +1,223 @@
+"""Training that is killed at any moment, on a full disk, or by the death of another process, is resumed as if it had
+not been. ``make test`` kills it 3 times, ``make soak`` 20 times."""
+
+import json
+import math
+import os
+import random
+import socket
+import time
+from contextlib import suppress
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from disk import disk_of
+from peft import PeftModel
+from soak import SOAK, amount
+from tiny import llama
+from tiny_training import CHATS, PROMPTS, make_tokenizer, write
+
+from multilora_fast.adapters.files import WEIGHTS
+from multilora_fast.training.checkpoint import STATE, last_checkpoint
+from multilora_fast.training.config import RECORD, Settings
+
+KILLS = amount(3, 20)
+STEPS = amount(12, 40)
+TIMEOUT = 120  # seconds; more is a hang
+FORKS = get_context("forkserver")  # loads the libraries once, and forks each run from them
+FORKS.set_forkserver_preload(["multilora_fast.training.run"])
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="trains in processes on a CPU")
+
+
+def work(settings: Settings, environment: dict[str, str]) -> None:
+    """A run in a process of its own, which says nothing."""
+    os.environ.update(environment)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    torch.set_num_threads(1)
+    from multilora_fast.training.run import run
+
+    run(settings)
+
+
+def start(settings: Settings, **environment: str):
+    process = FORKS.Process(target=work, args=(settings, environment))
+    process.start()
+    return process
+
+
+def finished(process) -> int:
+    """The exit code."""
+    process.join(TIMEOUT)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs, f"the run hangs: it did not end in {TIMEOUT} s"
+    return process.exitcode
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    llama().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def settings(model, tmp_path):
+    """Makes settings whose output is called ``name``; they resume what is there."""
+    files = (write(tmp_path / "sky.jsonl", PROMPTS), write(tmp_path / "grass.jsonl", CHATS))
+
+    def make(name: str, **options) -> Settings:
+        folder = tmp_path / name
+        small = {"dtype": "float32", "r": 4, "learning_rate": 3e-2, "lora_dropout": 0.1, "eval_fraction": 0.2}
+        sizes = {"max_steps": STEPS, "save_steps": 2, "resume": (folder / RECORD).exists()}
+        return Settings(model, folder, files, **{**small, **sizes, **options})
+
+    return make
+
+
+def outcome(folder: Path) -> tuple[list[dict], bytes]:
+    """The last losses and accuracies, by task, and the adapter's file."""
+    log = json.loads((folder / STATE).read_text())["log_history"]
+    named = [{k: v for k, v in entry.items() if k.endswith(("loss", "accuracy"))} for entry in log]
+    final = [entry for entry in named if entry and "train_loss" not in entry][-2:]
+    return final, (folder / WEIGHTS).read_bytes()
+
+
+def assert_loads(folder: Path) -> Path | None:
+    last = last_checkpoint(folder)
+    if last is not None:
+        PeftModel.from_pretrained(llama(), last)
+    return last
+
+
+def is_being_written(folder: Path, since: float) -> bool:
+    """Whether a checkpoint, or the adapter at the end, was begun after ``since`` and is not whole."""
+    begun = [path for path in folder.glob("checkpoint-*") if not (path / STATE).exists()]
+    files = [file for path in (*begun, *folder.glob(".unfinished*")) for file in (path, *path.glob("*"))]
+    with suppress(FileNotFoundError):  # moved meanwhile
+        return any(file.stat().st_mtime > since for file in files)
+    return False
+
+
+def kill(process, folder: Path, rng: random.Random, seconds: float | None) -> tuple[bool, bool]:
+    """Whether it was killed, within some seconds or at one of its next checkpoints, and whether it was writing one."""
+    began = time.time()
+    wait = rng.uniform(0, seconds) if seconds else math.inf
+    whole = rng.randint(0, 3)  # checkpoints to let pass
+    while process.is_alive() and time.time() < began + wait:
+        if not seconds and is_being_written(folder, began):
+            if whole == 0:
+                time.sleep(rng.uniform(0, 0.004))
+                break
+            whole -= 1
+            while process.is_alive() and is_being_written(folder, began):
+                pass
+    process.kill()
+    process.join()
+    return process.exitcode < 0, is_being_written(folder, began)
+
+
+def test_killed_at_random_moments_it_reaches_what_an_unbroken_run_reaches(settings):
+    rng = random.Random(None if SOAK else 0)
+    whole = settings("whole").output
+    assert finished(start(settings("whole"))) == 0
+    seconds = (whole / STATE).stat().st_mtime - (whole / RECORD).stat().st_mtime  # of the training itself
+    wanted = outcome(whole)
+    kills = midwrite = runs = 0
+    while kills < KILLS or not midwrite:
+        assert runs < 10 * KILLS, "no kill hit while a file was written"
+        one = settings(f"broken-{runs}")
+        killed, writing = kill(start(one), one.output, rng, None if kills % 2 else seconds)
+        if killed:
+            kills += 1
+            midwrite += writing
+            assert_loads(one.output)
+        else:
+            assert outcome(one.output) == wanted
+            runs += 1
+    one = settings(f"broken-{runs}")
+    assert finished(start(one)) == 0
+    assert outcome(one.output) == wanted
+    print(f"{kills} kills, {midwrite} of them while a checkpoint or the adapter was written")
+    print(f"{runs + 1} runs of {STEPS} steps ended with the losses and the adapter of an unbroken one, to the bit")
+
+
+def test_killed_before_the_adapter_is_in_its_place_it_is_put_there(settings):
+    one = settings("out", max_steps=2)
+    assert finished(start(one)) == 0
+    wanted = outcome(one.output)
+    for name in (WEIGHTS, STATE, "tokenizer.json"):
+        (one.output / name).unlink()
+    (one.output / ".unfinished").mkdir()
+    (one.output / ".unfinished" / WEIGHTS).write_bytes(b"half")
+    assert finished(start(settings("out", max_steps=2))) == 0
+    assert outcome(one.output) == wanted
+    assert (one.output / "tokenizer.json").exists()
+    assert not (one.output / ".unfinished").exists()
+
+
+def test_a_checkpoint_that_is_half_written_is_passed_over(settings):
+    one = settings("out")
+    assert finished(start(one)) == 0
+    wanted = outcome(one.output)
+    (one.output / WEIGHTS).unlink()
+    state = one.output / f"checkpoint-{STEPS}" / STATE
+    state.write_bytes(state.read_bytes()[:-9])
+    assert assert_loads(one.output).name == f"checkpoint-{STEPS - 2}"
+    assert finished(start(settings("out"))) == 0
+    assert outcome(one.output) == wanted
+
+
+def on_a_full_disk(settings: Settings, environment: dict[str, str]) -> None:
+    with disk_of(20_000):  # a checkpoint's optimizer state does not fit
+        work(settings, environment)
+
+
+def test_a_full_disk_ends_it_and_it_goes_on_once_there_is_space(settings):
+    assert finished(start(settings("whole"))) == 0
+    one = settings("out")
+    process = FORKS.Process(target=on_a_full_disk, args=(one, {}))
+    process.start()
+    assert finished(process) == 1
+    assert not (one.output / WEIGHTS).exists()
+    assert assert_loads(one.output) is None
+    assert finished(start(settings("out"))) == 0
+    assert outcome(one.output) == outcome(settings("whole").output)
+
+
+def pair(settings: Settings) -> list:
+    """Two processes that train together over gloo."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    return [start(settings, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+@pytest.mark.skipif(
+    version("transformers").startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
+)
+@pytest.mark.parametrize("dies", [0, 1])
+def test_a_process_that_dies_ends_the_others_with_an_error(dies, settings):
+    whole = settings("whole", batch_size=2)
+    assert [finished(process) for process in pair(whole)] == [0, 0]
+    one = settings("out", batch_size=2, max_steps=STEPS)
+    processes = pair(one)
+    deadline = time.monotonic() + TIMEOUT
+    while last_checkpoint(one.output) is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    processes[dies].kill()
+    began = time.monotonic()
+    assert finished(processes[1 - dies]) > 0
+    print(f"process {dies} of 2 was killed; the other ended with an error after {time.monotonic() - began:.1f} s")
+    assert assert_loads(one.output) is not None
+    assert [finished(process) for process in pair(settings("out", batch_size=2))] == [0, 0]
+    assert outcome(one.output) == outcome(whole.output)
