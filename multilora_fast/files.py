@@ -1,12 +1,14 @@
 """What commands read and write: checked before anything slow happens, and written whole or not at all."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-RECORD = "train.json"  # in the directory of a training run, of what it is the output
+UNFINISHED = ".unfinished-"  # how names begin of what is not yet in its place
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -72,14 +74,32 @@ def pretrained(auto: Any, model: str, **options: Any) -> Any:
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to. The file moves to ``path`` if the block ends well, else it vanishes."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     try:
         yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_dir(folder: Path, last: str | None = None) -> Iterator[Path]:
+    """A directory to write in. If the block ends well, its files move into ``folder``, which is made where missing, one
+    by one and the one named ``last`` at the end; else nothing has changed."""
+    with made(folder):
+        stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+        try:
+            yield stage
+            for path in sorted(stage.rglob("*"), key=lambda path: (path.name == last, path)):
+                target = folder / path.relative_to(stage)
+                if path.is_dir():
+                    target.mkdir(exist_ok=True)
+                else:
+                    os.replace(path, target)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextmanager

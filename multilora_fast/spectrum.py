@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from multilora_fast.adapters.branches import Branches, as_lora, collect
-from multilora_fast.adapters.files import read_files, read_multilora
-from multilora_fast.adapters.merge import read_lora
-from multilora_fast.files import replaced
+from multilora_fast.adapters.files import parse_multilora, read_files
+from multilora_fast.adapters.merge import parse_lora
+from multilora_fast.files import atomic_file
 from multilora_fast.progress import progress
 
 Source = nn.Module | str | os.PathLike
@@ -195,10 +195,11 @@ def _of_lora_layer(path: str, layer: Any, adapter_name: str | None) -> Factors |
 
 
 def _of_directory(directory: str | os.PathLike) -> dict[str, Factors]:
-    config, _ = read_files(directory, "MultiLoRA or LoRA")
+    config, tensors = read_files(directory, "MultiLoRA or LoRA")
     if config.get("peft_type") == "LORA":
-        return {name: Factors(A, B) for name, (A, B) in read_lora(os.fspath(directory))[1].items()}
-    return {name: Factors(*as_lora(branches)) for name, branches in read_multilora(directory)[1].items()}
+        return {name: Factors(A, B) for name, (A, B) in parse_lora(os.fspath(directory), config, tensors)[1].items()}
+    modules = parse_multilora(directory, config, tensors)[1]
+    return {name: Factors(*as_lora(branches)) for name, branches in modules.items()}
 
 
 def _differences(base: nn.Module, tuned: Source) -> dict[str, Difference]:
@@ -250,5 +251,5 @@ def save_histograms(path: str | os.PathLike, spectra: Mapping[str, Mapping[str, 
         axis.set(title=kind, xlabel="singular value / the module's largest", ylabel="share of singular values")
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[-1].legend(frameon=False, fontsize=8)
-    with replaced(Path(path)) as unfinished:
+    with atomic_file(Path(path)) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130)

@@ -22,7 +22,7 @@ from multilora_fast.demo.model import LINEARS, PACKAGED
 from multilora_fast.demo.scoring import Encoded, all_scores
 from multilora_fast.demo.tasks import majority_rate
 from multilora_fast.demo.training import pack
-from multilora_fast.files import replaced
+from multilora_fast.files import atomic_file
 from multilora_fast.spectrum import by_kind, effective_rank, singular_values, top_share
 
 WITH_VALUES = ("k_proj", "v_proj")  # of seed 0, whose singular values are kept one by one
@@ -187,5 +187,5 @@ def write_record(path: Path, record: Mapping) -> None:
 
 def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(path) as unfinished:
+    with atomic_file(path) as unfinished:
         unfinished.write_text(text)

@@ -12,7 +12,7 @@ from examples.multitask.claims import RULES
 from examples.multitask.execute import write
 from examples.multitask.plan import METHODS, Results, Run, Study, next_run
 from examples.multitask.summary import summarise
-from multilora_fast.files import replaced
+from multilora_fast.files import atomic_file
 from multilora_fast.spectrum import save_histograms
 
 MIB = 2**20
@@ -212,5 +212,5 @@ def _accuracy_figure(path: Path, summary: Mapping) -> None:
     axis.set(ylabel="accuracy on test items", ylim=(0, 1))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(ncols=4, fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.08))
-    with replaced(path) as unfinished:
+    with atomic_file(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=130)

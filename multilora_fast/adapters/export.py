@@ -1,14 +1,16 @@
 """A MultiLoRA adapter as one plain LoRA of rank n·r, exactly: what every server of LoRA adapters can load."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from multilora_fast.adapters.branches import CONTAINER, Branches, as_lora, collect
-from multilora_fast.adapters.files import PREFIX, check_output, read_files, read_multilora, write_files
+from multilora_fast.adapters.files import PREFIX, check_new_adapter, parse_multilora, read_files, write_files
 from multilora_fast.progress import progress
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for --max-lora-rank
@@ -51,7 +53,18 @@ def export_lora(
             any server takes cannot hold; or ``out_dir`` holds a model, a training run or an adapter that is no
             export.
     """
-    check_output(out_dir, "export")
+    return write_lora(source, out_dir, adapter_name=adapter_name)
+
+
+def write_lora(
+    source: nn.Module | str | os.PathLike,
+    out_dir: str | os.PathLike,
+    *,
+    adapter_name: str | None = None,
+    verify: Callable[[Path], None] | None = None,
+) -> ExportReport:
+    """:func:`export_lora`, undone if ``verify``, given the directory of the finished adapter, raises."""
+    check_new_adapter(out_dir, "export")
     config, modules = _from_model(source, adapter_name) if isinstance(source, nn.Module) else _from_directory(source)
     rank = max(b.lora_num * b.r for b in modules.values())
     tensors = {}
@@ -59,14 +72,14 @@ def export_lora(
         A, B = as_lora(branches)
         tensors[f"{PREFIX}{name}.lora_A.weight"] = _padded(A, rank, 0)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = _padded(B, rank, 1)
-    write_files(out_dir, _lora_config(config, rank, sorted(modules)), tensors, made_by="export")
+    write_files(out_dir, _lora_config(config, rank, sorted(modules)), tensors, made_by="export", verify=verify)
     return ExportReport(rank, len(modules), next((r for r in VLLM_RANKS if r >= rank), None))
 
 
 def _from_directory(directory: str | os.PathLike) -> tuple[dict, dict[str, Branches]]:
-    config, _ = read_files(directory, "MultiLoRA")
+    config, tensors = read_files(directory, "MultiLoRA")
     _check_config(config)
-    return read_multilora(directory)
+    return parse_multilora(directory, config, tensors)
 
 
 def _check_config(config: dict) -> None:

@@ -7,8 +7,7 @@ PeftModel.from_pretrained, and what a PeftModel saved loads here, on nn.Linear m
 
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 
 from multilora_fast.adapters.branches import CONTAINER, NAMES, Branches, collect
 from multilora_fast.adapters.config import describe, shape_options, targets
-from multilora_fast.files import RECORD, check_folder, made
+from multilora_fast.files import atomic_dir, check_folder
 from multilora_fast.layers.fused import FusedMultiLoRALinear
 from multilora_fast.reference import MultiLoRALinear
 from multilora_fast.validation import check_config, check_hyperparameters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RECORD = "train.json"  # in the directory of a training run, of what it is the output
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PREFIX = "base_model.model."
 MADE_BY = "multilora_fast"  # in the metadata of the weights that a command made of others
@@ -94,8 +94,14 @@ def write_multilora(
 
 def read_multilora(directory: str | os.PathLike) -> tuple[dict, dict[str, Branches]]:
     """The config, and the branches by module path."""
+    return parse_multilora(directory, *read_files(directory, "MultiLoRA"))
+
+
+def parse_multilora(
+    directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]
+) -> tuple[dict, dict[str, Branches]]:
+    """The config, and the branches by module path, of what was read in ``directory``."""
     directory = Path(directory)
-    config, tensors = read_files(directory, "MultiLoRA")
     if config.get("peft_type") != "MULTILORA":
         raise ValueError(f"{directory / CONFIG} does not describe a MultiLoRA adapter.")
     missing = {"r", "lora_num", "lora_alpha", "lora_dropout", "scaling"} - set(config)
@@ -157,7 +163,7 @@ def check_values(where: object, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{where} holds values that are not finite, in {key}.")
 
 
-def check_output(directory: str | os.PathLike, made_by: str) -> None:
+def check_new_adapter(directory: str | os.PathLike, made_by: str) -> None:
     """Raise ValueError unless ``directory`` may take what the command ``made_by`` makes: it holds no model, training
     run or adapter, but for one that this command made and nobody trained since."""
     directory = Path(directory)
@@ -191,9 +197,14 @@ def _order_metadata(weights: Path) -> None:
 
 
 def write_files(
-    directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor], made_by: str | None = None
+    directory: str | os.PathLike,
+    config: dict,
+    tensors: Mapping[str, Tensor],
+    made_by: str | None = None,
+    verify: Callable[[Path], None] | None = None,
 ) -> None:
-    """Both files of an adapter, put in their places once both are complete; on an error nothing has changed.
+    """Both files of an adapter, put in their places once both are complete and ``verify``, given the directory they
+    wait in, has raised nothing; on an error nothing has changed.
 
     Raises:
         ValueError: ``directory`` can be none, or a tensor is not finite.
@@ -203,8 +214,8 @@ def write_files(
     check_folder("the output", directory)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     check_values("the adapter", tensors)
-    with made(directory), tempfile.TemporaryDirectory(dir=directory, prefix=".adapter.") as temporary:
-        weights, text = Path(temporary) / WEIGHTS, Path(temporary) / CONFIG
+    with atomic_dir(directory, last=CONFIG) as stage:
+        weights, text = stage / WEIGHTS, stage / CONFIG
         try:
             save_file(tensors, weights, metadata={"format": "pt"} | ({MADE_BY: made_by} if made_by else {}))
             _order_metadata(weights)
@@ -212,8 +223,8 @@ def write_files(
             raise OSError(f"{directory} cannot be written: {error}") from error
         text.write_text(json.dumps(config, indent=2) + "\n")
         os.chmod(weights, text.stat().st_mode)
-        os.replace(weights, directory / WEIGHTS)
-        os.replace(text, directory / CONFIG)
+        if verify is not None:
+            verify(stage)
 
 
 def _check_shapes(directory, config: dict, name: str, branches: Branches, K: int, N: int) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from multilora_fast.adapters.branches import Branches, stack
 from multilora_fast.adapters.config import pattern_value
-from multilora_fast.adapters.files import PREFIX, check_output, read_files, write_multilora
+from multilora_fast.adapters.files import PREFIX, check_new_adapter, read_files, write_multilora
 from multilora_fast.validation import check_config, check_hyperparameters
 
 # Fields of a LoRA config that change what the adapter computes beyond B A x, or hold tensors outside of A and B.
@@ -71,7 +71,7 @@ def from_loras(
     overwritten = [directory for directory in directories if Path(directory).resolve() == Path(out_dir).resolve()]
     if overwritten:
         raise ValueError(f"the output {out_dir} holds one of the LoRA adapters, which would be overwritten.")
-    check_output(out_dir, "merge")
+    check_new_adapter(out_dir, "merge")
     loras = [read_lora(directory) for directory in directories]
     generator = torch.Generator().manual_seed(seed)
     modules = {}
@@ -97,7 +97,13 @@ def from_loras(
 
 def read_lora(directory: str | os.PathLike) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
     """The config, and A (r, K) and B (N, r) by module path, in float32, with alpha / r folded into B."""
-    config, tensors = read_files(directory, "LoRA")
+    return parse_lora(directory, *read_files(directory, "LoRA"))
+
+
+def parse_lora(
+    directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]
+) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
+    """As :func:`read_lora`, of what was read in ``directory``."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter, not a LoRA adapter.")
     for field in _NOT_PLAIN:

@@ -18,29 +18,27 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Write a MultiLoRA adapter as a plain LoRA of the same function, for vLLM and every other server of LoRAs."""
-    import tempfile
-
-    from multilora_fast.adapters.export import export_lora
-    from multilora_fast.adapters.files import check_output
+    from multilora_fast.adapters.export import write_lora
+    from multilora_fast.adapters.files import check_new_adapter
     from multilora_fast.files import model_source
 
-    check_output(out, "export")
+    check_new_adapter(out, "export")
+    compared: dict[str, float] = {}
+
+    def compare(lora: Path) -> None:
+        difference, largest = _compare(str(model), adapter, lora)
+        if not difference <= 1e-6 * largest:
+            raise ValueError(
+                f"the export's logits differ from the source's by {difference:.3g}, of at most {largest:.3g}: "
+                f"nothing was written to {out}."
+            )
+        compared.update(logits_differ_by=difference, largest_logit=largest)
+        if not as_json:
+            print(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
+
     if model is not None:
         model_source("--model", model)
-    compared: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        export_lora(adapter, temporary)
-        if model is not None:
-            difference, largest = _compare(model, adapter, temporary)
-            if not difference <= 1e-6 * largest:
-                raise ValueError(
-                    f"the export's logits differ from the source's by {difference:.3g}, of at most {largest:.3g}: "
-                    f"nothing was written to {out}."
-                )
-            compared = {"logits_differ_by": difference, "largest_logit": largest}
-            if not as_json:
-                print(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
-    report = export_lora(adapter, out)
+    report = write_lora(adapter, out, verify=None if model is None else compare)
     if as_json:
         _print_json({"output": str(out), **asdict(report), **compared})
     else:
@@ -80,7 +78,7 @@ def _print_json(document: dict[str, Any]) -> None:
     print(json.dumps(document, indent=1))
 
 
-def _compare(model: str, adapter: Path, lora: str) -> tuple[float, float]:
+def _compare(model: str, adapter: Path, lora: Path) -> tuple[float, float]:
     """The largest difference between the logits under both adapters on random tokens in float32, and the largest
     logit."""
     import torch

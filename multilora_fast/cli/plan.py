@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from multilora_fast.files import check_file, check_plot, replaced
+from multilora_fast.files import atomic_file, check_file, check_plot
 
 
 def plan(
@@ -82,6 +82,6 @@ def plan(
     if plot is not None:
         print(f"wrote {found.plot(plot)}", file=say)
     if output is not None:
-        with replaced(output) as unfinished:
+        with atomic_file(output) as unfinished:
             unfinished.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
         print(f"wrote {output}", file=say)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from multilora_fast.layers.fused import FusedMultiLoRALinear
-from multilora_fast.layers.shared_input import find_groups
+from multilora_fast.layers.shared_input import assign_groups
 from multilora_fast.ops.checks import check_branches
 from multilora_fast.reference import MultiLoRALinear
 from multilora_fast.validation import check_save_inputs
@@ -78,7 +78,7 @@ def fuse(
         report.left[""] = "it is the model itself, which has no parent to swap it in: build a FusedMultiLoRALinear"
     _swap_children(model, swap)
     if share_inputs:
-        find_groups({name: model.get_submodule(name) for name in report.swapped})
+        assign_groups({name: model.get_submodule(name) for name in report.swapped})
     return report
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from multilora_fast.ops.autograd import Finish, Project
-from multilora_fast.ops.checks import check_base, check_output
+from multilora_fast.ops.checks import check_base, check_base_output
 from multilora_fast.ops.equations import Settings
 from multilora_fast.ops.functional import autocasts, prepare
 
@@ -26,16 +26,17 @@ SIBLINGS = (
 Layer = Any  # a fused layer or a PEFT adapter of ours
 
 
-def find_groups(modules: Mapping[str, Layer]) -> list["SharedInput"]:
-    """Of modules by path, those under one parent whose names say that they read the same x, and have the same K."""
-    groups = []
+def assign_groups(modules: Mapping[str, Layer]) -> None:
+    """Set ``shared`` of those ``modules``, by path, under one parent whose names say that they read the same x and whose
+    K agree."""
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in modules):
         for names in SIBLINGS:
             paths = [f"{parent}.{name}" if parent else name for name in names]
             members = {path: modules[path] for path in paths if path in modules}
             if len(members) > 1 and len({module.lora_A.shape[-1] for module in members.values()}) == 1:
-                groups.append(SharedInput(members))
-    return groups
+                group = SharedInput(members)
+                for member in members.values():
+                    member.shared = group
 
 
 class SharedInput:
@@ -46,8 +47,6 @@ class SharedInput:
 
     def __init__(self, members: dict[str, Layer]):
         self.members = members
-        for member in members.values():
-            member.shared = self
         self.left: str | None = None
         self._waiting: tuple | None = None  # x, what else must agree, and H by the name of each member to come
         self._deserted = 0
@@ -91,7 +90,7 @@ def finish_shared(member: Layer, x: Tensor, H: Tensor, *, weight=None, bias=None
     settings, _ = _prepared(member, x, dropout=False)
     N = member.lora_B.shape[1]
     if y is not None:
-        check_output(x, y, N)
+        check_base_output(x, y, N)
     elif isinstance(weight, Tensor):
         check_base(x, weight, bias, N, autocast=autocasts(x))
     return Finish.apply(x, y, weight, bias, H, member.lora_B, member.lora_scaling, settings)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from multilora_fast.files import check_plot, replaced
+from multilora_fast.files import atomic_file, check_plot
 from multilora_fast.memory.step import FULL, LORA, PHASES, REFERENCE
 
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -151,7 +151,7 @@ class MemoryPlan:
         axis.set_title("\n".join(_halves(self.title())), fontsize=9, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside lower center", ncols=len(KINDS), frameon=False, fontsize=8)
-        with replaced(path) as unfinished:
+        with atomic_file(path) as unfinished:
             figure.savefig(unfinished, dpi=140, format=path.suffix[1:])
         return path
 

@@ -41,7 +41,7 @@ def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, N: int, *, autoca
             raise ValueError(f"{name} is {t.dtype}, but x is {x.dtype}: cast one of them, or use torch.autocast.")
 
 
-def check_output(x: Tensor, y: Tensor, N: int) -> None:
+def check_base_output(x: Tensor, y: Tensor, N: int) -> None:
     """y (..., N), the base layer's output for x: floating point, on x's device."""
     wanted = (*x.shape[:-1], N)
     if tuple(y.shape) != wanted:

@@ -60,7 +60,7 @@ class Needs(NamedTuple):
 
 def project(x: Tensor, lora_A: Tensor, seed: Tensor | None, settings: Settings) -> Tensor:
     """H (M, R), the input's half of the forward."""
-    _, p, dtype = settings[:3]
+    p, dtype = settings.dropout_p, settings.dtype
     tokens = rows(x.to(dtype))
     ops = _products("forward", tokens, lora_A, settings)
     return ops.shrink(tokens, lora_A, None, 1.0, ops.draw(seed, *tokens.shape, p, dtype), p)
@@ -69,7 +69,7 @@ def project(x: Tensor, lora_A: Tensor, seed: Tensor | None, settings: Settings) 
 def finish(x, y, weight, bias, H, lora_B, lora_scaling, settings: Settings) -> Tensor:
     """The output (..., N), the output's half of the forward. Exactly one of y, the base layer's output, and weight is
     given."""
-    c, _, dtype = settings[:3]
+    c, dtype = settings.scaling_factor, settings.dtype
     if y is None:
         y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
@@ -81,7 +81,7 @@ def finish(x, y, weight, bias, H, lora_B, lora_scaling, settings: Settings) -> T
 
 def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: Needs) -> tuple:
     """From dy (M, N): dW, db, dB, ds, and dH where ``needs`` has x or lora_A. ``x`` is read for dW alone."""
-    c, _, dtype = settings[:3]
+    c, dtype = settings.scaling_factor, settings.dtype
     w = lora_B.transpose(1, 2)
     ops, scale = _products("backward", dy, w, settings), _per_column(lora_scaling, w)
     dw = db = dB = ds = dH = None
@@ -101,7 +101,7 @@ def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: N
 
 def project_backward(dH, x: Kept, dx, lora_A, seed, settings: Settings, needs: Needs) -> tuple:
     """From dH (M, R): the branches' part of dx (M, K), added to ``dx`` in place if it is given, and dÃ as (n, r, K)."""
-    _, p, dtype = settings[:3]
+    p, dtype = settings.dropout_p, settings.dtype
     ops, dA = _products("backward", dH, lora_A, settings), None
     n, _, K = lora_A.shape
     mask = ops.draw(seed, dH.shape[0], K, p, dtype)

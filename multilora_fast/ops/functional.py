@@ -7,7 +7,7 @@ from torch import Tensor
 
 from multilora_fast.ops.autograd import MultiLoRA
 from multilora_fast.ops.backends import choose, load
-from multilora_fast.ops.checks import check_base, check_branches, check_output
+from multilora_fast.ops.checks import check_base, check_base_output, check_branches
 from multilora_fast.ops.compile import compiled
 from multilora_fast.ops.equations import Settings
 from multilora_fast.validation import check_dropout, check_integer, check_save_inputs, check_scaling_factor
@@ -84,7 +84,7 @@ def multilora_add(
     """
     options = (scaling_factor, dropout_p, training, seed, backend, save_inputs)
     settings, seed = prepare(x, lora_A, lora_B, lora_scaling, *options)
-    check_output(x, y, lora_B.shape[1])
+    check_base_output(x, y, lora_B.shape[1])
     return _apply(x, y, None, None, lora_A, lora_B, lora_scaling, seed, settings)
 
 
@@ -149,4 +149,6 @@ def _apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
         raise ValueError("weight as a function cannot be compiled: compile the base layer alone and use multilora_add.")
     if settings.save_inputs != "exact":
         raise ValueError(f'save_inputs="{settings.save_inputs}" cannot be compiled: use "exact" under torch.compile.')
-    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, *settings[:4])[0]
+    scaling_factor, dropout_p, dtype, backend, _ = settings
+    options = (seed, scaling_factor, dropout_p, dtype, backend)
+    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, *options)[0]

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.adapters.branches import CONTAINER, NAMES, Branches, stack
 from multilora_fast.adapters.config import describe, pattern_value, shape_options, targets
-from multilora_fast.layers.shared_input import find_groups
+from multilora_fast.layers.shared_input import assign_groups
 from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraLinear
 from multilora_fast.peft.precision import warn_of_half_scales
@@ -53,8 +53,8 @@ class MultiLoraModel(BaseTuner):
         if idle:  # of the other patterns PEFT says so
             warnings.warn(f"lora_num_pattern {', '.join(sorted(idle))} matches no adapted module.", stacklevel=2)
         if config.share_inputs:
-            find_groups({name: layer.multilora_branches[adapter_name] for name, layer in _layers(model)
-                         if adapter_name in layer.multilora_branches})  # fmt: skip
+            assign_groups({name: layer.multilora_branches[adapter_name] for name, layer in _layers(model)
+                           if adapter_name in layer.multilora_branches})  # fmt: skip
 
     def shared_inputs(self, adapter_name: str = "default") -> dict[tuple[str, ...], str | None]:
         """Which layers of an adapter read their input together, and for each such group None, or why it does so no

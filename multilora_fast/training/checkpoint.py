@@ -16,17 +16,20 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 
 from multilora_fast import __version__
-from multilora_fast.adapters.files import CONFIG, WEIGHTS, read_multilora
-from multilora_fast.files import RECORD, made, replaced
-from multilora_fast.training.config import UNFINISHED, Settings
+from multilora_fast.adapters.files import CONFIG, RECORD, WEIGHTS, read_multilora
+from multilora_fast.files import UNFINISHED, atomic_dir, atomic_file, made
+from multilora_fast.training.config import Settings
 
 STATE = "trainer_state.json"  # the last file of a checkpoint to be written
 _TO_RESUME = ("optimizer", "scheduler", "scaler", "rng_state")  # how a checkpoint's other files begin
 
 
 def write_record(folder: Path, record: dict) -> None:
-    """Put RECORD in ``folder``, which is made if missing; on an error nothing has changed."""
-    with made(folder), replaced(folder / RECORD) as unfinished:
+    """Put RECORD in ``folder``, which is made if missing; on an error nothing has changed. What an earlier run left
+    unfinished there is removed."""
+    for path in folder.glob(f"{UNFINISHED}*/"):
+        shutil.rmtree(path)
+    with made(folder), atomic_file(folder / RECORD) as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -67,11 +70,10 @@ def finish(checkpoint: Path, settings: Settings) -> bool:
             f"--resume: the run has taken its {state.global_step} steps, and {checkpoint} holds its adapter: "
             "ask for more with --max-steps or --epochs."
         )
-    stage = folder / UNFINISHED
-    shutil.rmtree(stage, ignore_errors=True)
     others = [path.name for path in checkpoint.iterdir() if path.name.startswith(_TO_RESUME)]
-    shutil.copytree(checkpoint, stage, ignore=lambda *_: others)
-    _move(stage, settings)
+    with atomic_dir(folder, last=CONFIG) as stage:
+        shutil.copytree(checkpoint, stage, ignore=lambda *_: others, dirs_exist_ok=True)
+        (stage / "README.md").write_text(_card(settings))
     return True
 
 
@@ -88,18 +90,11 @@ def is_first() -> bool:
 
 
 def save(trainer: Trainer, settings: Settings) -> None:
-    """Write the adapter and the tokenizer beside their places, then move each file there."""
-    stage = settings.output / UNFINISHED
-    trainer.save_model(str(stage))
-    if trainer.is_world_process_zero():
-        _move(stage, settings)
-
-
-def _move(stage: Path, settings: Settings) -> None:
-    (stage / "README.md").write_text(_card(settings))  # PEFT's own asks for more information
-    for path in sorted(stage.iterdir(), key=lambda path: path.name == CONFIG):  # the adapter's config last
-        os.replace(path, settings.output / path.name)
-    shutil.rmtree(stage)
+    """Write the adapter and the tokenizer into their places, each file in one move."""
+    with atomic_dir(settings.output, last=CONFIG) as stage:  # every process has its own, the first one writes
+        trainer.save_model(str(stage))
+        if trainer.is_world_process_zero():
+            (stage / "README.md").write_text(_card(settings))  # PEFT's own asks for more information
 
 
 def _card(settings: Settings) -> str:

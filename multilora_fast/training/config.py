@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+from multilora_fast.adapters.files import RECORD
 from multilora_fast.devices import choose_dtype
-from multilora_fast.files import RECORD, check_folder
+from multilora_fast.files import UNFINISHED, check_folder
 from multilora_fast.validation import check_alpha, check_hyperparameters
 
-UNFINISHED = ".unfinished"  # how files begin that were not yet in their places when a run was broken off
 FREE = ("output", "resume", "epochs", "max_steps", "save_steps")  # what may change when a run is resumed
 
 
