@@ -20,7 +20,7 @@ from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
 from multilora_fast.cli.adapters import _compare
 from multilora_fast.demo.model import load_model
-from multilora_fast.training.config import Settings
+from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.run import run
 
 
@@ -118,9 +118,9 @@ def base(**config_fields) -> None:
     get_peft_model(llama(), config()).save_pretrained("adapter")
 
 
-def settings(**options) -> Settings:
+def settings(**options) -> TrainSettings:
     small = {"r": 2, "dtype": "float32", "max_steps": 2, "save_steps": 1, "eval_fraction": 0.0, **options}
-    return Settings("./base", Path("out"), (Path("rows.jsonl"),), **small)
+    return TrainSettings("./base", Path("out"), (Path("rows.jsonl"),), **small)
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the rows held out, their order and the branches.")] = 0,
 ) -> None:
     """Fine-tune a causal LM on one or more tasks with transformers' Trainer."""
-    from multilora_fast.training.config import Settings
+    from multilora_fast.training.config import TrainSettings
 
-    settings = Settings(
+    settings = TrainSettings(
         model=model,
         output=output,
         files=tuple(files or ()),

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from multilora_fast.layers.shared_input import SharedInput, finish_shared
+from multilora_fast.layers.shared_input import SharedInput, expand_shared
 from multilora_fast.ops.functional import multilora_linear
 from multilora_fast.reference import MultiLoRALinear
 
@@ -24,7 +24,7 @@ class FusedMultiLoRALinear(MultiLoRALinear):
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         taken = None if self.shared is None else self.shared.take(self, x)
         if taken is not None:
-            return finish_shared(self, *taken, weight=weight, bias=self.bias)
+            return expand_shared(self, *taken, weight=weight, bias=self.bias)
         return multilora_linear(
             x,
             weight,

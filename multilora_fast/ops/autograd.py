@@ -10,20 +10,20 @@ from multilora_fast.ops.equations import (
     Needs,
     backward,
     dense_weight,
-    finish,
-    finish_backward,
+    expand_backward,
+    expand_forward,
+    flatten_tokens,
     forward,
     no_autocast,
-    project,
-    project_backward,
-    rows,
+    shrink_backward,
+    shrink_forward,
 )
-from multilora_fast.ops.saved_input import Kept
+from multilora_fast.ops.saved_input import SavedInput
 
 _NOTHING = Needs(*[False] * 6)
 
 
-class MultiLoRA(torch.autograd.Function):
+class MultiLoRAFunction(torch.autograd.Function):
     """The op as eager calls take it. ``weight`` may be a function that returns the dense weight."""
 
     @staticmethod
@@ -32,7 +32,7 @@ class MultiLoRA(torch.autograd.Function):
         with no_autocast(x.device.type):
             dense = dense_weight(weight, x, bias, lora_B)
             out, H = forward(x, y, dense, bias, lora_A, lora_B, lora_scaling, seed, settings)
-        kept = (*ctx.needs.kept_x(x, settings), ctx.needs.kept_H(H), None if callable(weight) else weight)
+        kept = (*ctx.needs.saved_x(x, settings), ctx.needs.saved_H(H), None if callable(weight) else weight)
         ctx.save_for_backward(*kept, lora_A, lora_B, lora_scaling, seed)
         return out
 
@@ -43,7 +43,7 @@ class MultiLoRA(torch.autograd.Function):
         with no_autocast(dy.device.type):
             if ctx.dense is not None and ctx.needs.x:
                 weight = ctx.dense()
-            dx, *grads = backward(dy, Kept(x, scale), H, weight, *rest, ctx.settings, ctx.needs)
+            dx, *grads = backward(dy, SavedInput(x, scale), H, weight, *rest, ctx.settings, ctx.needs)
         return dx, dy if ctx.needs_input_grad[1] else None, *grads, None, None
 
 
@@ -52,7 +52,7 @@ def _beside(lora_As: Sequence[Tensor]) -> Tensor:
     return torch.cat([A.flatten(0, 1) for A in lora_As])[None]
 
 
-class Project(torch.autograd.Function):
+class SharedShrinkFunction(torch.autograd.Function):
     """x itself, and the H (M, Rᵢ) of every layer of a group, as slices of one tensor.
 
     The layers take the x that comes out: the sum of their dy W comes back here, and grows in place.
@@ -64,9 +64,9 @@ class Project(torch.autograd.Function):
         x_needed, _, _, *A_needed = ctx.needs_input_grad
         ctx.settings, ctx.needs = settings, _NOTHING._replace(x=x_needed, lora_A=any(A_needed))
         with no_autocast(x.device.type):
-            H = project(x, _beside(lora_As), seed, settings)
+            H = shrink_forward(x, _beside(lora_As), seed, settings)
         ctx.shape = x.shape
-        ctx.save_for_backward(*ctx.needs.kept_x(x, settings), seed, *lora_As)
+        ctx.save_for_backward(*ctx.needs.saved_x(x, settings), seed, *lora_As)
         return x, *H.split([A.shape[:2].numel() for A in lora_As], dim=1)
 
     @staticmethod
@@ -82,8 +82,8 @@ class Project(torch.autograd.Function):
         )
         with no_autocast(whole.device.type):
             grows = dx is not None and dx.dtype == ctx.settings.dtype  # it is wider under autocast
-            own = rows(dx) if grows else None
-            own, dA = project_backward(whole, Kept(x, scale), own, _beside(lora_As), seed, ctx.settings, ctx.needs)
+            own = flatten_tokens(dx) if grows else None
+            own, dA = shrink_backward(whole, SavedInput(x, scale), own, _beside(lora_As), seed, ctx.settings, ctx.needs)
             if own is not None:
                 own = own.view(ctx.shape)
                 dx = own if grows or dx is None else dx.add_(own)
@@ -95,7 +95,7 @@ class Project(torch.autograd.Function):
         return dx, None, None, *dAs
 
 
-class Finish(torch.autograd.Function):
+class ExpandFunction(torch.autograd.Function):
     """The rest of a layer whose H is given. ``weight`` may be a function that returns the dense weight."""
 
     @staticmethod
@@ -105,9 +105,9 @@ class Finish(torch.autograd.Function):
         ctx.needs = Needs(x_needed, w_needed, b_needed, H_needed, B_needed, s_needed)
         with no_autocast(x.device.type):
             dense = dense_weight(weight, x, bias, lora_B)
-            out = finish(x, y, dense, bias, H, lora_B, lora_scaling, settings)
+            out = expand_forward(x, y, dense, bias, H, lora_B, lora_scaling, settings)
         kept = None if callable(weight) else weight
-        ctx.save_for_backward(x if w_needed else None, ctx.needs.kept_H(H), kept, lora_B, lora_scaling)
+        ctx.save_for_backward(x if w_needed else None, ctx.needs.saved_H(H), kept, lora_B, lora_scaling)
         return out
 
     @staticmethod
@@ -117,8 +117,8 @@ class Finish(torch.autograd.Function):
         with no_autocast(dy.device.type):
             if ctx.dense is not None and ctx.needs.x:
                 weight = ctx.dense()
-            tokens = rows(dy.to(ctx.settings.dtype))
-            dw, db, dB, ds, dH = finish_backward(tokens, x, H, lora_B, lora_scaling, ctx.settings, ctx.needs)
+            tokens = flatten_tokens(dy.to(ctx.settings.dtype))
+            dw, db, dB, ds, dH = expand_backward(tokens, x, H, lora_B, lora_scaling, ctx.settings, ctx.needs)
             dx = None
             if ctx.needs.x and weight is not None:
                 dx = tokens @ weight.to(ctx.settings.dtype)

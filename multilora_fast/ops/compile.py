@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from multilora_fast.ops.equations import Needs, Settings, backward, forward, no_autocast
-from multilora_fast.ops.saved_input import Kept
+from multilora_fast.ops.equations import Needs, OpSettings, backward, forward, no_autocast
+from multilora_fast.ops.saved_input import SavedInput
 
 
 @torch.library.custom_op("multilora_fast::multilora", mutates_args=())
@@ -27,7 +27,7 @@ def compiled(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    settings = Settings(scaling_factor, dropout_p, dtype, backend)
+    settings = OpSettings(scaling_factor, dropout_p, dtype, backend)
     with no_autocast(x.device.type):
         return forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
 
@@ -55,9 +55,9 @@ def compiled_backward(
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    settings = Settings(scaling_factor, dropout_p, dtype, backend)
+    settings = OpSettings(scaling_factor, dropout_p, dtype, backend)
     with no_autocast(dy.device.type):
-        grads = backward(dy, Kept(x), H, weight, lora_A, lora_B, lora_scaling, seed, settings, Needs(*needs))
+        grads = backward(dy, SavedInput(x), H, weight, lora_A, lora_B, lora_scaling, seed, settings, Needs(*needs))
     return [grad for grad in grads if grad is not None]
 
 
@@ -78,8 +78,8 @@ def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, scaling_factor, drop
 def _setup(ctx, inputs, output):
     x, _, weight, _, *rest, scaling_factor, dropout_p, dtype, backend = inputs
     ctx.needs, ctx.settings = Needs.of(ctx), (scaling_factor, dropout_p, dtype, backend)
-    kept = ctx.needs.kept_x(x, Settings(*ctx.settings)).x
-    ctx.save_for_backward(kept, ctx.needs.kept_H(output[1]), weight, *rest)
+    kept = ctx.needs.saved_x(x, OpSettings(*ctx.settings)).x
+    ctx.save_for_backward(kept, ctx.needs.saved_H(output[1]), weight, *rest)
 
 
 def _compiled_backward(ctx, dy, _):

@@ -25,10 +25,10 @@ from torch.nn import functional as F
 from multilora_fast.ops import selfcheck
 from multilora_fast.ops.backends import Backend, load
 from multilora_fast.ops.checks import check_base
-from multilora_fast.ops.saved_input import Kept, keep, read
+from multilora_fast.ops.saved_input import SavedInput, restore, save_input
 
 
-class Settings(NamedTuple):
+class OpSettings(NamedTuple):
     scaling_factor: float
     dropout_p: float
     dtype: torch.dtype  # of the products: x's, or autocast's
@@ -51,22 +51,22 @@ class Needs(NamedTuple):
         x, _, *rest = ctx.needs_input_grad[:7]
         return cls(x, *rest)
 
-    def kept_H(self, H: Tensor) -> Tensor | None:
+    def saved_H(self, H: Tensor) -> Tensor | None:
         return H if self.lora_B or self.lora_scaling else None
 
-    def kept_x(self, x: Tensor, settings: Settings) -> Kept:
-        return keep(x if self.lora_A or self.weight else None, "exact" if self.weight else settings.save_inputs)
+    def saved_x(self, x: Tensor, settings: OpSettings) -> SavedInput:
+        return save_input(x if self.lora_A or self.weight else None, "exact" if self.weight else settings.save_inputs)
 
 
-def project(x: Tensor, lora_A: Tensor, seed: Tensor | None, settings: Settings) -> Tensor:
+def shrink_forward(x: Tensor, lora_A: Tensor, seed: Tensor | None, settings: OpSettings) -> Tensor:
     """H (M, R), the input's half of the forward."""
     p, dtype = settings.dropout_p, settings.dtype
-    tokens = rows(x.to(dtype))
+    tokens = flatten_tokens(x.to(dtype))
     ops = _products("forward", tokens, lora_A, settings)
     return ops.shrink(tokens, lora_A, None, 1.0, ops.draw(seed, *tokens.shape, p, dtype), p)
 
 
-def finish(x, y, weight, bias, H, lora_B, lora_scaling, settings: Settings) -> Tensor:
+def expand_forward(x, y, weight, bias, H, lora_B, lora_scaling, settings: OpSettings) -> Tensor:
     """The output (..., N), the output's half of the forward. Exactly one of y, the base layer's output, and weight is
     given."""
     c, dtype = settings.scaling_factor, settings.dtype
@@ -74,12 +74,12 @@ def finish(x, y, weight, bias, H, lora_B, lora_scaling, settings: Settings) -> T
         y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
     else:
         y = y.clone(memory_format=torch.contiguous_format)
-    out, w = rows(y), lora_B.transpose(1, 2)
+    out, w = flatten_tokens(y), lora_B.transpose(1, 2)
     _products("forward", H, w, settings).expand(out, H, w, _per_column(lora_scaling, w), c)
     return out.view(y.shape)
 
 
-def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: Needs) -> tuple:
+def expand_backward(dy, x, H, lora_B, lora_scaling, settings: OpSettings, needs: Needs) -> tuple:
     """From dy (M, N): dW, db, dB, ds, and dH where ``needs`` has x or lora_A. ``x`` is read for dW alone."""
     c, dtype = settings.scaling_factor, settings.dtype
     w = lora_B.transpose(1, 2)
@@ -93,13 +93,13 @@ def finish_backward(dy, x, H, lora_B, lora_scaling, settings: Settings, needs: N
     if needs.x or needs.lora_A:
         dH = ops.shrink(dy, w, scale, c)
     if needs.weight:
-        dw = dy.t() @ rows(x.to(dtype))
+        dw = dy.t() @ flatten_tokens(x.to(dtype))
     if needs.bias:
         db = dy.sum(0)
     return dw, db, dB, ds, dH
 
 
-def project_backward(dH, x: Kept, dx, lora_A, seed, settings: Settings, needs: Needs) -> tuple:
+def shrink_backward(dH, x: SavedInput, dx, lora_A, seed, settings: OpSettings, needs: Needs) -> tuple:
     """From dH (M, R): the branches' part of dx (M, K), added to ``dx`` in place if it is given, and dÃ as (n, r, K)."""
     p, dtype = settings.dropout_p, settings.dtype
     ops, dA = _products("backward", dH, lora_A, settings), None
@@ -110,31 +110,33 @@ def project_backward(dH, x: Kept, dx, lora_A, seed, settings: Settings, needs: N
         dx = dx if given else dH.new_empty(dH.shape[0], K)
         ops.expand(dx, dH, lora_A, None, 1.0, mask, p, accumulate=given)
     if needs.lora_A:
-        dA = ops.reduce(dH, rows(read(x, dtype)), n, lora_A.dtype, mask, p)
+        dA = ops.reduce(dH, flatten_tokens(restore(x, dtype)), n, lora_A.dtype, mask, p)
     return dx, dA
 
 
-def _products(direction: str, tokens: Tensor, w: Tensor, settings: Settings) -> Backend:
+def _products(direction: str, tokens: Tensor, w: Tensor, settings: OpSettings) -> Backend:
     """The backend's products; on a GPU the kernels are tried once before they are trusted."""
     if settings.backend == "triton" and tokens.is_cuda:
         selfcheck.check(direction, tokens, w, settings)
     return load(settings.backend)
 
 
-def forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings: Settings) -> tuple[Tensor, Tensor]:
+def forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings: OpSettings) -> tuple[Tensor, Tensor]:
     """The output (..., N), and H (M, R)."""
-    H = project(x, lora_A, seed, settings)
-    return finish(x, y, weight, bias, H, lora_B, lora_scaling, settings), H
+    H = shrink_forward(x, lora_A, seed, settings)
+    return expand_forward(x, y, weight, bias, H, lora_B, lora_scaling, settings), H
 
 
-def backward(dy, x: Kept, H, weight, lora_A, lora_B, lora_scaling, seed, settings: Settings, needs: Needs) -> list:
+def backward(
+    dy, x: SavedInput, H, weight, lora_A, lora_B, lora_scaling, seed, settings: OpSettings, needs: Needs
+) -> list:
     """The gradients in the order of ``needs``, None where none is needed."""
-    tokens = rows(dy.to(settings.dtype))
-    dw, db, dB, ds, dH = finish_backward(tokens, x.x, H, lora_B, lora_scaling, settings, needs)
+    tokens = flatten_tokens(dy.to(settings.dtype))
+    dw, db, dB, ds, dH = expand_backward(tokens, x.x, H, lora_B, lora_scaling, settings, needs)
     dx: Any = None
     dA: Any = None
     if needs.x or needs.lora_A:
-        dx, dA = project_backward(dH, x, None, lora_A, seed, settings, needs)
+        dx, dA = shrink_backward(dH, x, None, lora_A, seed, settings, needs)
     if needs.x:
         if weight is not None:
             dx.addmm_(tokens, weight.to(settings.dtype))
@@ -143,7 +145,7 @@ def backward(dy, x: Kept, H, weight, lora_A, lora_B, lora_scaling, seed, setting
     return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
 
 
-def rows(t: Tensor) -> Tensor:
+def flatten_tokens(t: Tensor) -> Tensor:
     """(..., D) as (M, D): a view where the strides allow it."""
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 

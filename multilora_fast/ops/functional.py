@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from multilora_fast.ops.autograd import MultiLoRA
+from multilora_fast.ops.autograd import MultiLoRAFunction
 from multilora_fast.ops.backends import choose, load
 from multilora_fast.ops.checks import check_base, check_base_output, check_branches
 from multilora_fast.ops.compile import compiled
-from multilora_fast.ops.equations import Settings
+from multilora_fast.ops.equations import OpSettings
 from multilora_fast.validation import check_dropout, check_integer, check_save_inputs, check_scaling_factor
 
 Weight = Tensor | Callable[[], Tensor]
@@ -109,7 +109,7 @@ def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str |
 
 def prepare(
     x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, seed, backend, save_inputs
-) -> tuple[Settings, Tensor | None]:
+) -> tuple[OpSettings, Tensor | None]:
     """The settings of a call, and the seed of its mask, after every check that does not concern the base layer."""
     check_branches(x, lora_A, lora_B, lora_scaling)
     check_scaling_factor(scaling_factor)
@@ -118,7 +118,7 @@ def prepare(
     p = float(dropout_p) if training else 0.0
     seed = _seed_tensor(seed, x.device) if p > 0.0 else None
     dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    return Settings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype), save_inputs), seed
+    return OpSettings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype), save_inputs), seed
 
 
 def autocasts(x: Tensor) -> bool:
@@ -144,7 +144,7 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
 
 def _apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
     if not torch.compiler.is_compiling():
-        return MultiLoRA.apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
+        return MultiLoRAFunction.apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
     if callable(weight):
         raise ValueError("weight as a function cannot be compiled: compile the base layer alone and use multilora_add.")
     if settings.save_inputs != "exact":

@@ -12,25 +12,25 @@ _FP8 = torch.float8_e4m3fn
 _VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "TransposeBackward", "PermuteBackward")
 
 
-class Kept(NamedTuple):
+class SavedInput(NamedTuple):
     """x (..., K) as it came, or its e4m3 values and the powers of two (..., 1), one per token, that they multiply."""
 
     x: Tensor | None = None
     scale: Tensor | None = None
 
 
-def keep(x: Tensor | None, save_inputs: str) -> Kept:
+def save_input(x: Tensor | None, save_inputs: str) -> SavedInput:
     """What to save of ``x`` under the choice "exact" or "fp8"."""
     if x is None or save_inputs == "exact" or x.numel() == 0 or _kept_anyway(x):
-        return Kept(x)
+        return SavedInput(x)
     largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float()
     scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / torch.finfo(_FP8).max).exponent)
     scale.clamp_(min=torch.finfo(x.dtype).smallest_normal)  # in float16 a smaller one would divide as zero
     scale = torch.where(largest.isfinite(), scale, torch.nan)
-    return Kept((x / scale.to(x.dtype)).to(_FP8), scale)
+    return SavedInput((x / scale.to(x.dtype)).to(_FP8), scale)
 
 
-def read(kept: Kept, dtype: torch.dtype) -> Tensor:
+def restore(kept: SavedInput, dtype: torch.dtype) -> Tensor:
     """x in ``dtype``."""
     x = cast(Tensor, kept.x).to(dtype)
     return x if kept.scale is None else x.mul_(kept.scale)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.adapters.branches import Branches, as_lora
-from multilora_fast.layers.shared_input import SharedInput, finish_shared
+from multilora_fast.layers.shared_input import SharedInput, expand_shared
 from multilora_fast.ops.functional import multilora_add, multilora_linear
 from multilora_fast.peft.quantization import base_weight, compute_as, dense_4bit, is_4bit, resolve_quantization_backend
 
@@ -61,7 +61,7 @@ class MultiLoraBranches(nn.Module):
         ``alone`` says that x is this layer's own."""
         taken = self.shared.take(self, x) if self.shared is not None and not alone else None
         if taken is not None:
-            return finish_shared(self, *taken, weight=weight, bias=bias, y=y)
+            return expand_shared(self, *taken, weight=weight, bias=bias, y=y)
         branches = (self.lora_A, self.lora_B, self.lora_scaling)
         options: dict[str, Any] = {
             "scaling_factor": self.scaling_factor,

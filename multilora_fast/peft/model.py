@@ -62,7 +62,7 @@ class MultiLoraModel(BaseTuner):
         reads its own."""
         adapters = (layer.multilora_branches for _, layer in _layers(self.model))
         groups = {id(a[adapter_name].shared): a[adapter_name].shared for a in adapters if adapter_name in a}
-        return {tuple(group.members): group.left for group in groups.values() if group is not None}
+        return {tuple(group.members): group.disabled_reason for group in groups.values() if group is not None}
 
     def _create_and_replace(  # type: ignore[override]  # PEFT's own differs by version
         self, config: MultiLoraConfig, adapter_name: str, target, target_name: str, parent, current_key: str, **_

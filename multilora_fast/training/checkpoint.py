@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerState
 from multilora_fast import __version__
 from multilora_fast.adapters.files import CONFIG, RECORD, WEIGHTS, read_multilora
 from multilora_fast.files import UNFINISHED, atomic_dir, atomic_file, made
-from multilora_fast.training.config import Settings
+from multilora_fast.training.config import TrainSettings
 
 STATE = "trainer_state.json"  # the last file of a checkpoint to be written
 _TO_RESUME = ("optimizer", "scheduler", "scaler", "rng_state")  # how a checkpoint's other files begin
@@ -53,7 +53,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     return last
 
 
-def finish(checkpoint: Path, settings: Settings) -> bool:
+def finish(checkpoint: Path, settings: TrainSettings) -> bool:
     """Whether the checkpoint has taken all steps that are asked for. Its adapter, the tokenizer and its state are then
     put in their places by the first process, each file in one move.
 
@@ -89,7 +89,7 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def save(trainer: Trainer, settings: Settings) -> None:
+def save(trainer: Trainer, settings: TrainSettings) -> None:
     """Write the adapter and the tokenizer into their places, each file in one move."""
     with atomic_dir(settings.output, last=CONFIG) as stage:  # every process has its own, the first one writes
         trainer.save_model(str(stage))
@@ -97,7 +97,7 @@ def save(trainer: Trainer, settings: Settings) -> None:
             (stage / "README.md").write_text(_card(settings))  # PEFT's own asks for more information
 
 
-def _card(settings: Settings) -> str:
+def _card(settings: TrainSettings) -> str:
     """The page of the adapter, as on the Hugging Face hub."""
     s = settings
     tags = [f"base_model:adapter:{s.model}", "multilora", "transformers"]

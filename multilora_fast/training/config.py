@@ -18,7 +18,7 @@ FREE = ("output", "resume", "epochs", "max_steps", "save_steps")  # what may cha
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainSettings:
     model: str
     output: Path
     files: tuple[Path, ...] = ()

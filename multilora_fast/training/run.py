@@ -36,13 +36,13 @@ from multilora_fast.training.checkpoint import (
     save,
     write_record,
 )
-from multilora_fast.training.config import Settings, check_same_run
+from multilora_fast.training.config import TrainSettings, check_same_run
 from multilora_fast.training.data import IGNORED, Row, collate, encode, read_tasks, split
 
 Rows = list[dict[str, list[int]]]
 
 
-def run(settings: Settings) -> Trainer | None:
+def run(settings: TrainSettings) -> Trainer | None:
     """Train an adapter and save it in ``settings.output``, beside the Trainer's checkpoints and its state.
 
     Returns: the Trainer; None where a run is resumed of which only the adapter was still to be put in its place.
@@ -102,7 +102,7 @@ def run(settings: Settings) -> Trainer | None:
     return trainer
 
 
-def training_arguments(settings: Settings) -> TrainingArguments:
+def training_arguments(settings: TrainSettings) -> TrainingArguments:
     when = "epoch" if settings.save_steps is None else "steps"
     arguments = TrainingArguments(
         output_dir=str(settings.output),
@@ -136,7 +136,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     return arguments
 
 
-def tokens(tasks: dict[str, list[Row]], tokenizer, settings: Settings) -> tuple[Rows, dict[str, Rows]]:
+def tokens(tasks: dict[str, list[Row]], tokenizer, settings: TrainSettings) -> tuple[Rows, dict[str, Rows]]:
     """The rows to train on, of all tasks, and those held out, by task. Says how many there are, and how many have no
     label within max_length.
 
@@ -162,7 +162,7 @@ def tokens(tasks: dict[str, list[Row]], tokenizer, settings: Settings) -> tuple[
     return train_rows, held_out
 
 
-def adapted_model(settings: Settings, device: torch.device) -> PeftModel:
+def adapted_model(settings: TrainSettings, device: torch.device) -> PeftModel:
     """The causal LM, frozen, with a fresh float32 adapter.
 
     Raises:
@@ -196,7 +196,7 @@ def adapted_model(settings: Settings, device: torch.device) -> PeftModel:
     return get_peft_model(base, config)
 
 
-def heading(settings: Settings, model: PeftModel, arguments: TrainingArguments) -> str:
+def heading(settings: TrainSettings, model: PeftModel, arguments: TrainingArguments) -> str:
     """What is trained, on what."""
     dtype = str(choose_dtype(settings.dtype, arguments.device)).removeprefix("torch.")
     where = arguments.device.type + (f" in {arguments.world_size} processes" if arguments.world_size > 1 else "")

@@ -12,7 +12,7 @@ from torch import nn
 from multilora_fast import MultiLoRALinear, fuse
 from multilora_fast.memory import saved_bytes
 from multilora_fast.ops import functional
-from multilora_fast.ops.autograd import Project
+from multilora_fast.ops.autograd import SharedShrinkFunction
 
 EVERYTHING = "all-linear"
 
@@ -26,8 +26,8 @@ def one_seed(monkeypatch):
 @pytest.fixture
 def projections(monkeypatch):
     """How many layers each shrink of a group served."""
-    served, project = [], Project.apply
-    monkeypatch.setattr(Project, "apply", lambda *args: served.append(len(args) - 3) or project(*args))
+    served, project = [], SharedShrinkFunction.apply
+    monkeypatch.setattr(SharedShrinkFunction, "apply", lambda *args: served.append(len(args) - 3) or project(*args))
     return served
 
 

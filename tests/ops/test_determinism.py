@@ -11,7 +11,7 @@ from tiny_training import PROMPTS, config, make_tokenizer, write
 from multilora_fast import FusedMultiLoRALinear, multilora_linear
 from multilora_fast.adapters.files import WEIGHTS
 from multilora_fast.testing import random_case, run
-from multilora_fast.training.config import Settings
+from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.run import run as train
 
 
@@ -72,7 +72,7 @@ def test_the_train_command_writes_the_same_file_twice(tmp_path):
     data = write(tmp_path / "sky.jsonl", PROMPTS)
     options = {"r": 4, "dtype": "float32", "max_steps": 4, "lora_dropout": 0.1, "eval_fraction": 0.0}
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
-        train(Settings(str(tmp_path / "model"), tmp_path / name, (data,), seed=seed, **options))
+        train(TrainSettings(str(tmp_path / "model"), tmp_path / name, (data,), seed=seed, **options))
     one, two, other = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("one", "two", "other"))
     assert one == two != other
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from multilora_fast import MultiLoRALinear, dropout_mask, fuse, multilora_add, multilora_linear
 from multilora_fast.ops import functional
-from multilora_fast.ops.saved_input import keep, read
+from multilora_fast.ops.saved_input import restore, save_input
 from multilora_fast.testing import Case, random_case, run, truth, two_times_rule
 
 BACKENDS = ["torch", "triton"]
@@ -67,7 +67,7 @@ def in_8_bits(x: Tensor) -> Tensor:
     """x as "fp8" keeps it, which rounds it no further: the second time is for a token whose largest value went up to
     the next power of two."""
     for _ in range(2):
-        x = read(keep(x, "fp8"), x.dtype)
+        x = restore(save_input(x, "fp8"), x.dtype)
     return x
 
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from multilora_fast import multilora_linear
 from multilora_fast.memory import saved_bytes
-from multilora_fast.ops.saved_input import keep, read
+from multilora_fast.ops.saved_input import restore, save_input
 from multilora_fast.testing import random_case, run
 
 
@@ -23,17 +23,17 @@ def test_each_value_is_within_the_rounding_of_e4m3(dtype):
         .mul(torch.logspace(-3, 3, 64)[:, None])
         .to(dtype)
     )
-    kept = keep(x, "fp8")
+    kept = save_input(x, "fp8")
     assert kept.x.dtype == torch.float8_e4m3fn
     assert kept.scale.shape == (64, 1)
-    got, smallest = read(kept, dtype).double(), 2.0**-10 * kept.scale.double()
+    got, smallest = restore(kept, dtype).double(), 2.0**-10 * kept.scale.double()
     assert ((got - x.double()).abs() <= (x.double().abs() / 16).maximum(smallest)).all()
 
 
 def test_zeros_and_non_finite_values():
     x = torch.zeros(4, 8)
     x[1, 3], x[2, 0], x[3] = torch.inf, torch.nan, 1e-30
-    got = read(keep(x, "fp8"), torch.float32)
+    got = restore(save_input(x, "fp8"), torch.float32)
     assert torch.equal(got[0], x[0])
     assert not got[1].isfinite().all()
     assert not got[2].isfinite().all()
@@ -78,8 +78,8 @@ def test_the_mean_over_many_draws_has_no_bias():
 def test_what_attention_keeps_is_not_kept_again():
     q = torch.randn(1, 6, 2, 16, requires_grad=True).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    assert keep(out.transpose(1, 2).reshape(1, 6, 32), "fp8").scale is None
-    assert keep((out * 2).transpose(1, 2).reshape(1, 6, 32), "fp8").scale is not None
+    assert save_input(out.transpose(1, 2).reshape(1, 6, 32), "fp8").scale is None
+    assert save_input((out * 2).transpose(1, 2).reshape(1, 6, 32), "fp8").scale is not None
 
 
 def test_a_trainable_weight_keeps_x_exact():

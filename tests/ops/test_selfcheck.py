@@ -5,14 +5,14 @@ import torch
 
 from multilora_fast.ops import selfcheck
 from multilora_fast.ops.backends import load
-from multilora_fast.ops.equations import Settings
+from multilora_fast.ops.equations import OpSettings
 
 DIRECTIONS = ["forward", "backward"]
 
 
 def check(direction, device, dtype, p=0.1, M=100):
     selfcheck._check.cache_clear()
-    settings = Settings(2.0, p, dtype, "triton")
+    settings = OpSettings(2.0, p, dtype, "triton")
     selfcheck.check(direction, torch.zeros(M, 1, device=device), torch.zeros(3, 12, 8, device=device), settings)
 
 
@@ -49,6 +49,6 @@ def test_a_wrong_kernel_is_named_with_its_error(direction, kernel, device, monke
 def test_a_combination_is_checked_once(device, monkeypatch):
     check("forward", device, torch.float32)
     monkeypatch.setattr(selfcheck, "load", lambda name: pytest.fail("checked again"))
-    settings = Settings(2.0, 0.1, torch.float32, "triton")
+    settings = OpSettings(2.0, 0.1, torch.float32, "triton")
     for M in (100, 8192):
         selfcheck.check("forward", torch.zeros(M, 1, device=device), torch.zeros(3, 12, 8, device=device), settings)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny import llama
 from tiny_training import make_tokenizer
 
-from multilora_fast.training.config import Settings
+from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.run import run
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_train_under_accelerate_with_fsdp2_is_train_in_one_process(tmp_path):
     assert ended.stdout.count("sky: 16 rows to train on, 4 held out") == 1
 
     sizes = {"batch_size": 4, "max_steps": 8, "save_steps": 4, "lora_num": 1, "r": 4}
-    one = run(Settings(str(tmp_path / "model"), tmp_path / "one", files, dtype="float32", learning_rate=3e-2,
+    one = run(TrainSettings(str(tmp_path / "model"), tmp_path / "one", files, dtype="float32", learning_rate=3e-2,
                        eval_fraction=0.2, **sizes))  # fmt: skip
     log = json.loads((tmp_path / "two/trainer_state.json").read_text())["log_history"]
     for mine, wanted in zip(log, one.state.log_history, strict=True):

@@ -17,7 +17,7 @@ from tiny_training import PROMPTS, make_tokenizer, write
 
 from multilora_fast import export_lora
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
-from multilora_fast.training.config import Settings
+from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.run import run
 
 
@@ -33,7 +33,7 @@ def prepare(root: Path) -> None:
     write(root / "sky.jsonl", PROMPTS)
     (root / "tmp").mkdir()
     options = {"r": 4, "target_modules": ("q_proj",), "dtype": "float32", "eval_fraction": 0.0}
-    run(Settings(str(root / "base"), root / "run", (root / "sky.jsonl",), max_steps=2, save_steps=1, **options))
+    run(TrainSettings(str(root / "base"), root / "run", (root / "sky.jsonl",), max_steps=2, save_steps=1, **options))
 
 
 def edit_config(folder: str, **new):

@@ -22,7 +22,7 @@ from tiny_training import CHATS, PROMPTS, make_tokenizer, write
 
 from multilora_fast.adapters.files import WEIGHTS
 from multilora_fast.training.checkpoint import STATE, last_checkpoint
-from multilora_fast.training.config import RECORD, Settings
+from multilora_fast.training.config import RECORD, TrainSettings
 
 KILLS = amount(3, 20)
 STEPS = amount(12, 40)
@@ -33,7 +33,7 @@ FORKS.set_forkserver_preload(["multilora_fast.training.run"])
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="trains in processes on a CPU")
 
 
-def work(settings: Settings, environment: dict[str, str]) -> None:
+def work(settings: TrainSettings, environment: dict[str, str]) -> None:
     """A run in a process of its own, which says nothing."""
     os.environ.update(environment)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -45,7 +45,7 @@ def work(settings: Settings, environment: dict[str, str]) -> None:
     run(settings)
 
 
-def start(settings: Settings, **environment: str):
+def start(settings: TrainSettings, **environment: str):
     process = FORKS.Process(target=work, args=(settings, environment))
     process.start()
     return process
@@ -73,11 +73,11 @@ def settings(model, tmp_path):
     """Makes settings whose output is called ``name``; they resume what is there."""
     files = (write(tmp_path / "sky.jsonl", PROMPTS), write(tmp_path / "grass.jsonl", CHATS))
 
-    def make(name: str, **options) -> Settings:
+    def make(name: str, **options) -> TrainSettings:
         folder = tmp_path / name
         small = {"dtype": "float32", "r": 4, "learning_rate": 3e-2, "lora_dropout": 0.1, "eval_fraction": 0.2}
         sizes = {"max_steps": STEPS, "save_steps": 2, "resume": (folder / RECORD).exists()}
-        return Settings(model, folder, files, **{**small, **sizes, **options})
+        return TrainSettings(model, folder, files, **{**small, **sizes, **options})
 
     return make
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_is_half_written_is_passed_over(settings):
     assert outcome(one.output) == wanted
 
 
-def on_a_full_disk(settings: Settings, environment: dict[str, str]) -> None:
+def on_a_full_disk(settings: TrainSettings, environment: dict[str, str]) -> None:
     with disk_of(20_000):  # a checkpoint's optimizer state does not fit
         work(settings, environment)
 
@@ -192,7 +192,7 @@ def test_a_full_disk_ends_it_and_it_goes_on_once_there_is_space(settings):
     assert outcome(one.output) == outcome(settings("whole").output)
 
 
-def pair(settings: Settings) -> list:
+def pair(settings: TrainSettings) -> list:
     """Two processes that train together over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

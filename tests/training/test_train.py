@@ -18,7 +18,7 @@ from multilora_fast import cli
 from multilora_fast.cli.train import train
 from multilora_fast.peft import MultiLoraLinear
 from multilora_fast.peft.layer import MultiLoraBranches
-from multilora_fast.training.config import RECORD, Settings
+from multilora_fast.training.config import RECORD, TrainSettings
 from multilora_fast.training.run import TaskLog, adapted_model, run, summary, training_arguments
 
 
@@ -60,11 +60,11 @@ def command(monkeypatch):
     return call
 
 
-def settings(model, data, folder, **options) -> Settings:
+def settings(model, data, folder, **options) -> TrainSettings:
     defaults = {
         "dtype": "float32", "r": 4, "learning_rate": 3e-2, "max_steps": 8, "save_steps": 4, "eval_fraction": 0.2,
     }  # fmt: skip
-    return Settings(model=model, output=folder, files=data, **{**defaults, **options})
+    return TrainSettings(model=model, output=folder, files=data, **{**defaults, **options})
 
 
 def adapter(folder) -> dict[str, torch.Tensor]:
@@ -135,7 +135,7 @@ def test_the_card_describes_and_loads_the_adapter(model, data, tmp_path):
 
 def test_the_options_defaults_are_the_settings(model):
     options = inspect.signature(train).parameters
-    ours = {field.name: field.default for field in fields(Settings) if field.name in options}
+    ours = {field.name: field.default for field in fields(TrainSettings) if field.name in options}
     others = ("model", "output", "files", "target_modules")
     assert {k: v for k, v in ours.items() if k not in others} == {
         k: options[k].default for k in ours if k not in others
