@@ -12,7 +12,7 @@ PACKAGE = ROOT / "multilora_fast"
 # From the ground up, folders and the files beside them: each imports from itself and from lower floors. Those of the
 # ground may import one another.
 FLOORS = [
-    ("validation", "files", "devices", "progress", "reference", "testing"),
+    ("validation", "files", "devices", "console", "reference", "testing"),
     ("kernels",), ("ops",), ("layers",), ("adapters",), ("peft",), ("spectrum", "memory"), ("benchmark",),
     ("training", "demo"), ("cli",),
 ]  # fmt: skip

@@ -82,7 +82,7 @@ def bench(
 
 def _print_table(layer: dict[str, Any], where: dict[str, Any], found: dict) -> None:
     from multilora_fast.benchmark.layer import DIRECTIONS, LORA
-    from multilora_fast.demo.report import MIB, table
+    from multilora_fast.console import MIB, table
 
     def cell(value: float, lora: float, unit: float) -> str:
         return f"{value / unit:.2f} ({value / lora:.2f}x)"

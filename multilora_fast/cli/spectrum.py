@@ -55,7 +55,7 @@ def spectrum(
 
 
 def _print_tables(measured: list[dict], overlaps: list[dict], top: int) -> None:
-    from multilora_fast.demo.report import table
+    from multilora_fast.console import table
 
     form = {"rank": "{:.0f}", "effective_rank": "{:.1f}", "top_share": "{:.3f}", "largest": "{:.3g}"}
     form |= {"output": "{:.3f}", "input": "{:.3f}"}
