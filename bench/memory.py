@@ -21,9 +21,9 @@ from bench.environment import conditions
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
 from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE
 from multilora_fast.memory import saved_bytes
+from multilora_fast.models import LINEARS
 
 SIZES = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40), "65B": (8192, 22016, 64), "tiny": (64, 96, 4)}
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FROZEN = "frozen layer"
 
 
@@ -68,11 +68,11 @@ def decoder_layer(size: str) -> tuple[LlamaConfig, LlamaDecoderLayer]:
 def adapted(layer: nn.Module, method: str, n: int, r: int, p: float) -> nn.Module:
     """``layer`` with its seven linears adapted, in place, at total rank n·r."""
     if method == LORA:
-        config = LoraConfig(r=n * r, lora_alpha=n * r, lora_dropout=p, target_modules=LINEARS)
+        config = LoraConfig(r=n * r, lora_alpha=n * r, lora_dropout=p, target_modules=list(LINEARS))
         layer = get_peft_model(layer, config, autocast_adapter_dtype=False)
     elif method in (OURS, FP8):
         saved = "fp8" if method == FP8 else "exact"
-        config = MultiLoraConfig(r=r, lora_num=n, lora_dropout=p, target_modules=LINEARS, save_inputs=saved)
+        config = MultiLoraConfig(r=r, lora_num=n, lora_dropout=p, target_modules=list(LINEARS), save_inputs=saved)
         layer = get_peft_model(layer, config, autocast_adapter_dtype=False)
     elif method == REFERENCE:
         for name, module in list(layer.named_modules()):

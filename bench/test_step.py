@@ -19,10 +19,9 @@ from bench.timing import contest
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
 from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE, gate, multilora
 from multilora_fast.benchmark.timing import Turn
-from multilora_fast.demo.compare import shallow_copy
-from multilora_fast.demo.model import LINEARS, load_model, target_linears
 from multilora_fast.devices import choose_dtype
 from multilora_fast.memory import peak_bytes, saved_bytes
+from multilora_fast.models import LINEARS, load_model, shallow_copy, target_linears
 
 FULL = "full fine-tuning"
 

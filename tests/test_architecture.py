@@ -12,7 +12,7 @@ PACKAGE = ROOT / "multilora_fast"
 # From the ground up, folders and the files beside them: each imports from itself and from lower floors. Those of the
 # ground may import one another.
 FLOORS = [
-    ("validation", "files", "devices", "console", "reference", "testing"),
+    ("validation", "files", "devices", "models", "console", "reference", "testing"),
     ("kernels",), ("ops",), ("layers",), ("adapters",), ("peft",), ("spectrum", "memory"), ("benchmark",),
     ("training", "demo"), ("cli",),
 ]  # fmt: skip
@@ -54,9 +54,10 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_importing_the_library_loads_torch_and_nothing_heavier():
-    loaded = modules_after("import multilora_fast")
-    assert "torch" in loaded
-    assert not loaded & {"kernels", "triton", "transformers", "peft", "matplotlib", "datasets", "typer"}
+    for statement in ("import multilora_fast", "import multilora_fast.models"):
+        loaded = modules_after(statement)
+        assert "torch" in loaded
+        assert not loaded & {"kernels", "triton", "transformers", "peft", "matplotlib", "datasets", "typer"}
 
 
 def test_kernels_never_become_a_top_level_package():

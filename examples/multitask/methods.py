@@ -14,10 +14,11 @@ from examples.multitask.plan import Study
 from multilora_fast import from_loras, fuse, unfuse
 from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.branches import collect
-from multilora_fast.demo.model import LINEARS, add_branches, target_linears
 from multilora_fast.demo.scoring import Encoded
 from multilora_fast.demo.training import pack
 from multilora_fast.memory import peak_bytes
+from multilora_fast.memory.methods import add_branches
+from multilora_fast.models import LINEARS, target_linears
 
 
 @dataclass

@@ -22,7 +22,7 @@ def export(
 
     from multilora_fast.adapters.export import export_lora
     from multilora_fast.adapters.files import check_output
-    from multilora_fast.files import model_source
+    from multilora_fast.models import model_source
 
     check_output(out, "export")
     if model is not None:
@@ -87,7 +87,7 @@ def _compare(model: str, adapter: Path, lora: str) -> tuple[float, float]:
     from peft import PeftModel
 
     import multilora_fast.peft  # noqa: F401  (registers the method)
-    from multilora_fast.demo.model import load_model
+    from multilora_fast.models import load_model
 
     outputs = []
     for directory in (adapter, lora):

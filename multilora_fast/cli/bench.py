@@ -26,7 +26,7 @@ def bench(
 ) -> None:
     """Time one frozen linear layer on this machine: alone, with the naive loop, with PEFT's LoRA, and with this
     library's branches, in turns, after checking that the results are right."""
-    from multilora_fast.devices import choose_device, choose_dtype
+    from multilora_fast.devices import choose_device, choose_dtype, environment
     from multilora_fast.validation import check_hyperparameters, check_integer
 
     given = {"in_features": in_features, "out_features": out_features, "tokens": tokens, "rounds": rounds}
@@ -41,7 +41,6 @@ def bench(
     import torch
 
     from multilora_fast.benchmark.layer import measure
-    from multilora_fast.demo.report import environment
     from multilora_fast.ops.backends import choose
 
     on_cpu = place.type == "cpu"

@@ -92,7 +92,7 @@ def _source(path: Path, base: str | None) -> tuple:
     import torch
 
     from multilora_fast.adapters.files import CONFIG
-    from multilora_fast.demo.model import load_model
+    from multilora_fast.models import load_model
 
     if (path / CONFIG).exists() or not (path / "config.json").exists():
         return path, {}

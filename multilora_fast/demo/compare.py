@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from multilora_fast.benchmark.timing import Turn, take_turns
-from multilora_fast.demo.model import add_branches, target_linears
 from multilora_fast.layers.fuse import fuse
 from multilora_fast.memory import peak_bytes, saved_bytes
+from multilora_fast.memory.methods import add_branches
+from multilora_fast.models import shallow_copy, target_linears
 
 NAIVE, LORA, OURS = "naive MultiLoRA", "PEFT LoRA", "multilora-fast"
 
@@ -27,12 +28,6 @@ class Cost:
     saved: int
     peak: int
     seconds: float
-
-
-def shallow_copy(model: nn.Module) -> nn.Module:
-    """The same module tree again, on the same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo=shared)
 
 
 def build_methods(

@@ -2,20 +2,17 @@
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from multilora_fast.console import MIB, table
 from multilora_fast.demo.compare import LORA, Cost
-from multilora_fast.devices import hardware_name, installed_version
 from multilora_fast.files import check_folder
 
 METRICS, PLOT, ADAPTER = "metrics.json", "comparison.png", "adapter"
@@ -84,17 +81,6 @@ def cost_notes(settings, device: torch.device, *, tokens: int, adapter_dtype: st
         if device.type == "cpu":
             lines.append("On a CPU PyTorch keeps dropout masks in the dtype of x, on a GPU in one byte per element.")
     return "\n".join(lines)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    names = ("multilora-fast", "torch", "transformers", "peft", "triton")
-    return {
-        "device": device.type,
-        "hardware": hardware_name(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in names},
-    }
 
 
 def check_output(folder: Path) -> None:

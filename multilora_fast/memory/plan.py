@@ -16,14 +16,15 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from multilora_fast import devices
 from multilora_fast.console import progress
-from multilora_fast.files import model_source
 from multilora_fast.memory.report import MemoryPlan, MethodPlan, parse_memory
 from multilora_fast.memory.step import FULL, METHODS, OPTIMIZERS, PACKED, PHASES, Settings, Step, build, decoder_layers
+from multilora_fast.models import model_source
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.validation import check_hyperparameters, check_integer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = devices.DTYPES | {"float16": torch.float16}
 FEW = (3, 4)  # layers: a first, a last and one or two between
 
 
