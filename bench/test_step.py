@@ -17,13 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.candidates import COMPILED, CONCATENATED, FP8, Concatenated, can_compile
 from bench.timing import contest
 from multilora_fast import MultiLoraConfig, MultiLoRALinear
-from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE, gate, multilora
+from multilora_fast.benchmark.layer import gate, multilora
 from multilora_fast.benchmark.timing import Turn
 from multilora_fast.devices import choose_dtype
 from multilora_fast.memory import peak_bytes, saved_bytes
+from multilora_fast.memory.methods import FULL, LORA, OURS, REFERENCE
 from multilora_fast.models import LINEARS, load_model, shallow_copy, target_linears
-
-FULL = "full fine-tuning"
 
 
 def decoder(tiny: bool, device: str) -> tuple[str, nn.Module]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from multilora_fast.console import table
 from multilora_fast.files import check_plot, replaced
-from multilora_fast.memory.step import FULL, LORA, PHASES, REFERENCE
+from multilora_fast.memory.methods import FULL, LORA, REFERENCE
+from multilora_fast.memory.step import PHASES
 
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # GiB that the driver reports, rounded down.
