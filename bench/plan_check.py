@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from bench.environment import conditions
-from bench.test_step import decoder, methods
+from bench.step_models import decoder, methods
 from multilora_fast import plan_memory
 from multilora_fast.memory import peak_bytes
 from multilora_fast.memory.methods import FULL, METHODS
