@@ -107,6 +107,16 @@ def test_the_library_imports_nothing_that_stays_in_the_repository():
         assert not {top.split(".")[0] for top in imported(path)} & {"bench", "tests", "examples", "kernels"}, name
 
 
+def test_the_demo_is_a_leaf():
+    users = {name for name, path in MODULES.items() if any(room(other) == "demo" for other in own(path))}
+    assert {name for name in users if room(name) != "demo"} == {"cli.demo"}
+
+
+def test_benches_import_no_test_file():
+    for path in (ROOT / "bench").glob("*.py"):
+        assert not [name for name in imported(path) if name.startswith("bench.test_")], path.name
+
+
 def test_make_help_lists_every_target():
     text = (ROOT / "Makefile").read_text()
     wanted = re.search(r"^\.PHONY: (.+)$", text, re.M)[1].split()
