@@ -19,12 +19,11 @@ from tqdm import tqdm
 
 from bench.environment import conditions
 from multilora_fast import MultiLoraConfig
-from multilora_fast.demo.compare import shallow_copy
-from multilora_fast.demo.model import LINEARS, load_model, load_tokenizer
 from multilora_fast.demo.scoring import Encoded, sample
 from multilora_fast.demo.tasks import load_tasks
 from multilora_fast.demo.training import pack
 from multilora_fast.devices import choose_device, choose_dtype
+from multilora_fast.models import LINEARS, load_model, load_tokenizer, shallow_copy
 
 RUNS = {"exact": ("exact", 0), "fp8": ("fp8", 0), "exact, other branches": ("exact", 1)}
 

@@ -11,45 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from bench.candidates import FP8
 from bench.environment import conditions
-from multilora_fast import MultiLoraConfig, MultiLoRALinear
-from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE
 from multilora_fast.memory import saved_bytes
+from multilora_fast.memory.methods import LORA, OURS, REFERENCE, adapt
+from multilora_fast.memory.step import keep_byte_masks
+from multilora_fast.models import LINEARS
 
 SIZES = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40), "65B": (8192, 22016, 64), "tiny": (64, 96, 4)}
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FROZEN = "frozen layer"
-
-
-class OneByteDropout(nn.Module):
-    """nn.Dropout with its mask in one byte per element."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _OneByteDropout.apply(x, self.p) if self.p and self.training else x
-
-
-class _OneByteDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, p):
-        keep = torch.rand_like(x, dtype=torch.float32) >= p
-        ctx.save_for_backward(keep)
-        ctx.factor = 1 / (1 - p)
-        return x * keep * ctx.factor
-
-    @staticmethod
-    def backward(ctx, dy):
-        (keep,) = ctx.saved_tensors
-        return dy * keep * ctx.factor, None
 
 
 def decoder_layer(size: str) -> tuple[LlamaConfig, LlamaDecoderLayer]:
@@ -67,21 +41,12 @@ def decoder_layer(size: str) -> tuple[LlamaConfig, LlamaDecoderLayer]:
 
 def adapted(layer: nn.Module, method: str, n: int, r: int, p: float) -> nn.Module:
     """``layer`` with its seven linears adapted, in place, at total rank n·r."""
-    if method == LORA:
-        config = LoraConfig(r=n * r, lora_alpha=n * r, lora_dropout=p, target_modules=LINEARS)
-        layer = get_peft_model(layer, config, autocast_adapter_dtype=False)
-    elif method in (OURS, FP8):
-        saved = "fp8" if method == FP8 else "exact"
-        config = MultiLoraConfig(r=r, lora_num=n, lora_dropout=p, target_modules=LINEARS, save_inputs=saved)
-        layer = get_peft_model(layer, config, autocast_adapter_dtype=False)
-    elif method == REFERENCE:
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Linear):
-                layer.set_submodule(name, MultiLoRALinear(module, r=r, lora_num=n, lora_dropout=p))
-    if method not in (OURS, FP8):
-        for name, module in list(layer.named_modules()):
-            if isinstance(module, nn.Dropout):
-                layer.set_submodule(name, OneByteDropout(module.p))
+    if method == FROZEN:
+        return layer
+    way, options = (OURS, {"save_inputs": "fp8"}) if method == FP8 else (method, {})
+    layer = adapt(layer, way, LINEARS, r=r, lora_num=n, lora_dropout=p, **options)
+    if way != OURS:
+        keep_byte_masks(layer)
     return layer
 
 

@@ -15,8 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bench.environment import conditions
 from bench.memory import FROZEN, SIZES, adapted, decoder_layer
-from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE
 from multilora_fast.memory.measure import timeline
+from multilora_fast.memory.methods import LORA, OURS, REFERENCE
 
 
 def step(layer: nn.Module, x: torch.Tensor, rotary: tuple) -> None:

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from bench.environment import conditions
-from bench.test_step import decoder, methods
+from bench.step_models import decoder, methods
 from multilora_fast import plan_memory
-from multilora_fast.demo.model import LINEARS
 from multilora_fast.memory import peak_bytes
+from multilora_fast.memory.methods import FULL, METHODS
 from multilora_fast.memory.report import MethodPlan
-from multilora_fast.memory.step import FULL, METHODS
+from multilora_fast.models import LINEARS
 
 SHAPES = [(4, 128), (1, 192)]
 N, R = 3, 32

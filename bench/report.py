@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from bench.candidates import FP8
-from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE
+from multilora_fast.benchmark.layer import FROZEN, LORA, OURS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
@@ -219,7 +219,7 @@ def plot(directory: Path, rows: list[dict]) -> None:
     axis = figure.subplots()
     width = 0.8 / len(names)
     for i, name in enumerate(names):
-        heights = [row["median"].get(name, 0) / row["median"]["frozen base layer"] for row in rows]
+        heights = [row["median"].get(name, 0) / row["median"][FROZEN] for row in rows]
         at = [x + i * width for x in range(len(rows))]
         style = {"color": "#1f5fa8"} if name == OURS else {"alpha": 0.55}
         axis.bar(at, heights, width, label=name, **style)

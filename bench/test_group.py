@@ -7,13 +7,12 @@ Before anything is timed, outputs and gradients of the group must be those of th
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bench.timing import contest
-from multilora_fast import MultiLoraConfig
-from multilora_fast.benchmark.layer import FROZEN, LORA, OURS
+from multilora_fast.benchmark.layer import FROZEN
 from multilora_fast.benchmark.timing import Turn
+from multilora_fast.memory.methods import LORA, OURS, adapt
 
 ALONE = "ours, each layer alone"
 # hidden size, and output sizes of q, k and v: LLaMA-7B's, a 2048-wide block, SmolLM2-135M's
@@ -37,19 +36,14 @@ def candidates(K, sizes, n, r, p, dtype, device) -> dict[str, nn.Module]:
         torch.manual_seed(0)
         return Projections(K, sizes).to(device, dtype).requires_grad_(False)
 
-    def ours(share: bool):
-        torch.manual_seed(1)
-        config = MultiLoraConfig(
-            r=r, lora_num=n, lora_dropout=p, target_modules=list(NAMES), init_weights=False, share_inputs=share
-        )
-        return get_peft_model(base(), config, autocast_adapter_dtype=False)
+    def adapted(method: str, **options):
+        return adapt(base(), method, NAMES, r=r, lora_num=n, lora_dropout=p, **options)
 
-    lora = LoraConfig(r=n * r, lora_alpha=n * r, lora_dropout=p, target_modules=list(NAMES))
     return {
         FROZEN: base(),
-        LORA: get_peft_model(base(), lora, autocast_adapter_dtype=False),
-        ALONE: ours(False),
-        OURS: ours(True),
+        LORA: adapted(LORA),
+        ALONE: adapted(OURS, init_weights=False, share_inputs=False),
+        OURS: adapted(OURS, init_weights=False),
     }
 
 

@@ -5,66 +5,19 @@ size in bfloat16, random weights. Adapters on all seven linears, in the base's d
 must pass the 2× rule before anything is timed; compilation is of each adapted linear alone.
 """
 
-import copy
 from functools import partial
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.candidates import COMPILED, CONCATENATED, FP8, Concatenated, can_compile
+from bench.step_models import decoder, methods
 from bench.timing import contest
-from multilora_fast import MultiLoraConfig, MultiLoRALinear
-from multilora_fast.benchmark.layer import LORA, OURS, REFERENCE, gate, multilora
+from multilora_fast.benchmark.layer import gate
 from multilora_fast.benchmark.timing import Turn
-from multilora_fast.demo.compare import shallow_copy
-from multilora_fast.demo.model import LINEARS, load_model, target_linears
-from multilora_fast.devices import choose_dtype
 from multilora_fast.memory import peak_bytes, saved_bytes
-
-FULL = "full fine-tuning"
-
-
-def decoder(tiny: bool, device: str) -> tuple[str, nn.Module]:
-    if tiny or device == "cuda":
-        sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 4}
-        if tiny:
-            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 1}
-        config = LlamaConfig(vocab_size=32000 if not tiny else 64, use_cache=False, **sizes)
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        with torch.device(device):
-            return f"LLaMA-7B, {config.num_hidden_layers} layers", LlamaForCausalLM(config).to(dtype)
-    try:
-        model = load_model(None, choose_dtype("auto", torch.device("cpu")), torch.device("cpu"))
-    except ValueError as error:
-        pytest.skip(str(error))
-    return "SmolLM2-135M", model
-
-
-def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
-    """The candidates on the base's own weights; full fine-tuning on a copy."""
-    full = copy.deepcopy(base).requires_grad_(True)
-    base.requires_grad_(False)
-    found = {FULL: full}
-    loops = {REFERENCE: MultiLoRALinear, COMPILED: MultiLoRALinear, CONCATENATED: Concatenated}
-    if not can_compile(base.device.type):
-        del loops[COMPILED]
-    for name, cls in loops.items():
-        model = found[name] = shallow_copy(base)
-        for path in target_linears(model, LINEARS):
-            layer = multilora(cls, model.get_submodule(path), n, r, p)
-            model.set_submodule(path, layer)
-            if name == COMPILED:
-                layer.compile()
-    shared = {"lora_dropout": p, "target_modules": list(LINEARS)}
-    lora = LoraConfig(r=n * r, lora_alpha=n * r, **shared)
-    found[LORA] = get_peft_model(shallow_copy(base), lora, autocast_adapter_dtype=False)
-    for name, choice in ((OURS, "exact"), (FP8, "fp8")):
-        config = MultiLoraConfig(r=r, lora_num=n, save_inputs=choice, **shared)
-        found[name] = get_peft_model(shallow_copy(base), config, autocast_adapter_dtype=False)
-    return found
+from multilora_fast.memory.methods import LORA, OURS, REFERENCE
+from multilora_fast.models import LINEARS, target_linears
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05])
@@ -72,7 +25,10 @@ def test_step(benchmark, p, tiny, device, request):
     n, r = (2, 2) if tiny else (3, 32)
     batch, length = (2, 8) if tiny else (8, 1024) if device == "cuda" else (4, 128)
     torch.manual_seed(0)
-    name, base = decoder(tiny, device)
+    try:
+        name, base = decoder(tiny, device)
+    except ValueError as error:
+        pytest.skip(str(error))
     adapted = map(base.get_submodule, target_linears(base, LINEARS))
     for K, N in {(layer.in_features, layer.out_features) for layer in adapted}:
         gate(K, N, n, r, p, base.dtype, device)

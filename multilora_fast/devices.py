@@ -2,6 +2,7 @@
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -41,3 +42,16 @@ def installed_version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on beside its settings: device, hardware, threads and versions, None for what is not
+    installed."""
+    names = ("multilora-fast", "torch", "transformers", "peft", "triton")
+    return {
+        "device": device.type,
+        "hardware": hardware_name(device),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {name: installed_version(name) for name in names},
+    }

@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 UNFINISHED = ".unfinished-"  # how names begin of what is not yet in its place
 
@@ -35,42 +34,6 @@ def check_plot(name: str, path: Path) -> None:
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"{name} must end in .png, .pdf or .svg, but is {path}.")
     check_file(name, path)
-
-
-def model_source(name: str, model: str) -> str | Path:
-    """The directory or hub id that transformers loads ``model`` from, the value of the argument ``name``.
-
-    Raises:
-        ValueError: it is a file, or looks like a path where no directory is.
-    """
-    if os.path.isfile(os.path.expanduser(model)):
-        raise ValueError(f"{name} {model} is a file; give a directory or a hub id.")
-    if not model.startswith((".", "/", "~")) and not model.endswith("/") and model.count("/") < 2:
-        return model
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{name} {model}: no such directory.")
-    return folder
-
-
-def pretrained(auto: Any, model: str, **options: Any) -> Any:
-    """What ``auto.from_pretrained`` makes of --model, a directory or hub id; code that comes with it is not run.
-
-    Raises:
-        ValueError: it cannot be loaded.
-    """
-    from safetensors import SafetensorError
-
-    source = model_source("--model", model)
-    if Path(source).is_dir() and not Path(source, "config.json").is_file():
-        raise ValueError(f"--model {model} could not be loaded: it holds no config.json, so it is no model.")
-    try:
-        return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        if reason.startswith("Couldn't instantiate the backend tokenizer"):
-            reason = "it holds no tokenizer that can be read."
-        raise ValueError(f"--model {model} could not be loaded: {reason}") from error
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from multilora_fast.adapters.branches import Branches, as_lora, collect
 from multilora_fast.adapters.files import parse_multilora, read_files
 from multilora_fast.adapters.merge import parse_lora
+from multilora_fast.console import progress
 from multilora_fast.files import atomic_file
-from multilora_fast.progress import progress
 
 Source = nn.Module | str | os.PathLike
 Core = tuple[Tensor | None, Tensor, Tensor | None]

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "multilora_fast"
 # From the ground up, folders and the files beside them: each imports from itself and from lower floors. Those of the
 # ground may import one another.
 FLOORS = [
-    ("validation", "files", "devices", "progress", "reference", "testing"),
+    ("validation", "files", "devices", "models", "console", "reference", "testing"),
     ("kernels",), ("ops",), ("layers",), ("adapters",), ("peft",), ("spectrum", "memory"), ("benchmark",),
     ("training", "demo"), ("cli",),
 ]  # fmt: skip
@@ -54,9 +54,10 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_importing_the_library_loads_torch_and_nothing_heavier():
-    loaded = modules_after("import multilora_fast")
-    assert "torch" in loaded
-    assert not loaded & {"kernels", "triton", "transformers", "peft", "matplotlib", "datasets", "typer"}
+    for statement in ("import multilora_fast", "import multilora_fast.models"):
+        loaded = modules_after(statement)
+        assert "torch" in loaded
+        assert not loaded & {"kernels", "triton", "transformers", "peft", "matplotlib", "datasets", "typer"}
 
 
 def test_kernels_never_become_a_top_level_package():
@@ -104,6 +105,16 @@ def test_the_layout_stays_flat():
 def test_the_library_imports_nothing_that_stays_in_the_repository():
     for name, path in MODULES.items():
         assert not {top.split(".")[0] for top in imported(path)} & {"bench", "tests", "examples", "kernels"}, name
+
+
+def test_the_demo_is_a_leaf():
+    users = {name for name, path in MODULES.items() if any(room(other) == "demo" for other in own(path))}
+    assert {name for name in users if room(name) != "demo"} == {"cli.demo"}
+
+
+def test_benches_import_no_test_file():
+    for path in (ROOT / "bench").glob("*.py"):
+        assert not [name for name in imported(path) if name.startswith("bench.test_")], path.name
 
 
 def test_make_help_lists_every_target():

@@ -19,7 +19,7 @@ from multilora_fast import export_lora, from_loras, singular_values
 from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
 from multilora_fast.cli.adapters import _compare
-from multilora_fast.demo.model import load_model
+from multilora_fast.models import load_model
 from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.run import run
 

@@ -70,7 +70,7 @@ def _bench(study, device):
     from examples.multitask.data import real_tasks, split
     from examples.multitask.execute import Bench
     from examples.multitask.methods import prepared
-    from multilora_fast.demo.model import load_model, load_tokenizer
+    from multilora_fast.models import load_model, load_tokenizer
 
     print("Loading the model and the tasks ...", flush=True)
     tokenizer = load_tokenizer(None)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from examples.multitask.plan import Study
-from multilora_fast.demo.model import package_dir
 from multilora_fast.demo.scoring import Encoded, sample
 from multilora_fast.demo.tasks import Example, Task, load_tasks, rte
+from multilora_fast.models import package_dir
 
 
 @dataclass(frozen=True)

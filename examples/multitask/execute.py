@@ -18,11 +18,11 @@ from examples.multitask import methods
 from examples.multitask.data import Items, mixture
 from examples.multitask.plan import COST, ZERO_SHOT, Run, Study, next_run, validation_score
 from multilora_fast.demo.compare import build_methods, compare
-from multilora_fast.demo.model import LINEARS, PACKAGED
 from multilora_fast.demo.scoring import Encoded, all_scores
 from multilora_fast.demo.tasks import majority_rate
 from multilora_fast.demo.training import pack
 from multilora_fast.files import atomic_file
+from multilora_fast.models import LINEARS, PACKAGED
 from multilora_fast.spectrum import by_kind, effective_rank, singular_values, top_share
 
 WITH_VALUES = ("k_proj", "v_proj")  # of seed 0, whose singular values are kept one by one

@@ -14,10 +14,11 @@ from examples.multitask.plan import Study
 from multilora_fast import from_loras, fuse, unfuse
 from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.branches import collect
-from multilora_fast.demo.model import LINEARS, add_branches, target_linears
 from multilora_fast.demo.scoring import Encoded
 from multilora_fast.demo.training import pack
 from multilora_fast.memory import peak_bytes
+from multilora_fast.memory.methods import LORA, adapt, add_branches
+from multilora_fast.models import LINEARS, target_linears
 
 
 @dataclass
@@ -58,10 +59,7 @@ def adapted(base: nn.Module, method: str, rank: int) -> nn.Module:
     """A copy of ``base`` in which what ``method`` trains, and nothing else, requires a gradient."""
     model = copy.deepcopy(base).requires_grad_(method == "full")
     if method == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        targets = target_linears(model, LINEARS)
-        return get_peft_model(model, LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, task_type="CAUSAL_LM"))
+        return adapt(model, LORA, target_linears(model, LINEARS), r=rank, lora_num=1, task_type="CAUSAL_LM")
     if method.startswith("multilora-"):
         n = int(method.removeprefix("multilora-"))
         add_branches(model, LINEARS, r=rank // n, lora_num=n)

@@ -12,10 +12,10 @@ from examples.multitask.claims import RULES
 from examples.multitask.execute import write
 from examples.multitask.plan import METHODS, Results, Run, Study, next_run
 from examples.multitask.summary import summarise
+from multilora_fast.console import MIB
 from multilora_fast.files import atomic_file
 from multilora_fast.spectrum import save_histograms
 
-MIB = 2**20
 TELLING = 30  # test items of a task, below which no figure is worth reading
 START, END = "<!-- results -->", "<!-- /results -->"
 

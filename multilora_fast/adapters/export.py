@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from multilora_fast.adapters.branches import CONTAINER, Branches, as_lora, collect
 from multilora_fast.adapters.files import PREFIX, check_new_adapter, parse_multilora, read_files, write_files
-from multilora_fast.progress import progress
+from multilora_fast.console import progress
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for --max-lora-rank
 

@@ -9,15 +9,16 @@ import torch
 from torch import nn
 
 from multilora_fast.benchmark.timing import layer_turn, take_turns
+from multilora_fast.console import progress
 from multilora_fast.layers.fused import FusedMultiLoRALinear
 from multilora_fast.memory import peak_bytes, saved_bytes
+from multilora_fast.memory.methods import LORA, OURS, REFERENCE
 from multilora_fast.ops.functional import dropout_mask, multilora_linear
 from multilora_fast.ops.torch_backend import inverse_keep
-from multilora_fast.progress import progress
 from multilora_fast.reference import MultiLoRALinear
 from multilora_fast.testing import assert_two_times_rule, random_case
 
-FROZEN, REFERENCE, LORA, OURS = "frozen base layer", "reference loop", "PEFT LoRA", "ours"
+FROZEN = "frozen base layer"
 DIRECTIONS = ("forward", "backward", "forward+backward")
 
 

@@ -20,7 +20,7 @@ def export(
     """Write a MultiLoRA adapter as a plain LoRA of the same function, for vLLM and every other server of LoRAs."""
     from multilora_fast.adapters.export import write_lora
     from multilora_fast.adapters.files import check_new_adapter
-    from multilora_fast.files import model_source
+    from multilora_fast.models import model_source
 
     check_new_adapter(out, "export")
     compared: dict[str, float] = {}
@@ -85,7 +85,7 @@ def _compare(model: str, adapter: Path, lora: Path) -> tuple[float, float]:
     from peft import PeftModel
 
     import multilora_fast.peft  # noqa: F401  (registers the method)
-    from multilora_fast.demo.model import load_model
+    from multilora_fast.models import load_model
 
     outputs = []
     for directory in (adapter, lora):

@@ -26,7 +26,7 @@ def bench(
 ) -> None:
     """Time one frozen linear layer on this machine: alone, with the naive loop, with PEFT's LoRA, and with this
     library's branches, in turns, after checking that the results are right."""
-    from multilora_fast.devices import choose_device, choose_dtype
+    from multilora_fast.devices import choose_device, choose_dtype, environment
     from multilora_fast.validation import check_hyperparameters, check_integer
 
     given = {"in_features": in_features, "out_features": out_features, "tokens": tokens, "rounds": rounds}
@@ -41,7 +41,6 @@ def bench(
     import torch
 
     from multilora_fast.benchmark.layer import measure
-    from multilora_fast.demo.report import environment
     from multilora_fast.ops.backends import choose
 
     on_cpu = place.type == "cpu"
@@ -82,7 +81,7 @@ def bench(
 
 def _print_table(layer: dict[str, Any], where: dict[str, Any], found: dict) -> None:
     from multilora_fast.benchmark.layer import DIRECTIONS, LORA
-    from multilora_fast.demo.report import MIB, table
+    from multilora_fast.console import MIB, table
 
     def cell(value: float, lora: float, unit: float) -> str:
         return f"{value / unit:.2f} ({value / lora:.2f}x)"

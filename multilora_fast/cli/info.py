@@ -18,9 +18,8 @@ def info(
     tile of tokens by features, warps and pipeline stages."""
     import torch
 
-    from multilora_fast.demo.model import cache_dir
-    from multilora_fast.demo.report import environment
-    from multilora_fast.devices import choose_device, choose_dtype
+    from multilora_fast.devices import choose_device, choose_dtype, environment
+    from multilora_fast.models import cache_dir
     from multilora_fast.ops.backends import choose
 
     device = choose_device("auto")

@@ -55,7 +55,7 @@ def spectrum(
 
 
 def _print_tables(measured: list[dict], overlaps: list[dict], top: int) -> None:
-    from multilora_fast.demo.report import table
+    from multilora_fast.console import table
 
     form = {"rank": "{:.0f}", "effective_rank": "{:.1f}", "top_share": "{:.3f}", "largest": "{:.3g}"}
     form |= {"output": "{:.3f}", "input": "{:.3f}"}
@@ -92,7 +92,7 @@ def _source(path: Path, base: str | None) -> tuple:
     import torch
 
     from multilora_fast.adapters.files import CONFIG
-    from multilora_fast.demo.model import load_model
+    from multilora_fast.models import load_model
 
     if (path / CONFIG).exists() or not (path / "config.json").exists():
         return path, {}

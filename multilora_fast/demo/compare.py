@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from multilora_fast.benchmark.timing import Turn, take_turns
-from multilora_fast.demo.model import add_branches, target_linears
 from multilora_fast.layers.fuse import fuse
 from multilora_fast.memory import peak_bytes, saved_bytes
+from multilora_fast.memory.methods import LORA, REFERENCE, adapt, draw_scales
+from multilora_fast.models import shallow_copy, target_linears
 
-NAIVE, LORA, OURS = "naive MultiLoRA", "PEFT LoRA", "multilora-fast"
+NAIVE, OURS = "naive MultiLoRA", "multilora-fast"  # the demo's names of REFERENCE and of a fused one
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,6 @@ class Cost:
     seconds: float
 
 
-def shallow_copy(model: nn.Module) -> nn.Module:
-    """The same module tree again, on the same parameters and buffers."""
-    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, memo=shared)
-
-
 def build_methods(
     base: nn.Module, target_modules: Sequence[str], *, r: int, lora_num: int, lora_alpha: float, lora_dropout: float
 ) -> dict[str, nn.Module]:
@@ -42,24 +37,13 @@ def build_methods(
 
     The two MultiLoRA models hold equal branches with non-zero scales. PEFT's scale is that of the branches, c.
     """
-    from peft import LoraConfig, get_peft_model
-
-    naive = shallow_copy(base)
-    add_branches(naive, target_modules, r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
-    for name, parameter in naive.named_parameters():
-        if name.endswith("lora_scaling"):
-            nn.init.normal_(parameter, std=0.1)
+    targets = target_linears(base, target_modules)
+    branches: dict[str, Any] = {"r": r, "lora_num": lora_num, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
+    naive = adapt(shallow_copy(base), REFERENCE, targets, **branches)
+    draw_scales(naive)
     ours = copy.deepcopy(naive, memo={id(p): p for p in naive.parameters() if not p.requires_grad})
     fuse(ours)
-    alpha: Any = lora_num * lora_alpha  # PEFT says int, and multiplies by what it is given
-    config = LoraConfig(
-        r=lora_num * r,
-        lora_alpha=alpha,
-        lora_dropout=lora_dropout,
-        target_modules=target_linears(base, target_modules),
-        task_type="CAUSAL_LM",
-    )
-    peft = get_peft_model(shallow_copy(base), config, autocast_adapter_dtype=False)
+    peft = adapt(shallow_copy(base), LORA, targets, **branches, task_type="CAUSAL_LM")
     return {NAIVE: naive, LORA: peft, OURS: ours}
 
 

@@ -2,25 +2,22 @@
 
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from multilora_fast.console import MIB, table
 from multilora_fast.demo.compare import LORA, Cost
-from multilora_fast.devices import hardware_name, installed_version
 from multilora_fast.files import check_folder
 
 METRICS, PLOT, ADAPTER = "metrics.json", "comparison.png", "adapter"
 UNFINISHED = ".unfinished-"
 KIND = "multilora-fast demo"
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -37,17 +34,6 @@ def mean_result(results: Sequence[TaskResult]) -> TaskResult:
         return sum(getattr(result, key) for result in results) / len(results)
 
     return TaskResult("mean", sum(r.items for r in results), mean("majority"), mean("before"), mean("after"))
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns under a rule, the first to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        others = (f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))
-        return "   ".join([f"{row[0]:<{widths[0]}}", *others])
-
-    return "\n".join([line(header), "-" * len(line(header)), *map(line, rows)])
 
 
 def accuracy_table(results: Sequence[TaskResult]) -> str:
@@ -95,17 +81,6 @@ def cost_notes(settings, device: torch.device, *, tokens: int, adapter_dtype: st
         if device.type == "cpu":
             lines.append("On a CPU PyTorch keeps dropout masks in the dtype of x, on a GPU in one byte per element.")
     return "\n".join(lines)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    names = ("multilora-fast", "torch", "transformers", "peft", "triton")
-    return {
-        "device": device.type,
-        "hardware": hardware_name(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: installed_version(name) for name in names},
-    }
 
 
 def check_output(folder: Path) -> None:

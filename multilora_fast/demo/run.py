@@ -15,13 +15,14 @@ from transformers import set_seed
 from multilora_fast.adapters import load_adapter, save_adapter
 from multilora_fast.demo import report
 from multilora_fast.demo.compare import Cost, build_methods, compare
-from multilora_fast.demo.model import PACKAGED, add_branches, load_model, load_tokenizer
 from multilora_fast.demo.scoring import Encoded, accuracy, sample
 from multilora_fast.demo.settings import Settings
 from multilora_fast.demo.tasks import SPLITS, Task, load_tasks, majority_rate
 from multilora_fast.demo.training import check_packing, pack, train
-from multilora_fast.devices import choose_device, choose_dtype
+from multilora_fast.devices import choose_device, choose_dtype, environment
 from multilora_fast.layers.fuse import fuse
+from multilora_fast.memory.methods import add_branches
+from multilora_fast.models import PACKAGED, load_model, load_tokenizer
 
 
 def run(settings: Settings, tasks: Sequence[Task] | None = None) -> list[report.TaskResult]:
@@ -30,8 +31,8 @@ def run(settings: Settings, tasks: Sequence[Task] | None = None) -> list[report.
     settings.check()
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    environment = report.environment(device)
-    print(_heading(settings, environment, dtype))
+    machine = environment(device)
+    print(_heading(settings, machine, dtype))
 
     _say("Loading the model and the tasks")
     tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, dtype, device)
@@ -72,7 +73,7 @@ def run(settings: Settings, tasks: Sequence[Task] | None = None) -> list[report.
             stage / report.METRICS,
             results,
             costs,
-            environment=environment,
+            environment=machine,
             settings=asdict(settings) | {"output": str(settings.output), "dtype": _short(dtype)},
             comparison=conditions,
             trainable_parameters=trainable,
@@ -80,7 +81,7 @@ def run(settings: Settings, tasks: Sequence[Task] | None = None) -> list[report.
             losses=losses,
             seconds=round(time.perf_counter() - started, 1),
         )
-        where = f"{environment['hardware']}, {environment['threads']} threads, base {_short(dtype)}"
+        where = f"{machine['hardware']}, {machine['threads']} threads, base {_short(dtype)}"
         report.plot(stage / report.PLOT, results, costs, f"{settings.model or PACKAGED} on {where}")
     print(f"Wrote {report.ADAPTER}/, {report.METRICS} and {report.PLOT} to {settings.output}.")
     print(f"Done in {_duration(time.perf_counter() - started)}.")
@@ -140,12 +141,12 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**{name: tensor for name, tensor in batch.items() if "labels" not in name}).logits.float()
 
 
-def _heading(settings: Settings, environment: dict, dtype: torch.dtype) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
+def _heading(settings: Settings, machine: dict, dtype: torch.dtype) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     return (
         f"MultiLoRA on {settings.model or PACKAGED}: {settings.lora_num} branches of rank {settings.r}, "
         f"{settings.steps} steps of {settings.batch_size} examples\n"
-        f"{environment['device']} ({environment['hardware']}), {environment['threads']} threads, "
+        f"{machine['device']} ({machine['hardware']}), {machine['threads']} threads, "
         f"base {_short(dtype)}, adapters float32, seed {settings.seed}\n{versions}\n"
     )
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multilora_fast.demo.model import package_dir
+from multilora_fast.models import package_dir
 
 SPLITS = {
     "BoolQ": "train split / dev split",

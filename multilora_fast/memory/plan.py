@@ -1,7 +1,7 @@
 """What a training step will hold, before it is run: :func:`plan_memory`.
 
 Nothing is allocated and nothing but a config is read. The model is built with 3 and with 4 decoder layers, each takes a
-step on fake tensors (``plan_step.py``), and the figures are continued to the config's depth: every one is linear in the
+step on fake tensors (``step.py``), and the figures are continued to the config's depth: every one is linear in the
 number of layers, which are equal. Models with unequal layers are counted whole.
 """
 
@@ -16,14 +16,16 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from multilora_fast.files import model_source
+from multilora_fast import devices
+from multilora_fast.console import progress
+from multilora_fast.memory.methods import FULL, METHODS
 from multilora_fast.memory.report import MemoryPlan, MethodPlan, parse_memory
-from multilora_fast.memory.step import FULL, METHODS, OPTIMIZERS, PACKED, PHASES, Settings, Step, build, decoder_layers
+from multilora_fast.memory.step import OPTIMIZERS, PACKED, PHASES, Settings, Step, build, decoder_layers
+from multilora_fast.models import model_source
 from multilora_fast.peft import MultiLoraConfig
-from multilora_fast.progress import progress
 from multilora_fast.validation import check_hyperparameters, check_integer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = devices.DTYPES | {"float16": torch.float16}
 FEW = (3, 4)  # layers: a first, a last and one or two between
 
 

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from multilora_fast.console import table
 from multilora_fast.files import atomic_file, check_plot
-from multilora_fast.memory.step import FULL, LORA, PHASES, REFERENCE
+from multilora_fast.memory.methods import FULL, LORA, REFERENCE
+from multilora_fast.memory.step import PHASES
 
 UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 # GiB that the driver reports, rounded down.
@@ -67,7 +69,7 @@ class MemoryPlan:
         return {"asked": self.asked, "methods": {plan.method: asdict(plan) for plan in self.methods}}
 
     def __str__(self) -> str:
-        return "\n".join([self.title(), "", *self._peaks(), "", *self._sizes(), "", *self._notes()])
+        return "\n".join([self.title(), "", self._peaks(), "", self._sizes(), "", *self._notes()])
 
     __repr__ = __str__
 
@@ -83,22 +85,22 @@ class MemoryPlan:
         ]
         return "; ".join(parts)
 
-    def _peaks(self) -> list[str]:
+    def _peaks(self) -> str:
         unit, memory = _unit(self.methods), self.asked["device_memory"]
         header = [f"at the peak, {unit}", *KINDS, "peak", "reached in"]
         if memory is not None:
             header.append(f"largest batch in {shown_memory(memory)}")
-        rows = [header]
+        rows = []
         for plan in self.methods:
             last = [] if plan.largest_batch is None else [str(plan.largest_batch or "none")]
             rows.append([plan.method, *_cells((*plan.at_peak.values(), plan.peak), unit), plan.phase, *last])
-        return _table(rows)
+        return table(header, rows, left=(0, header.index("reached in")), gap="  ")
 
-    def _sizes(self) -> list[str]:
+    def _sizes(self) -> str:
         unit = _unit(self.methods)
         header = [f"in full, {unit}", "activations", "logits", "gradients"]
         rows = [[p.method, *_cells((p.activations, p.logits, p.gradients), unit)] for p in self.methods]
-        return _table([header, *rows])
+        return table(header, rows, gap="  ")
 
     def _notes(self) -> list[str]:
         dtype, own = self.asked["dtype"], self.asked["adapter_dtype"]
@@ -194,16 +196,6 @@ def _plain(name: str) -> str:
 
 def _cells(sizes: Iterable[int], unit: str) -> list[str]:
     return [f"{size / _SIZE[unit]:,.{_DIGITS[unit]}f}" for size in sizes]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    text = ["  ".join(map(_aligned, range(len(row)), row, widths)) for row in rows]
-    return [text[0], "-" * len(text[0]), *text[1:]]
-
-
-def _aligned(column: int, cell: str, width: int) -> str:
-    return f"{cell:<{width}}" if column in (0, 8) else f"{cell:>{width}}"
 
 
 def _halves(title: str) -> list[str]:

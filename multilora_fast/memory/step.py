@@ -7,18 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.memory.measure import AliveBytes
-from multilora_fast.peft import MultiLoraConfig, MultiLoraLinear
-from multilora_fast.reference import MultiLoRALinear
+from multilora_fast.memory.methods import LORA, OURS, REFERENCE, adapt
 
-FULL, LORA, REFERENCE, OURS = METHODS = ("full fine-tuning", "PEFT LoRA", "reference loop", "ours")
 FORWARD, TOP, REST, STEP = PHASES = ("forward", "backward of the last layer", "backward", "optimizer step")
 OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
@@ -59,9 +55,8 @@ def build(config: PreTrainedConfig, method: str, s: Settings) -> Any:
         if s.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model = _adapted(model, method, s).train()
-    for module in model.modules() if s.device == "cuda" else ():
-        if type(module) is nn.Dropout:
-            module.__class__ = GpuDropout
+    if s.device == "cuda":
+        keep_byte_masks(model)
     return model
 
 
@@ -75,30 +70,10 @@ def _quiet():
 
 
 def _adapted(model: Any, method: str, s: Settings) -> Any:
-    if method == FULL:
-        return model
-    options: dict[str, Any] = {"lora_dropout": s.lora_dropout, "target_modules": s.target_modules}
-    if method == LORA:
-        adapter = LoraConfig(r=s.lora_num * s.r, lora_alpha=s.lora_num * s.r, **options)
-        return get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    if method == OURS and s.device == "cuda":
-        options["lora_dropout"] = 0.0  # the kernels draw the mask on the tile: it takes a seed of 8 bytes
-    adapter = MultiLoraConfig(r=s.r, lora_num=s.lora_num, **options, **s.options)
-    peft_model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
-    if method == OURS:
-        return peft_model
-    model = peft_model.get_base_model()
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, MultiLoraLinear):
-            base: Any = layer.base_layer
-            if isinstance(base, Conv1D):  # which the loop has no form of: the nn.Linear of its size
-                K, N = base.weight.shape
-                base = nn.Linear(K, N, dtype=s.dtype).requires_grad_(False)
-            loop = MultiLoRALinear(
-                base, r=s.r, lora_num=s.lora_num, lora_dropout=s.lora_dropout, scaling=adapter.scaling
-            )
-            model.set_submodule(name, loop)
-    return model
+    # The kernels draw the mask on the tile: of dropout they keep a seed of 8 bytes.
+    p = 0.0 if method == OURS and s.device == "cuda" else s.lora_dropout
+    options = s.options if method in (OURS, REFERENCE) else {}
+    return adapt(model, method, s.target_modules, r=s.r, lora_num=s.lora_num, lora_dropout=p, **options)
 
 
 class Step:
@@ -254,6 +229,13 @@ class GpuDropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.native_dropout(x, self.p, True)[0] if self.p and self.training else x
+
+
+def keep_byte_masks(model: nn.Module) -> None:
+    """Make every nn.Dropout of ``model`` a :class:`GpuDropout`."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = GpuDropout
 
 
 class FlashAttention(torch.autograd.Function):

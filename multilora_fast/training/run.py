@@ -25,7 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.devices import choose_dtype
-from multilora_fast.files import pretrained
+from multilora_fast.models import pretrained
 from multilora_fast.peft import MultiLoraConfig, MultiLoraLinear
 from multilora_fast.training.checkpoint import (
     failures_named,

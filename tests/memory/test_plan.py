@@ -14,9 +14,10 @@ from bench.candidates import FP8
 from bench.memory import bytes_per_token
 from multilora_fast import MultiLoraConfig, MultiLoRALinear, plan_memory
 from multilora_fast.memory import peak_bytes
+from multilora_fast.memory.methods import FULL, LORA, METHODS, OURS, REFERENCE
 from multilora_fast.memory.plan import counter, largest_batch
 from multilora_fast.memory.report import KINDS, MethodPlan
-from multilora_fast.memory.step import FULL, LORA, METHODS, OURS, PHASES, REFERENCE, Settings, Step
+from multilora_fast.memory.step import PHASES, Settings, Step
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = ["q_proj", "v_proj", "down_proj"]

