@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench.timing import contest
+from bench.timing import compare
 from multilora_fast.benchmark.layer import FROZEN
-from multilora_fast.benchmark.timing import Turn
+from multilora_fast.benchmark.timing import Timed
 from multilora_fast.memory.methods import LORA, OURS, adapt
 
 ALONE = "ours, each layer alone"
@@ -78,14 +78,14 @@ def test_group(benchmark, shape, dtype, p, tiny, device):
     dys = [torch.randn(M, N, dtype=kind, device=device) for N in sizes]
     gate(models, x, dys, torch.finfo(kind).eps)
 
-    def turn(model: nn.Module) -> Turn:
+    def timed_step(model: nn.Module) -> Timed:
         def clear():
             x.grad = None
             model.zero_grad()
 
-        return Turn(clear, lambda _: step(model, x, dys))
+        return Timed(clear, lambda _: step(model, x, dys))
 
-    medians = contest(benchmark, {name: turn(model) for name, model in models.items()}, OURS, rounds=9)
+    medians = compare(benchmark, {name: timed_step(model) for name, model in models.items()}, OURS, rounds=9)
     benchmark.extra_info["settings"] = {
         "M": M, "K": K, "N": list(sizes), "n": n, "r": r, "dropout": p, "dtype": dtype, "direction": "forward+backward",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Forward, backward and both of one layer, beside its peers in turns.
+"""Forward, backward and both of one layer, interleaved with its peers.
 
     pytest bench/test_layer.py --benchmark-json=OUT.json
 
@@ -10,9 +10,9 @@ import torch
 
 from bench.candidates import layers
 from bench.floor import layer_work, rates
-from bench.timing import contest
+from bench.timing import compare
 from multilora_fast.benchmark.layer import DIRECTIONS, FROZEN, LORA, OURS, REFERENCE, gate
-from multilora_fast.benchmark.timing import layer_turn
+from multilora_fast.benchmark.timing import timed_layer
 
 CPU_SHAPES = [(1024, 2048, 2048), (1024, 576, 1536)]
 GPU_SHAPES = [(8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096)]
@@ -33,8 +33,8 @@ def test_layer(benchmark, direction, shape, dtype, n, p, tiny, device):
     gate(K, N, n, r, p, kind, device)
     x = torch.randn(M, K, dtype=kind, device=device).requires_grad_()
     dy = torch.randn(M, N, dtype=kind, device=device)
-    turns = {name: layer_turn(layer, x, dy, direction) for name, layer in layers(K, N, n, r, p, kind, device).items()}
-    medians = contest(benchmark, turns, OURS, rounds=15)
+    timed = {name: timed_layer(layer, x, dy, direction) for name, layer in layers(K, N, n, r, p, kind, device).items()}
+    medians = compare(benchmark, timed, OURS, rounds=15)
 
     settings = {"M": M, "K": K, "N": N, "n": n, "r": r, "dropout": p, "dtype": dtype, "direction": direction}
     benchmark.extra_info["settings"] = settings

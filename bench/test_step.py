@@ -1,4 +1,4 @@
-"""One training step of a real decoder (forward, backward, AdamW), beside its peers in turns.
+"""One training step of a real decoder (forward, backward, AdamW), interleaved with its peers.
 
 On a CPU: SmolLM2-135M in bfloat16, or float32 where the CPU has no bfloat16; on a GPU: decoder layers of LLaMA-7B's
 size in bfloat16, random weights. Adapters on all seven linears, in the base's dtype, n·r = 96. Each size of linear
@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from bench.step_models import decoder, methods
-from bench.timing import contest
+from bench.timing import compare
 from multilora_fast.benchmark.layer import gate
-from multilora_fast.benchmark.timing import Turn
+from multilora_fast.benchmark.timing import Timed
 from multilora_fast.memory import peak_bytes, saved_bytes
 from multilora_fast.memory.methods import LORA, OURS, REFERENCE
 from multilora_fast.models import LINEARS, target_linears
@@ -35,7 +35,7 @@ def test_step(benchmark, p, tiny, device, request):
     models = methods(base, n, r, p)
     tokens = torch.randint(base.config.vocab_size, (batch, length), device=device)
 
-    def turn(model: nn.Module) -> Turn:
+    def timed_step(model: nn.Module) -> Timed:
         optimizer = torch.optim.AdamW((q for q in model.parameters() if q.requires_grad), lr=1e-5)
 
         def step(_=None):
@@ -43,18 +43,18 @@ def test_step(benchmark, p, tiny, device, request):
             optimizer.step()
             optimizer.zero_grad()
 
-        return Turn(lambda: None, step)
+        return Timed(lambda: None, step)
 
-    turns = {method: turn(model.train()) for method, model in models.items()}
+    timed = {method: timed_step(model.train()) for method, model in models.items()}
     memory = {}
     for method, model in models.items():
-        turns[method].run(None)
+        timed[method].run(None)
         with saved_bytes([*model.parameters(), *model.buffers(), tokens]) as saved:
             model(input_ids=tokens, labels=tokens)
         memory[method] = {"saved": saved.total}
         del saved
-        memory[method]["peak"] = peak_bytes(partial(turns[method].run, None), torch.device(device))
-    medians = contest(benchmark, turns, OURS, rounds=request.config.getoption("--step-rounds"), warmup=0)
+        memory[method]["peak"] = peak_bytes(partial(timed[method].run, None), torch.device(device))
+    medians = compare(benchmark, timed, OURS, rounds=request.config.getoption("--step-rounds"), warmup=0)
     benchmark.extra_info["settings"] = {
         "model": name, "batch": batch, "length": length, "n": n, "r": r, "dropout": p, "dtype": str(base.dtype),
     }  # fmt: skip

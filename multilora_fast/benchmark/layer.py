@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from multilora_fast.benchmark.timing import layer_turn, take_turns
+from multilora_fast.benchmark.timing import interleaved, timed_layer
 from multilora_fast.console import progress
 from multilora_fast.layers.fused import FusedMultiLoRALinear
 from multilora_fast.memory import peak_bytes, saved_bytes
@@ -78,7 +78,7 @@ def candidates(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, dev
 def measure(
     K: int, N: int, *, tokens: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, rounds: int
 ) -> dict[str, LayerCost]:
-    """What the layer costs, by name, frozen and with branches of total rank n·r: medians of ``rounds`` turns.
+    """What the layer costs, by name, frozen and with branches of total rank n·r: medians of ``rounds``, interleaved.
 
     Raises:
         AssertionError: the op's result breaks the 2× rule of :mod:`multilora_fast.testing`.
@@ -89,17 +89,17 @@ def measure(
     dy = torch.randn(tokens, N, dtype=dtype, device=device)
     medians: dict[str, dict[str, float]] = {name: {} for name in layers}
     for direction in DIRECTIONS:
-        turns = {name: layer_turn(layer, x, dy, direction) for name, layer in layers.items()}
-        take_turns(turns, range(2))
-        for name, seconds in take_turns(turns, progress(range(rounds), direction)).items():
+        timed = {name: timed_layer(layer, x, dy, direction) for name, layer in layers.items()}
+        interleaved(timed, range(2))
+        for name, seconds in interleaved(timed, progress(range(rounds), direction)).items():
             medians[name][direction] = statistics.median(seconds)
     return {name: LayerCost(medians[name], *_memory(layer, x, dy)) for name, layer in layers.items()}
 
 
 def _memory(layer: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> tuple[int, int]:
-    turn = layer_turn(layer, x, dy, "forward+backward")
-    turn.prepare()
-    peak = peak_bytes(partial(turn.run, None), x.device)
+    one = timed_layer(layer, x, dy, "forward+backward")
+    one.prepare()
+    peak = peak_bytes(partial(one.run, None), x.device)
     with saved_bytes(layer.parameters()) as saved:
         layer(x)
     return saved.total, peak

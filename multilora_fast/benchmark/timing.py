@@ -1,4 +1,4 @@
-"""Candidates that take turns: a drift of the machine's speed meets all of them, so their ratios can be trusted."""
+"""Interleaved timing: a drift of the machine's speed meets all candidates, so their ratios can be trusted."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch.utils.benchmark.utils.timer import timer  # waits for the device, the
 
 
 @dataclass
-class Turn:
+class Timed:
     """One candidate's part in a round: ``prepare()`` is not timed, ``run(prepared)`` is."""
 
     prepare: Callable[[], object]
@@ -22,8 +22,8 @@ class Turn:
         return timer() - start
 
 
-def layer_turn(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> Turn:
-    """The forward, the backward, or both ("forward+backward") of a layer; gradients are dropped before each turn."""
+def timed_layer(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> Timed:
+    """The forward, the backward, or both ("forward+backward") of a layer; gradients are dropped before each run."""
 
     def clear():
         x.grad = None
@@ -31,16 +31,16 @@ def layer_turn(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> Turn:
             parameter.grad = None
 
     if direction == "backward":
-        return Turn(lambda: (clear(), layer(x))[1], lambda y: y.backward(dy))
+        return Timed(lambda: (clear(), layer(x))[1], lambda y: y.backward(dy))
     if direction == "forward":
-        return Turn(clear, lambda _: layer(x))
-    return Turn(clear, lambda _: layer(x).backward(dy))
+        return Timed(clear, lambda _: layer(x))
+    return Timed(clear, lambda _: layer(x).backward(dy))
 
 
-def take_turns(turns: dict[str, Turn], rounds: Iterable[object]) -> dict[str, list[float]]:
+def interleaved(timed: dict[str, Timed], rounds: Iterable[object]) -> dict[str, list[float]]:
     """The seconds of every candidate, in each of ``rounds`` once."""
-    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in rounds:
-        for name, turn in turns.items():
-            seconds[name].append(turn.seconds())
+        for name, one in timed.items():
+            seconds[name].append(one.seconds())
     return seconds

@@ -40,9 +40,9 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A run of a minute or two that claims no accuracy.")] = False,
 ) -> None:
     """Fine-tune a small model on four real tasks and compare the cost of a step with LoRA's."""
-    from multilora_fast.demo.settings import Settings
+    from multilora_fast.demo.settings import DemoSettings
 
-    settings = Settings(
+    settings = DemoSettings(
         model=model,
         steps=steps if steps is not None else 6 if quick else 160,
         batch_size=batch_size,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from multilora_fast.benchmark.timing import Turn, take_turns
+from multilora_fast.benchmark.timing import Timed, interleaved
 from multilora_fast.layers.fuse import fuse
 from multilora_fast.memory import peak_bytes, saved_bytes
 from multilora_fast.memory.methods import LORA, REFERENCE, adapt, draw_scales
@@ -48,7 +48,7 @@ def build_methods(
 
 
 def compare(methods: dict[str, nn.Module], batch: dict[str, Tensor], *, rounds: int, progress: tqdm) -> list[Cost]:
-    """Measure every method on ``batch``: one step to warm up, one for each kind of memory, ``rounds`` timed in turn.
+    """Measure every method on ``batch``: one step to warm up, one for each kind of memory, ``rounds`` interleaved.
 
     A step is forward, backward and AdamW.
 
@@ -71,8 +71,8 @@ def compare(methods: dict[str, nn.Module], batch: dict[str, Tensor], *, rounds: 
         del kept
         peak[name] = peak_bytes(steps[name], device)
         progress.update()
-    turns = {name: Turn(progress.update, step) for name, step in steps.items()}
-    seconds = take_turns(turns, range(rounds))
+    timed = {name: Timed(progress.update, step) for name, step in steps.items()}
+    seconds = interleaved(timed, range(rounds))
     trainable = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in methods.items()}
     return [Cost(name, trainable[name], saved[name], peak[name], statistics.median(seconds[name])) for name in methods]
 

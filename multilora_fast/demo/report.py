@@ -1,11 +1,7 @@
 """What the demo shows and keeps: terminal tables, the PNG, and an output folder that is never left half-written."""
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,10 +9,9 @@ import torch
 
 from multilora_fast.console import MIB, table
 from multilora_fast.demo.compare import LORA, Cost
-from multilora_fast.files import check_folder
+from multilora_fast.files import UNFINISHED, check_folder
 
 METRICS, PLOT, ADAPTER = "metrics.json", "comparison.png", "adapter"
-UNFINISHED = ".unfinished-"
 KIND = "multilora-fast demo"
 
 
@@ -83,7 +78,7 @@ def cost_notes(settings, device: torch.device, *, tokens: int, adapter_dtype: st
     return "\n".join(lines)
 
 
-def check_output(folder: Path) -> None:
+def check_output_dir(folder: Path) -> None:
     """Raise ValueError if ``folder`` is a file, or holds something that is not an earlier demo's output."""
     check_folder("--output", folder)
     found = folder.is_dir() and any(not path.name.startswith(UNFINISHED) for path in folder.iterdir())
@@ -96,25 +91,6 @@ def _is_earlier_output(folder: Path) -> bool:
         return json.loads((folder / METRICS).read_text())["kind"] == KIND
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """A folder to write in. Its files move to ``folder`` one by one when the block ends well, else they vanish."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
-    try:
-        yield stage
-        for path in sorted(stage.rglob("*")):
-            target = folder / path.relative_to(stage)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        with suppress(OSError):  # it holds results
-            folder.rmdir()
 
 
 def write_metrics(path: Path, results: Sequence[TaskResult], costs: Sequence[Cost], **others: object) -> None:

@@ -16,16 +16,17 @@ from multilora_fast.adapters import load_adapter, save_adapter
 from multilora_fast.demo import report
 from multilora_fast.demo.compare import Cost, build_methods, compare
 from multilora_fast.demo.scoring import Encoded, accuracy, sample
-from multilora_fast.demo.settings import Settings
+from multilora_fast.demo.settings import DemoSettings
 from multilora_fast.demo.tasks import SPLITS, Task, load_tasks, majority_rate
 from multilora_fast.demo.training import check_packing, pack, train
 from multilora_fast.devices import choose_device, choose_dtype, environment
+from multilora_fast.files import atomic_dir
 from multilora_fast.layers.fuse import fuse
 from multilora_fast.memory.methods import add_branches
 from multilora_fast.models import PACKAGED, load_model, load_tokenizer
 
 
-def run(settings: Settings, tasks: Sequence[Task] | None = None) -> list[report.TaskResult]:
+def run(settings: DemoSettings, tasks: Sequence[Task] | None = None) -> list[report.TaskResult]:
     """Train, evaluate, reload, compare, write. ``tasks`` replaces the four real ones."""
     started = time.perf_counter()
     settings.check()
@@ -46,7 +47,7 @@ def run(settings: Settings, tasks: Sequence[Task] | None = None) -> list[report.
     print(f"{len(names)} linear layers get {settings.lora_num} branches each: {trainable:,} trainable parameters.")
     print(_data_notes(training, held_out, settings.max_length))
 
-    with report.staged(settings.output) as stage:
+    with atomic_dir(settings.output) as stage:
         results, losses = _fine_tune(model, training, held_out, settings, device, stage)
         print(f"\n{report.accuracy_table(results)}\n{report.accuracy_notes(results, settings.seed)}\n")
 
@@ -92,7 +93,7 @@ def _fine_tune(
     model: nn.Module,
     training: Sequence[Encoded],
     held_out: dict[str, list[Encoded]],
-    settings: Settings,
+    settings: DemoSettings,
     device: torch.device,
     scratch: Path,
 ) -> tuple[list[report.TaskResult], list[dict[str, float]]]:
@@ -116,7 +117,9 @@ def _fine_tune(
     return results, losses
 
 
-def _mixture(settings: Settings, tokenizer, tasks: Sequence[Task]) -> tuple[list[Encoded], dict[str, list[Encoded]]]:
+def _mixture(
+    settings: DemoSettings, tokenizer, tasks: Sequence[Task]
+) -> tuple[list[Encoded], dict[str, list[Encoded]]]:
     """Examples for every step, drawn evenly from the tasks, and each task's held-out items."""
     per_task = -(-settings.steps * settings.batch_size // len(tasks))
     options = {"max_length": settings.max_length, "seed": settings.seed}
@@ -141,7 +144,7 @@ def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**{name: tensor for name, tensor in batch.items() if "labels" not in name}).logits.float()
 
 
-def _heading(settings: Settings, machine: dict, dtype: torch.dtype) -> str:
+def _heading(settings: DemoSettings, machine: dict, dtype: torch.dtype) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     return (
         f"MultiLoRA on {settings.model or PACKAGED}: {settings.lora_num} branches of rank {settings.r}, "

@@ -5,12 +5,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from multilora_fast.demo.report import check_output
+from multilora_fast.demo.report import check_output_dir
 from multilora_fast.validation import check_hyperparameters
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     model: str | None
     steps: int
     batch_size: int
@@ -47,4 +47,4 @@ class Settings:
         missing = [name for name in ("accelerate", "datasets", "matplotlib") if find_spec(name) is None]
         if missing:
             raise ValueError(f"the demo needs {', '.join(missing)}: run pip install {' '.join(missing)}.")
-        check_output(self.output)
+        check_output_dir(self.output)

@@ -20,7 +20,7 @@ from multilora_fast import devices
 from multilora_fast.console import progress
 from multilora_fast.memory.methods import FULL, METHODS
 from multilora_fast.memory.report import MemoryPlan, MethodPlan, parse_memory
-from multilora_fast.memory.step import OPTIMIZERS, PACKED, PHASES, Settings, Step, build, decoder_layers
+from multilora_fast.memory.step import OPTIMIZERS, PACKED, PHASES, Step, StepSettings, build, decoder_layers
 from multilora_fast.models import model_source
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.validation import check_hyperparameters, check_integer
@@ -90,7 +90,7 @@ def plan_memory(
     own = _dtype("adapter_dtype", adapter_dtype or torch.promote_types(base_dtype, torch.float32))
     available = None if device_memory is None else parse_memory(device_memory)
     config = load_config(model_or_config)
-    settings = Settings(
+    settings = StepSettings(
         seq_len=seq_len,
         r=r,
         lora_num=lora_num,
@@ -120,7 +120,7 @@ def plan_memory(
     return MemoryPlan(asked, plans)
 
 
-def _plan(config, method: str, settings: Settings, whole: bool, batch: int, budget: int | None) -> MethodPlan:
+def _plan(config, method: str, settings: StepSettings, whole: bool, batch: int, budget: int | None) -> MethodPlan:
     count = cache(counter(config, method, settings, whole=whole))
     plan = MethodPlan.of(method, count(batch))
     if budget is None:
@@ -129,7 +129,7 @@ def _plan(config, method: str, settings: Settings, whole: bool, batch: int, budg
 
 
 def counter(
-    config: PreTrainedConfig, method: str, settings: Settings, *, whole: bool
+    config: PreTrainedConfig, method: str, settings: StepSettings, *, whole: bool
 ) -> Callable[[int], dict[str, int]]:
     """A function from a batch size to bytes by kind and by phase; ``whole`` counts all layers."""
     if whole:
@@ -198,7 +198,7 @@ def _depth(config: PreTrainedConfig) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-def _equal_layers(config: PreTrainedConfig, settings: Settings) -> bool:
+def _equal_layers(config: PreTrainedConfig, settings: StepSettings) -> bool:
     """Whether there are more than FEW layers, all of the same kind and shapes."""
     if _depth(config) <= max(FEW) or len(set(getattr(config.get_text_config(), "layer_types", None) or ())) > 1:
         return False

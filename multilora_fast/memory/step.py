@@ -27,7 +27,7 @@ PACKED = {"4bit": 1 / 2 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}
 
 
 @dataclass(frozen=True)
-class Settings:
+class StepSettings:
     seq_len: int
     r: int
     lora_num: int
@@ -42,7 +42,7 @@ class Settings:
     options: dict = field(default_factory=dict)  # further fields of MultiLoraConfig
 
 
-def build(config: PreTrainedConfig, method: str, s: Settings) -> Any:
+def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
     """The causal LM as ``method`` trains it, on the meta device."""
     attention = f"multilora_fast_plan_{s.device}"
     AttentionInterface.register(attention, _attention)
@@ -69,7 +69,7 @@ def _quiet():
         yield
 
 
-def _adapted(model: Any, method: str, s: Settings) -> Any:
+def _adapted(model: Any, method: str, s: StepSettings) -> Any:
     # The kernels draw the mask on the tile: of dropout they keep a seed of 8 bytes.
     p = 0.0 if method == OURS and s.device == "cuda" else s.lora_dropout
     options = s.options if method in (OURS, REFERENCE) else {}
@@ -79,7 +79,7 @@ def _adapted(model: Any, method: str, s: Settings) -> Any:
 class Step:
     """A training step of one model by one method, counted at any batch size."""
 
-    def __init__(self, config: PreTrainedConfig, method: str, s: Settings):
+    def __init__(self, config: PreTrainedConfig, method: str, s: StepSettings):
         self.settings, self.mode = s, FakeTensorMode()
         self.model = build(config, method, s)
         self.layers: Any = decoder_layers(self.model, config)

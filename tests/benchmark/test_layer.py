@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from multilora_fast.benchmark import layer as layer_bench
-from multilora_fast.benchmark.timing import Turn, take_turns
+from multilora_fast.benchmark.timing import Timed, interleaved
 from multilora_fast.cli import app
 
 SIZES = "--tokens 64 --in-features 32 --out-features 48 --lora-num 5 --r 4 --dtype float32 --device cpu --rounds 3"
@@ -48,14 +48,14 @@ def test_the_table_compares_with_lora():
 def test_nothing_is_timed_whose_result_is_wrong(monkeypatch):
     right = layer_bench.multilora_linear
     monkeypatch.setattr(layer_bench, "multilora_linear", lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
-    monkeypatch.setattr(layer_bench, "take_turns", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(layer_bench, "interleaved", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="error beyond the 2x rule"):
         run(SIZES)
 
 
 def test_candidates_take_turns():
     said = []
-    turns = {name: Turn(lambda name=name: f"{name} ready", said.append) for name in "ab"}
-    seconds = take_turns(turns, range(3))
+    timed = {name: Timed(lambda name=name: f"{name} ready", said.append) for name in "ab"}
+    seconds = interleaved(timed, range(3))
     assert said == ["a ready", "b ready"] * 3
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}

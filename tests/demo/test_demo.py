@@ -17,9 +17,10 @@ from multilora_fast.demo import report
 from multilora_fast.demo.compare import LORA, NAIVE, OURS, build_methods, compare
 from multilora_fast.demo.run import run
 from multilora_fast.demo.scoring import accuracy, encode, option_scores, sample
-from multilora_fast.demo.settings import Settings
+from multilora_fast.demo.settings import DemoSettings
 from multilora_fast.demo.tasks import Example, Task, load_tasks, majority_rate, number_options
 from multilora_fast.demo.training import check_packing, pack
+from multilora_fast.files import atomic_dir
 from multilora_fast.memory import peak_bytes
 from multilora_fast.memory.methods import add_branches
 from multilora_fast.models import LINEARS, shallow_copy
@@ -63,11 +64,11 @@ def tasks() -> list[Task]:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, tokenizer) -> Settings:
+def settings(tmp_path: Path, tokenizer) -> DemoSettings:
     folder = tmp_path / "model"
     tiny_llama().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return Settings(
+    return DemoSettings(
         model=str(folder), steps=4, batch_size=4, max_length=40, learning_rate=1e-2, lora_num=2, r=3, lora_alpha=3,
         lora_dropout=0.1, target_modules=LINEARS, dtype="float32", eval_items=12, seed=0, device="cpu",
         output=tmp_path / "out", rounds=1,
@@ -96,7 +97,7 @@ def test_whole_run(settings, tasks, capsys):
     for column in ("majority class", "before", "after", "saved for backward", "peak memory", "s/step"):
         assert column in shown
     assert max(map(len, shown.splitlines())) <= 120
-    run(Settings(**vars(settings) | {"steps": 1, "rounds": 0}), tasks)  # over its own output
+    run(DemoSettings(**vars(settings) | {"steps": 1, "rounds": 0}), tasks)  # over its own output
 
 
 def test_option_scores_are_those_of_plain_forwards(tokenizer, tasks):
@@ -249,14 +250,14 @@ def test_real_tasks_keep_their_held_out_items_apart():
 
 def test_a_failed_run_leaves_the_earlier_output(tmp_path):
     output = tmp_path / "out"
-    with report.staged(output) as stage:
+    with atomic_dir(output) as stage:
         (stage / "metrics.json").write_text(json.dumps({"kind": report.KIND}))
-    with pytest.raises(FileNotFoundError), report.staged(output) as stage:
+    with pytest.raises(FileNotFoundError), atomic_dir(output) as stage:
         (stage / "metrics.json").write_text((stage / "missing").read_text())
     assert [path.name for path in output.iterdir()] == ["metrics.json"]
     assert json.loads((output / "metrics.json").read_text()) == {"kind": report.KIND}
-    report.check_output(output)
-    with pytest.raises(FileNotFoundError), report.staged(tmp_path / "new") as stage:
+    report.check_output_dir(output)
+    with pytest.raises(FileNotFoundError), atomic_dir(tmp_path / "new") as stage:
         (stage / "missing").read_text()
     assert not (tmp_path / "new").exists()
 
@@ -264,6 +265,6 @@ def test_a_failed_run_leaves_the_earlier_output(tmp_path):
 def test_a_folder_of_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="not empty and not an earlier demo's output"):
-        report.check_output(tmp_path)
+        report.check_output_dir(tmp_path)
     with pytest.raises(ValueError, match="is a file"):
-        report.check_output(tmp_path / "thesis.tex")
+        report.check_output_dir(tmp_path / "thesis.tex")

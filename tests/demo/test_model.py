@@ -5,7 +5,7 @@ import torch
 
 from multilora_fast import models
 from multilora_fast.demo import settings as demo_settings
-from multilora_fast.demo.settings import Settings
+from multilora_fast.demo.settings import DemoSettings
 from multilora_fast.demo.tasks import load_tasks
 from multilora_fast.devices import choose_dtype
 from multilora_fast.models import load_model, packaged_model
@@ -31,7 +31,7 @@ def test_an_interrupted_conversion_leaves_no_model(monkeypatch, tmp_path):
 def test_missing_libraries_are_named_with_the_command(monkeypatch, tmp_path):
     monkeypatch.setattr(demo_settings, "find_spec", lambda name: None if name == "accelerate" else name)
     with pytest.raises(ValueError, match="the demo needs accelerate: run pip install accelerate"):
-        Settings(
+        DemoSettings(
             model=None, steps=1, batch_size=1, max_length=9, learning_rate=1.0, lora_num=1, r=1, lora_alpha=1.0,
             lora_dropout=0.0, target_modules=("q_proj",), dtype="auto", eval_items=1, seed=0, device="cpu",
             output=tmp_path, rounds=0,

@@ -17,7 +17,7 @@ from multilora_fast.memory import peak_bytes
 from multilora_fast.memory.methods import FULL, LORA, METHODS, OURS, REFERENCE
 from multilora_fast.memory.plan import counter, largest_batch
 from multilora_fast.memory.report import KINDS, MethodPlan
-from multilora_fast.memory.step import PHASES, Settings, Step
+from multilora_fast.memory.step import PHASES, Step, StepSettings
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SOME = ["q_proj", "v_proj", "down_proj"]
@@ -33,8 +33,8 @@ def llama(dtype=torch.bfloat16, **options) -> nn.Module:
     return AutoModelForCausalLM.from_config(config(**options), dtype=dtype)
 
 
-def settings(**options) -> Settings:
-    return Settings(
+def settings(**options) -> StepSettings:
+    return StepSettings(
         **{
             "seq_len": 64, "r": 8, "lora_num": 3, "dtype": torch.bfloat16, "adapter_dtype": torch.bfloat16,
             "lora_dropout": 0.0, "target_modules": LINEARS, "quantization": None, "checkpointing": False,
