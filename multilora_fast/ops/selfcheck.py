@@ -6,8 +6,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from multilora_fast.ops import torch_backend
 from multilora_fast.ops.backends import load
-from multilora_fast.ops.torch_backend import threshold
 
 
 def check(direction: str, tokens: Tensor, w: Tensor, settings) -> None:
@@ -21,7 +21,7 @@ def check(direction: str, tokens: Tensor, w: Tensor, settings) -> None:
 
     few = tokens.shape[0] <= DECODE_TOKENS
     n, r, _ = w.shape
-    dropout = settings.dropout_p if threshold(settings.dropout_p) else 0.0
+    dropout = settings.dropout_p if torch_backend.threshold(settings.dropout_p) else 0.0
     _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, dropout, few)
 
 
@@ -31,18 +31,20 @@ def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: floa
     x, dy, h = (_random(device, i, M, size).to(dtype) for i, size in enumerate((K, N, n * r)))
     A, B, scale = (_random(device, 3 + i, *size).to(own) for i, size in enumerate(((n, r, K), (n, N, r), (n, N))))
     w, seed = B.transpose(1, 2), torch.tensor([7], device=device)
-    kernels, exact = load("triton"), load("torch")
+    kernels = load("triton")
     keep = kernels.dropout_mask(seed, M, K, p).double() if p else None
     if direction == "forward":
-        _compare("shrink", exact.shrink, kernels.shrink, (x, A, None, 1.0), keep, seed, p)
-        _compare("expand", _expand(exact.expand), _expand(kernels.expand), (dy, h, w, scale, c))
+        _compare("shrink", torch_backend.shrink, kernels.shrink, (x, A, None, 1.0), keep, seed, p)
+        _compare("expand", _expand(torch_backend.expand), _expand(kernels.expand), (dy, h, w, scale, c))
     else:
-        _compare("shrink", exact.shrink, kernels.shrink, (dy, w, scale, c))
-        written, kernel = (_expand(expand, accumulate=False) for expand in (exact.expand, kernels.expand))
+        _compare("shrink", torch_backend.shrink, kernels.shrink, (dy, w, scale, c))
+        written, kernel = (_expand(expand, accumulate=False) for expand in (torch_backend.expand, kernels.expand))
         _compare("expand", written, kernel, (x, h, A, None, 1.0), keep, seed, p)
-        _compare("reduce", _reduce(exact.reduce), _reduce(kernels.reduce), (h, x, n), keep, seed, p)
+        _compare("reduce", _reduce(torch_backend.reduce), _reduce(kernels.reduce), (h, x, n), keep, seed, p)
         for i, name in enumerate(("reduce (lora_B)", "reduce (lora_scaling)")):
-            summed, kernel = (lambda *a, f=f, i=i: f(*a)[i] for f in (exact.reduce_scaled, kernels.reduce_scaled))
+            summed, kernel = (
+                lambda *a, f=f, i=i: f(*a)[i] for f in (torch_backend.reduce_scaled, kernels.reduce_scaled)
+            )
             _compare(name, summed, kernel, (h, dy, w, scale, c))
 
 
