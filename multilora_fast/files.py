@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-UNFINISHED = ".unfinished-"  # how names begin of what is not yet in its place
+UNFINISHED = ".unfinished"  # how names begin of what is not yet in its place
 
 
 def check_folder(name: str, folder: Path) -> None:
@@ -39,7 +39,7 @@ def check_plot(name: str, path: Path) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to. The file moves to ``path`` if the block ends well, else it vanishes."""
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    unfinished = path.with_name(f"{UNFINISHED}-{path.name}")
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -52,7 +52,7 @@ def atomic_dir(folder: Path, last: str | None = None) -> Iterator[Path]:
     """A directory to write in. If the block ends well, its files move into ``folder``, which is made where missing, one
     by one and the one named ``last`` at the end; else nothing has changed."""
     with made(folder):
-        stage = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder))
+        stage = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}-", dir=folder))
         try:
             yield stage
             for path in sorted(stage.rglob("*"), key=lambda path: (path.name == last, path)):
@@ -63,6 +63,12 @@ def atomic_dir(folder: Path, last: str | None = None) -> Iterator[Path]:
                     os.replace(path, target)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what an interrupted :func:`atomic_dir` left in ``folder``."""
+    for path in folder.glob(f"{UNFINISHED}*/"):
+        shutil.rmtree(path)
 
 
 @contextmanager

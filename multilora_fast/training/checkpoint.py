@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerState
 
 from multilora_fast import __version__
 from multilora_fast.adapters.files import CONFIG, RECORD, WEIGHTS, read_multilora
-from multilora_fast.files import UNFINISHED, atomic_dir, atomic_file, made
+from multilora_fast.files import atomic_dir, atomic_file, made, remove_unfinished
 from multilora_fast.training.config import TrainSettings
 
 STATE = "trainer_state.json"  # the last file of a checkpoint to be written
@@ -27,8 +27,7 @@ _TO_RESUME = ("optimizer", "scheduler", "scaler", "rng_state")  # how a checkpoi
 def write_record(folder: Path, record: dict) -> None:
     """Put RECORD in ``folder``, which is made if missing; on an error nothing has changed. What an earlier run left
     unfinished there is removed."""
-    for path in folder.glob(f"{UNFINISHED}*/"):
-        shutil.rmtree(path)
+    remove_unfinished(folder)
     with made(folder), atomic_file(folder / RECORD) as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
 
@@ -70,6 +69,7 @@ def finish(checkpoint: Path, settings: TrainSettings) -> bool:
             f"--resume: the run has taken its {state.global_step} steps, and {checkpoint} holds its adapter: "
             "ask for more with --max-steps or --epochs."
         )
+    remove_unfinished(folder)
     others = [path.name for path in checkpoint.iterdir() if path.name.startswith(_TO_RESUME)]
     with atomic_dir(folder, last=CONFIG) as stage:
         shutil.copytree(checkpoint, stage, ignore=lambda *_: others, dirs_exist_ok=True)
