@@ -4,8 +4,9 @@
 
 The launchers themselves are called, on unread tensors of the real shapes, and what they would have launched is compiled
 with the attributes a real call has. A row falls short when a kernel spills, needs more shared memory than the
-architecture has, lacks its tensor-core instruction (bf16 and fp16) or pays more than 24 SASS instructions per element
-for dropout (sm_90); the exit status is then 1. --quick compiles the widest rank of each row in one dtype.
+architecture has, lacks its tensor-core instruction (bf16 and fp16) or takes more SASS instructions per element of the
+large tensor than SASS_LIMITS allows (sm_90); the exit status is then 1. --quick compiles the widest rank of each row in
+one dtype, and what has such a limit.
 """
 
 import argparse
@@ -16,16 +17,20 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import triton
 
-from bench.compiled import compile_for, inspect, launches, options, source, tile_instructions
-from multilora_fast.kernels.configs import TUNED_CONFIGS, find_row, rank_tiles
+from bench import compile_product
+from bench.compiled import compile_for, inspect, launches, options, sass_per_element, source
+from multilora_fast.kernels.configs import PRODUCT_WINS, TUNED_CONFIGS, find_row, rank_tiles
+from multilora_fast.kernels.dropout import draw, dropout_mask
 from multilora_fast.kernels.expand import expand
-from multilora_fast.kernels.reduce import reduce, reduce_scaled
+from multilora_fast.kernels.pack import Packing
+from multilora_fast.kernels.reduce import reduce, reduce_all, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
 
 KIB = 1024
@@ -38,16 +43,27 @@ SHARED_LIMITS = {
     "sm_120": 99 * KIB,
     "gfx942": 64 * KIB,
 }
-DROPOUT_ARCH, DROPOUT_LIMIT = "sm_90", 24.0
-MATRIX_KERNELS = ("shrink_kernel", "expand_kernel", "reduce_kernel")
-# use -> whether it regenerates the dropout mask
+MATRIX_KERNELS = ("shrink_kernel", "shrink_pack_kernel", "expand_kernel", "reduce_kernel")
+# use -> whether dropout can be on
 USES = {
-    "shrink.forward": True, "shrink.backward": False, "expand.forward": False, "expand.backward": True,
-    "expand.write": True, "reduce.forward": False, "reduce.backward": True,
+    "shrink.forward": True, "shrink.pack": True, "shrink.backward": False, "expand.forward": False,
+    "expand.bias": False, "expand.add": False, "expand.backward": True, "expand.backward_add": True,
+    "reduce.forward": False, "reduce.backward": True, "reduce.both": False, "mask.draw": True, "mask.numbers": True,
 }  # fmt: skip
-TOKENS = (8192, 16)
+TOKENS = (8192, 2048, 512, 16)
 RANKS = ((2, 32), (3, 32), (4, 32), (5, 32), (8, 32), (5, 12), (9, 32), (10, 32), (12, 32), (15, 32))
+# At 8192 tokens in bfloat16 every rank is compiled, elsewhere these: the two of the headline, the widest of a class.
+FEW_RANKS = {"size": (96, 160, 480), "float16": (96,), "mixed": (96, 288), "float32": (96, 288, 480)}
 DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32"))
+# SASS instructions an element, at most, on sm_90 in bfloat16 at 8192 tokens: {use: {n·r: (without, with dropout)}}
+SASS_ARCH = "sm_90"
+WRITTEN, ADDED = {96: (6.0, 11.0), 160: (8.0, None)}, {96: (9.0, None), 160: (11.0, None)}
+SASS_LIMITS = {
+    "shrink.forward": {96: (4.5, 10.0)}, "shrink.pack": {96: (4.5, 10.0)}, "shrink.backward": {96: (4.5, None)},
+    "expand.forward": WRITTEN, "expand.bias": WRITTEN, "expand.backward": WRITTEN,
+    "expand.add": ADDED, "expand.backward_add": ADDED,
+    "reduce.forward": {96: (5.5, None)}, "reduce.backward": {96: (5.5, 11.0)}, "mask.draw": {96: (None, 12.0)},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,31 +82,49 @@ class Case:
 
     @property
     def row(self) -> tuple:
-        return find_row(self.use.split(".")[0], self.M, self.n * self.r, getattr(torch, self.dtype), self.arch)
+        """The row of the table, () for the mask, which has none."""
+        kernel, R, add = self.use.split(".")[0], self.n * self.r, self.use in ("expand.add", "expand.backward_add")
+        if kernel == "mask":
+            return ()
+        return find_row(kernel, self.M, R, getattr(torch, self.dtype), self.arch, add, self.dropout)
 
     def __call__(self) -> None:
         """Calls the launcher; the tensors are allocated and never read."""
-        dtype, params, config = getattr(torch, self.dtype), getattr(torch, self.params), TUNED_CONFIGS[self.row]
+        dtype, params, config = getattr(torch, self.dtype), getattr(torch, self.params), TUNED_CONFIGS.get(self.row)
         M, D, n, r = self.M, self.D, self.n, self.r
         big, h = torch.empty(M, D, dtype=dtype), torch.empty(M, n * r, dtype=dtype)
         a, b = torch.empty(n, r, D, dtype=params), torch.empty(n, D, r, dtype=params).transpose(1, 2)
-        scale = torch.empty(n, D, dtype=params)
-        drop = {"seed": torch.empty(1, dtype=torch.int64), "p": 0.05} if self.dropout else {}
+        scale, bias, seed = (torch.empty(*size, dtype=params) for size in ((n, D), (D,), (1,)))
+        bits = torch.empty(M, -(-D // 32), dtype=torch.int32)
+        drop = {"bits": bits, "p": 0.05} if self.dropout else {}
         match self.use:
             case "shrink.forward":
                 shrink(big, a, **drop, config=config)
+            case "shrink.pack":
+                packing = Packing(b, scale, 0.5, torch.empty(n * r, D, dtype=dtype))
+                shrink(big, a, **drop, packing=packing, config=config)
             case "shrink.backward":
                 shrink(big, b, scale, 0.5, config=config)
             case "expand.forward":
+                expand(big, h, b, scale, 0.5, accumulate=False, config=config)
+            case "expand.bias":
+                expand(big, h, b, scale, 0.5, accumulate=False, bias=bias, config=config)
+            case "expand.add":
                 expand(big, h, b, scale, 0.5, config=config)
             case "expand.backward":
-                expand(big, h, a, **drop, config=config)
-            case "expand.write":
                 expand(big, h, a, **drop, accumulate=False, config=config)
+            case "expand.backward_add":
+                expand(big, h, a, **drop, config=config)
             case "reduce.forward":
                 reduce_scaled(h, big, b, scale, 0.5, config=config)
             case "reduce.backward":
                 reduce(h, big, n, params, **drop, config=config)
+            case "reduce.both":
+                reduce_all(h, big, b, scale, 0.5, h, big, params, config=config)
+            case "mask.draw":
+                draw(seed.long(), M, D, 0.05)
+            case "mask.numbers":
+                dropout_mask(seed.long(), M, D, 0.05, dtype)
             case _:
                 raise AssertionError(self.use)
 
@@ -99,25 +133,36 @@ def odd_cases() -> Iterator[Case]:
     """Features that align with nothing, and one feature at rank one, where the JIT turns the sizes into constants."""
     for use, may_drop in USES.items():
         for D, n, r in ((83, 3, 12), (1, 1, 1)):
-            yield Case(use, DROPOUT_ARCH, 37, D, n, r, "bfloat16", "bfloat16", may_drop)
+            yield Case(use, SASS_ARCH, 37, D, n, r, "bfloat16", "bfloat16", may_drop)
 
 
 def all_cases() -> Iterator[Case]:
-    """Every use on every architecture: many and few tokens, every rank class, every dtype, dropout on and off.
+    """Every use on every architecture: each size and rank class, every dtype, dropout on and off; what is packed
+    beside shrink for the joint kernel up to the widest rank that takes it."""
+    widest = max(rank for (_, way), wins in PRODUCT_WINS.items() if way == "forward" for *_, rank, _ in wins)
+    for arch, (use, may_drop), M, (n, r) in product(SHARED_LIMITS, USES.items(), TOKENS, RANKS):
+        for dtype, params in DTYPES:
+            if use == "shrink.pack" and (n * r > widest or dtype == "float32"):
+                continue
+            kind = "mixed" if params != dtype else dtype
+            few = [FEW_RANKS.get(kind), FEW_RANKS["size"] if TOKENS[0] != M else None]
+            if all(ranks is None or n * r in ranks for ranks in few):
+                yield from (Case(use, arch, M, 4096, n, r, dtype, params, dropout) for dropout in {False, may_drop})
 
-    expand takes its rank in slices, so ranks beyond 256 compile to nothing new there.
-    """
-    for arch in SHARED_LIMITS:
-        for use, may_drop in USES.items():
-            for M in TOKENS:
-                for n, r in (rank for rank in RANKS if math.prod(rank) <= 256 or not use.startswith("expand")):
-                    for dtype, params in DTYPES:
-                        for dropout in sorted({False, may_drop}):
-                            yield Case(use, arch, M, 4096, n, r, dtype, params, dropout)
+
+def adds_nothing(case: Case, kernel) -> bool:
+    """Whether a launch is another's without something: the second passes, of which some ranks are enough; expand
+    without dropout, which forward's has and a scale; and slices of a rank, which differ in their number."""
+    if kernel.__name__ not in MATRIX_KERNELS:
+        return case.n * case.r not in FEW_RANKS["float32"] and case.D == 4096 and "mask" not in case.use
+    if case.use.startswith("expand") and case.dtype == "float32" and case.n * case.r > 96:
+        return case.n * case.r != 288
+    return case.use.startswith("expand.backward") and not case.dropout and sass_limit(case) is None
 
 
 def quick_cases() -> list[Case]:
-    """The widest rank of every row in both of its uses on every architecture, bf16 and fp16 taking turns.
+    """What has a limit of instructions, and the widest rank of every row in each of its uses on every architecture,
+    bf16 and fp16 taking turns, with dropout where it can be.
 
     Added are float32 parameters where a row of shrink casts them on the tile, which takes the most shared memory, and
     ranks that are no power of two, whose second tile or padding takes registers: one of each width of the second tile.
@@ -125,18 +170,26 @@ def quick_cases() -> list[Case]:
     chosen: dict[tuple, Case] = {}
     for case in all_cases():
         half = ("bfloat16", "float16")[(list(USES).index(case.use) + list(SHARED_LIMITS).index(case.arch)) % 2]
-        mixed = case.dtype != case.params
+        mixed, rank = case.dtype != case.params, case.n * case.r
+        if sass_limit(case):
+            chosen[(case,)] = case
         cast_on_tile = mixed and case.use.startswith("shrink") and not TUNED_CONFIGS[case.row].pack
-        wanted = cast_on_tile or (not mixed and case.dtype in (half, "float32"))
+        wanted = cast_on_tile or (not mixed and case.dtype in (half, "bfloat16", "float32"))
         if not wanted or case.dropout != USES[case.use]:
             continue
-        rank = case.n * case.r
-        uneven = case.dtype == half and not case.use.startswith("expand") and rank & (rank - 1) > 0
+        uneven = case.dtype == half and case.row and rank & (rank - 1) > 0
         second = rank_tiles(rank, TUNED_CONFIGS[case.row])[1] if uneven else 0
-        key = (case.arch, case.use, case.row, mixed, uneven, second)
+        key = (case.arch, case.use, case.row, case.dtype == "float32", mixed, uneven, second)
         if key not in chosen or chosen[key].n * chosen[key].r < rank:
             chosen[key] = case
     return [*chosen.values(), *odd_cases()]
+
+
+def sass_limit(case: Case) -> float | None:
+    """The most instructions an element that the case may take, None where that is not limited."""
+    if (case.arch, case.M, case.D, case.dtype, case.params) != (SASS_ARCH, 8192, 4096, "bfloat16", "bfloat16"):
+        return None
+    return SASS_LIMITS.get(case.use, {}).get(case.n * case.r, (None, None))[case.dropout]
 
 
 def unserved_rows(cases: list[Case]) -> set[tuple]:
@@ -149,6 +202,8 @@ def jobs(cases: list[Case]) -> list[tuple[Case, int]]:
     seen, chosen = set(), []
     for case in cases:
         for index, (kernel, kwargs) in enumerate(launches(case)):
+            if adds_nothing(case, kernel):
+                continue
             key = (case.arch, source(kernel, kwargs).hash(), *options(kwargs, case.arch).values())
             if key not in seen:
                 seen.add(key)
@@ -161,35 +216,32 @@ def examine(job: tuple[Case, int]) -> dict:
     case, index = job
     kernel, kwargs = launches(case)[index]
     compiled = compile_for(kernel, kwargs, case.arch)
+    matrix, sass = kernel.__name__ in MATRIX_KERNELS, None
     found = {"kernel": kernel.__name__.removesuffix("_kernel"), **asdict(case), "row": "/".join(map(str, case.row))}
-    found |= inspect(compiled, case.arch)
-    matrix, added = kernel.__name__ in MATRIX_KERNELS, None
-    if matrix and case.dropout and case.arch == DROPOUT_ARCH:
-        looped = kernel.__name__ != "expand_kernel"
-        bare = compile_for(kernel, {**kwargs, "DROPOUT": False, "seed_ptr": None}, case.arch)
-        elements = kwargs["BLOCK_M"] * kwargs["BLOCK_D"] / (32 * kwargs["num_warps"])
-        added = round((tile_instructions(compiled, looped) - tile_instructions(bare, looped)) / elements, 1)
+    found |= inspect(compiled, case.arch, kwargs["BLOCK_D" if "reduce" in case.use else "BLOCK_M"] if matrix else 64)
+    if case.arch == SASS_ARCH and (matrix or kernel.__name__ == "mask_kernel"):
+        sass = round(sass_per_element(compiled, kwargs), 1)
     limits = {
         "spills": found["stack"] > 0,
         "shared memory": found["shared"] > SHARED_LIMITS[case.arch],
         f"no {found['tensor_core']}": matrix and case.dtype != "float32" and not found["tensor_cores"],
-        "dropout": (added or 0.0) > DROPOUT_LIMIT,
+        "SASS": sass is not None and sass > (sass_limit(case) or math.inf),
     }
-    return {**found, "dropout_per_element": added, "fails": [name for name, short in limits.items() if short]}
+    return {**found, "sass_per_element": sass, "fails": [name for name, short in limits.items() if short]}
 
 
 HEADER = (
     "kernel", "use", "row", "n·r", "dtype", "params", "dropout", "arch", "registers", "stack", "shared", "tensor cores",
-    "dropout adds", "falls short",
+    "SASS per element", "falls short",
 )  # fmt: skip
 
 
 def line(found: dict) -> tuple[str, ...]:
-    drop = found["dropout_per_element"]
+    sass = found["sass_per_element"]
     return (
         found["kernel"], found["use"], found["row"], f"{found['n']}·{found['r']}", found["dtype"], found["params"],
         "yes" if found["dropout"] else "no", found["arch"], str(found["registers"]), str(found["stack"]),
-        str(found["shared"]), f"{found['tensor_cores']} {found['tensor_core']}", "" if drop is None else f"{drop:.1f}",
+        str(found["shared"]), f"{found['tensor_cores']} {found['tensor_core']}", "" if sass is None else f"{sass:.1f}",
         ", ".join(found["fails"]),
     )  # fmt: skip
 
@@ -208,6 +260,8 @@ def main(argv: list[str] | None = None) -> int:
     work = jobs([case for case in cases if args.arch in (None, case.arch)])
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         found = list(pool.map(examine, work))
+        wanted = [case for case in compile_product.cases(args.quick) if args.arch in (None, case["arch"])]
+        found += pool.map(compile_product.examine, [(case, SHARED_LIMITS[case["arch"]]) for case in wanted])
     print(" | ".join(HEADER))
     for row in found:
         print(" | ".join(line(row)))

@@ -11,10 +11,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TENSOR_CORES = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.bool: "*i1",
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
 
 
@@ -39,6 +41,9 @@ def source(kernel: JITFunction, kwargs: dict) -> ASTSource:
         if param.is_constexpr or value is None or (special and isinstance(value, int) and value == 1):
             signature[param.name] = "constexpr"
             constants[(position,)] = value
+            continue
+        if isinstance(value, TensorDescriptor):
+            signature[param.name] = f"tensordesc<{POINTERS[value.base.dtype][1:]}{list(value.block_shape)}>"
             continue
         is_tensor = torch.is_tensor(value)
         signature[param.name] = POINTERS[value.dtype] if is_tensor else "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -65,9 +70,14 @@ def tool(name: str, *args: str, binary: bytes) -> str:
         return subprocess.run([path, *args, file.name], check=True, capture_output=True, text=True).stdout
 
 
-def inspect(compiled, arch: str) -> dict:
+def tensor_core(arch: str, rows: int) -> str:
+    """The tensor-core instruction for a product of `rows` rows: wgmma and tcgen05 have no smaller one than of 64."""
+    return "mma.sync" if arch.startswith("sm_") and rows < 64 else TENSOR_CORES.get(arch, "mma.sync")
+
+
+def inspect(compiled, arch: str, rows: int = 64) -> dict:
     """Registers and stack (bytes) a thread, shared memory (bytes), tensor-core instructions of the architecture."""
-    name = TENSOR_CORES.get(arch, "mma.sync")
+    name = tensor_core(arch, rows)
     if arch.startswith("sm_"):
         code, usage = compiled.asm["ptx"], tool("cuobjdump", "--dump-resource-usage", binary=compiled.asm["cubin"])
         patterns = (r"REG:(\d+)", r"STACK:(\d+)")
@@ -84,6 +94,14 @@ def inspect(compiled, arch: str) -> dict:
     }
 
 
+def sass_per_element(compiled, kwargs: dict) -> float:
+    """SASS instructions a thread runs for one element of its tile of the large tensor, or of the mask."""
+    if "BLOCK_W" in kwargs:
+        return tile_instructions(compiled, False) / (kwargs["BLOCK_M"] * kwargs["BLOCK_W"] / kwargs["num_warps"])
+    elements = kwargs["BLOCK_M"] * kwargs["BLOCK_D"] / (32 * kwargs["num_warps"])
+    return tile_instructions(compiled, True) / elements
+
+
 def tile_instructions(compiled, looped: bool) -> int:
     """SASS instructions a thread runs for one tile: the largest loop's when it walks over tiles, else the kernel's."""
     labels, loops, lines = {}, [], []
@@ -95,4 +113,4 @@ def tile_instructions(compiled, looped: bool) -> int:
             jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
             if jump and jump[1] in labels:
                 loops.append(len(lines) - labels[jump[1]])
-    return max(loops) if looped else len(lines)
+    return max(loops, default=len(lines)) if looped else len(lines)

@@ -11,27 +11,33 @@ import torch
 import triton
 from triton import knobs
 
-RANK_CLASSES = (64, 128, 288, 320, 512)  # 288 is three layers of rank 96, 320 two of 160
-DECODE_TOKENS = 64
+RANK_CLASSES = (64, 96, 128, 160, 288, 320, 512)  # 288 is three layers of rank 96, 320 two of 160
+# Tokens up to which a size class reaches, by the count it is tuned at; more are "8192".
+SIZE_CLASSES = {"decode": 64, "512": 1024, "2048": 4096}
+SIZES = (*SIZE_CLASSES, "8192")
+DECODE_TOKENS = SIZE_CLASSES["decode"]
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """A tile of BLOCK_M tokens by BLOCK_D features.
+    """A tile of BLOCK_M tokens by BLOCK_D features, of which a processor runs `programs` at once.
 
-    min_steps is the least number of tiles a split of the summed axis gets; pack builds c·s⊙w once in the dtype of the
-    product instead of on every tile; two_tiles lets a rank run as two tiles where that pads less than one; columns, a
-    power of two, is the most of the rank that one program holds: a larger rank runs in chunks.
+    min_steps is the least number of tiles a split of the summed axis gets, None where it is never split. pack builds
+    c·s⊙w once in the dtype of the product, by a launch of its own, where a tile is read often (shrink) or takes too
+    many registers to scale (expand). two_tiles lets a rank run as two tiles where that pads less than one. columns, a
+    power of two, is the most of the rank that one program holds: a larger rank runs in chunks (shrink, reduce) or in
+    slices (expand).
     """
 
     BLOCK_M: int
     BLOCK_D: int
     num_warps: int
     num_stages: int
-    min_steps: int = 4
+    min_steps: int | None = 4
     pack: bool = False
     two_tiles: bool = True
     columns: int = 256
+    programs: int = 1
 
 
 def cdiv(a: int, b: int) -> int:
@@ -40,7 +46,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def size_class(M: int) -> str:
-    return "decode" if M <= DECODE_TOKENS else "tokens"
+    return next((size for size, most in SIZE_CLASSES.items() if most >= M), "8192")
 
 
 def rank_class(R: int) -> int:
@@ -52,63 +58,65 @@ def dtype_class(dtype: torch.dtype) -> str:
     return "half" if dtype in (torch.float16, torch.bfloat16) else "float"
 
 
-# (kernel, size class, dtype class, architecture, rank class). LARGE serves the architectures with 160 KB of shared
-# memory or more; what fits 64 KB fits anywhere. A missing row is served by the next wider rank, then by "tokens".
-# Ranks of 257 to 320 run as two chunks where mma.sync would hold the sums: a tile of 256 beside one of 64 spills there.
-DEFAULT, LARGE = "default", "large"
-ARCHITECTURES = {"sm_80": LARGE, "sm_90": LARGE, "sm_100": LARGE}
+# (kernel and use, size class, dtype class, architecture, rank class). The default fits any GPU; an architecture has
+# rows where it was measured (sm_90) or where its compiler needs another tile.
+DEFAULT = "default"
 TUNED_CONFIGS = {
-    ("shrink", "tokens", "half", DEFAULT, 128): KernelConfig(64, 64, 4, 3, pack=True),
-    ("shrink", "tokens", "half", DEFAULT, 320): KernelConfig(64, 64, 8, 2, pack=True),
-    ("shrink", "tokens", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2, pack=True, columns=512),
-    ("shrink", "tokens", "half", LARGE, 128): KernelConfig(128, 64, 8, 4, pack=True),
-    ("shrink", "tokens", "half", LARGE, 288): KernelConfig(128, 64, 8, 3, pack=True, columns=512),
-    ("shrink", "tokens", "half", LARGE, 512): KernelConfig(64, 32, 8, 4, pack=True, columns=512),
-    ("shrink", "tokens", "half", "sm_90", 288): KernelConfig(64, 64, 8, 4, pack=True, columns=512),
-    ("shrink", "tokens", "half", "sm_80", 320): KernelConfig(128, 32, 8, 4, pack=True),
-    ("shrink", "tokens", "float", DEFAULT, 512): KernelConfig(64, 32, 8, 2, pack=True, two_tiles=False),
     ("shrink", "decode", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2, two_tiles=False),
-    ("shrink", "decode", "half", "gfx942", 512): KernelConfig(64, 32, 8, 1, two_tiles=False),
-    ("expand", "tokens", "half", DEFAULT, 512): KernelConfig(64, 64, 4, 2),
-    ("expand", "tokens", "half", LARGE, 512): KernelConfig(128, 64, 8, 3),
-    ("expand", "tokens", "half", "sm_90", 128): KernelConfig(64, 64, 4, 3),
-    ("expand", "tokens", "half", "sm_90", 512): KernelConfig(64, 128, 8, 3),
-    ("expand", "tokens", "float", DEFAULT, 512): KernelConfig(32, 64, 4, 2),
-    ("expand", "decode", "half", DEFAULT, 512): KernelConfig(64, 64, 4, 2),
-    ("reduce", "tokens", "half", DEFAULT, 128): KernelConfig(64, 64, 4, 3),
-    ("reduce", "tokens", "half", DEFAULT, 320): KernelConfig(64, 64, 8, 2),
-    ("reduce", "tokens", "half", DEFAULT, 512): KernelConfig(32, 64, 8, 2, columns=512),
-    ("reduce", "tokens", "half", LARGE, 128): KernelConfig(64, 128, 8, 4),
-    ("reduce", "tokens", "half", LARGE, 288): KernelConfig(64, 128, 8, 3, columns=512),
-    ("reduce", "tokens", "half", LARGE, 512): KernelConfig(32, 64, 8, 4, columns=512),
-    ("reduce", "tokens", "half", "sm_80", 128): KernelConfig(64, 128, 8, 4),
-    ("reduce", "tokens", "half", "sm_80", 320): KernelConfig(64, 128, 8, 2),
-    # One tile: Triton 3.6 cannot pipeline two products of one transposed tile behind a dropout mask for sm_100.
-    ("reduce", "tokens", "half", "sm_100", 128): KernelConfig(64, 128, 8, 4, two_tiles=False),
-    ("reduce", "tokens", "half", "sm_100", 288): KernelConfig(64, 128, 8, 3, two_tiles=False),
-    ("reduce", "tokens", "half", "sm_100", 512): KernelConfig(32, 64, 8, 4, two_tiles=False, columns=512),
-    ("reduce", "tokens", "float", DEFAULT, 512): KernelConfig(32, 64, 8, 2, two_tiles=False),
-    ("reduce", "tokens", "float", "sm_80", 512): KernelConfig(16, 64, 8, 2, two_tiles=False),
-    ("reduce", "tokens", "float", "sm_120", 320): KernelConfig(16, 64, 8, 2),
-    ("reduce", "tokens", "float", "sm_120", 512): KernelConfig(16, 64, 8, 2, columns=128),
+    ("shrink", "512", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2, pack=True),
+    ("shrink", "2048", "half", DEFAULT, 512): KernelConfig(32, 32, 4, 2, None, pack=True),
+    ("shrink", "8192", "half", DEFAULT, 128): KernelConfig(64, 64, 4, 3, None, pack=True),
+    ("shrink", "8192", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2, None, pack=True),
+    ("shrink", "2048", "half", "sm_90", 128): KernelConfig(16, 128, 4, 4, None, pack=True),
+    ("shrink", "8192", "half", "sm_90", 128): KernelConfig(64, 64, 4, 6, None, pack=True),
+    ("shrink dropout", "8192", "half", "sm_90", 128): KernelConfig(64, 128, 4, 3, None, pack=True),
+    ("shrink", "8192", "half", "sm_90", 288): KernelConfig(64, 64, 8, 4, None, pack=True, columns=512),
+    ("shrink", "8192", "half", "sm_90", 512): KernelConfig(64, 32, 8, 4, None, pack=True, columns=512),
+    ("shrink", "512", "float", DEFAULT, 512): KernelConfig(32, 32, 8, 1, pack=True, two_tiles=False),
+    ("shrink", "8192", "float", DEFAULT, 512): KernelConfig(32, 32, 8, 1, None, pack=True, two_tiles=False),
+    ("expand", "decode", "half", DEFAULT, 512): KernelConfig(64, 32, 4, 2, programs=2),
+    ("expand", "8192", "half", DEFAULT, 128): KernelConfig(64, 64, 4, 2, programs=2),
+    ("expand", "8192", "half", DEFAULT, 160): KernelConfig(64, 64, 8, 2, programs=2),
+    ("expand", "8192", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2, pack=True, programs=2),
+    ("expand", "8192", "half", "gfx942", 512): KernelConfig(64, 32, 8, 2, pack=True, columns=128, programs=2),
+    ("expand", "8192", "half", "sm_90", 160): KernelConfig(64, 128, 4, 3, programs=2),
+    ("expand", "8192", "half", "sm_90", 320): KernelConfig(64, 128, 4, 3, pack=True, columns=512),
+    ("expand", "8192", "half", "sm_90", 512): KernelConfig(64, 64, 4, 2, pack=True, columns=512),
+    ("expand dropout", "8192", "half", "sm_90", 96): KernelConfig(64, 128, 4, 3, programs=3),
+    ("expand", "8192", "float", DEFAULT, 512): KernelConfig(32, 64, 4, 2, columns=16, programs=4),
+    ("reduce", "8192", "half", DEFAULT, 128): KernelConfig(64, 64, 4, 3),
+    ("reduce", "8192", "half", DEFAULT, 320): KernelConfig(64, 64, 8, 2),
+    ("reduce", "8192", "half", DEFAULT, 512): KernelConfig(32, 64, 8, 2, columns=128),
+    ("reduce", "8192", "half", "sm_90", 128): KernelConfig(64, 64, 4, 4, programs=2),
+    ("reduce", "8192", "half", "sm_90", 288): KernelConfig(64, 128, 8, 3, columns=512),
+    ("reduce", "8192", "half", "sm_90", 512): KernelConfig(32, 64, 8, 4, columns=512),
+    ("reduce", "8192", "float", DEFAULT, 512): KernelConfig(16, 64, 8, 2, two_tiles=False),
 }
 
 
-def find_row(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> tuple:
-    """The key in TUNED_CONFIGS for a kernel over M tokens at rank R: its architecture's own row, or its class's."""
+def find_row(
+    kernel: str, M: int, R: int, dtype: torch.dtype, arch: str, add: bool = False, dropout: bool = False
+) -> tuple:
+    """The key in TUNED_CONFIGS for a kernel over M tokens at rank R, `add` being expand's y += and not y =.
+
+    A missing row is served by the next wider rank, then without the use, by the default, and by the next size.
+    """
     kind = dtype_class(dtype)
-    for size in dict.fromkeys((size_class(M), "tokens")):
-        for architecture in (arch, ARCHITECTURES.get(arch, DEFAULT), DEFAULT):
-            for rank in RANK_CLASSES:
-                key = (kernel, size, kind, architecture, rank)
-                if rank >= rank_class(R) and key in TUNED_CONFIGS:
-                    return key
+    for size in SIZES[SIZES.index(size_class(M)) :]:
+        for architecture in (arch, DEFAULT):
+            for use in (kernel + " add" * add + " dropout" * dropout, kernel):
+                for rank in RANK_CLASSES:
+                    key = (use, size, kind, architecture, rank)
+                    if rank >= rank_class(R) and key in TUNED_CONFIGS:
+                        return key
     raise AssertionError(f"configs.TUNED_CONFIGS has no default for {kernel}, {kind}")
 
 
 @lru_cache(1024)
-def pick(kernel: str, M: int, R: int, dtype: torch.dtype, arch: str) -> KernelConfig:
-    return TUNED_CONFIGS[find_row(kernel, M, R, dtype, arch)]
+def pick(
+    kernel: str, M: int, R: int, dtype: torch.dtype, arch: str, add: bool = False, dropout: bool = False
+) -> KernelConfig:
+    return TUNED_CONFIGS[find_row(kernel, M, R, dtype, arch, add, dropout)]
 
 
 @lru_cache
@@ -141,10 +149,53 @@ def rank_tiles(R: int, config: KernelConfig) -> tuple[int, int]:
 
 
 @lru_cache(1024)
-def split_k(tiles: int, steps: int, processors: int, min_steps: int) -> tuple[int, int]:
-    """Split-K: (parts, steps per part) of a sum of `steps` tiles, `tiles` programs a part, to fill the processors."""
-    parts = max(1, processors // max(1, tiles))
-    if 4 * parts * tiles < 3 * processors:
+def split_k(tiles: int, steps: int, programs: int, min_steps: int | None) -> tuple[int, int]:
+    """Split-K: (parts, steps per part) of a sum of `steps` tiles, `tiles` programs a part, to run `programs`."""
+    if min_steps is None:
+        return 1, steps
+    parts = max(1, programs // max(1, tiles))
+    if 4 * parts * tiles < 3 * programs:
         parts += 1
     per_part = max(cdiv(steps, parts), min_steps, 1)
     return max(1, cdiv(steps, per_part)), per_part
+
+
+# The joint kernel, `product`: the tile of every architecture with a copy engine, and where it was measured to be faster
+# than `expand` and the library's product. It wins for a layer whose features are near a row's (within half as much
+# again), of no wider rank and with no fewer tokens; what no row covers stays with the library. The rows are from an
+# H100, bf16, and from a kernel that read the rank outside its pipeline: 4096 → 4096 at rank 160, 11008 → 4096 at rank
+# 96, both forward, and 4096 → 11008 forward at 2048 tokens lost there.
+PRODUCT_TILES = {
+    "interpreter": KernelConfig(32, 64, 4, 2),
+    "sm_90": KernelConfig(128, 256, 8, 3),
+    "sm_100": KernelConfig(128, 256, 8, 3),
+    "sm_120": KernelConfig(128, 128, 8, 3),
+}
+# (architecture, direction): [(in_features, out_features, rank, tokens)]
+PRODUCT_WINS = {
+    ("sm_90", "forward"): [(4096, 4096, 96, 1024), (4096, 11008, 96, 8192)],
+    ("sm_90", "backward"): [
+        (4096, 4096, 96, 1024), (4096, 4096, 160, 8192), (4096, 11008, 96, 8192), (11008, 4096, 96, 8192),
+    ],
+}  # fmt: skip
+
+
+def product_tile(arch: str) -> KernelConfig | None:
+    """The joint kernel's tile; None where the architecture has no copy engine. A machine without a GPU, which can only
+    compile it, is given the H100's."""
+    return PRODUCT_TILES.get("sm_90" if arch == "cpu" else arch)
+
+
+@lru_cache(1024)
+def product_config(
+    direction: str, M: int, K: int, N: int, R: int, dtype: torch.dtype, arch: str
+) -> KernelConfig | None:
+    """The joint kernel's tile where it is the faster way for a layer of K in_features and N out_features, `direction`
+    being "forward" or "backward"; None where the library's product is, or where nobody measured."""
+    if dtype_class(dtype) != "half":
+        return None
+    for k, n, rank, tokens in PRODUCT_WINS.get((arch, direction), ()):
+        near = all(2 * measured <= 3 * size <= 4.5 * measured for size, measured in ((K, k), (N, n)))
+        if near and rank >= R and tokens <= M:
+            return product_tile(arch)
+    return None

@@ -1,12 +1,17 @@
 """What every launcher needs: the launch itself, the copy of a badly strided input and the types of a tile."""
 
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
+from torch.utils._python_dispatch import _disable_current_modes
 from triton import knobs
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import KernelConfig
 
@@ -18,33 +23,112 @@ TL_DTYPES = {
 }
 
 
+class Launch(NamedTuple):
+    """A kernel as it was launched: what was compiled, its blocks, and its arguments in order."""
+
+    compiled: Any
+    grid: tuple[int, int]
+    arguments: tuple
+
+
+class Product(NamedTuple):
+    """A product of the library: out += a b, or out = a b."""
+
+    out: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    accumulate: bool
+
+
+class _Recording(threading.local):
+    steps: list[Launch | Product] | None = None
+
+
 _COMPILED: dict[tuple, Any] = {}
+_recording = _Recording()
 
 
 def launch(x: torch.Tensor, kernel, grid: tuple[int, int], **arguments) -> None:
     """`kernel[grid](**arguments)` on the device of `x`, `arguments` being all of the kernel's and the options.
 
-    Finding out what to compile takes Triton longer on the host than most of these kernels run: a launch that differs
-    from an earlier one in nothing that is compiled in goes straight to what was compiled then.
+    Compiled kernels are cached by everything that Triton specializes on, which takes Triton itself longer on the host
+    than most of these kernels run.
     """
-    if not x.is_cuda or not isinstance(kernel, JITFunction):  # the interpreter's are another class
+    if not on_gpu(x) or not is_jitted(kernel):
         kernel[grid](**arguments)
         return
     device, names = x.get_device(), _runtime_names(kernel)
     key = (kernel, device, *(_compiled_in(v) if name in names else v for name, v in arguments.items()))
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            _launch(key, kernel, grid, arguments)
-    else:
-        _launch(key, kernel, grid, arguments)
+    with on_device(device):
+        compiled, blocks = _COMPILED.get(key), (*grid, 1)
+        if compiled is None:
+            check_not_capturing(x.shape)
+            compiled = _COMPILED[key] = compile_and_run(kernel, blocks, arguments)
+        else:
+            compiled[blocks](*[arguments[name] for name in kernel.arg_names])
+    if _recording.steps is not None:
+        _recording.steps.append(Launch(compiled, grid, tuple(arguments[name] for name in kernel.arg_names)))
 
 
-def _launch(key: tuple, kernel, grid: tuple[int, int], arguments: dict) -> None:
-    compiled, blocks = _COMPILED.get(key), (*grid, 1)
-    if compiled is None:
-        _COMPILED[key] = kernel[blocks](**arguments)
-    else:
-        compiled[blocks](*[arguments[name] for name in kernel.arg_names])
+def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool = True) -> None:
+    """out (M, N) += a (M, K) b (K, N), or out = a b, by the library's product."""
+    with nullcontext() if _recording.steps is None else _disable_current_modes():
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    if _recording.steps is not None:
+        _recording.steps.append(Product(out, a, b, accumulate))
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch | Product]]:
+    """Collects every launch and product of this thread inside the block, in order, and keeps their tensors alive."""
+    steps: list[Launch | Product] = []
+    _recording.steps = steps
+    try:
+        yield steps
+    finally:
+        _recording.steps = None
+
+
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """What runs inside belongs to no recording."""
+    outer, _recording.steps = _recording.steps, None
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        _recording.steps = outer
+
+
+# What a machine without a GPU answers otherwise: tests and the bench of the host replace these.
+
+
+def on_gpu(x: torch.Tensor) -> bool:
+    return x.is_cuda
+
+
+def is_jitted(kernel) -> bool:
+    return isinstance(kernel, JITFunction)  # the interpreter's are another class
+
+
+def on_device(index: int):
+    return torch.cuda.device(index)
+
+
+def compile_and_run(kernel, blocks: tuple[int, int, int], arguments: dict):
+    return kernel[blocks](**arguments)
+
+
+def check_not_capturing(shape: Sequence[int]) -> None:
+    """Raise RuntimeError inside the capture of a CUDA graph, where nothing can be compiled or checked."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "multilora_fast compiles and checks kernels at first use, which a CUDA graph cannot capture: take a step "
+            f"with inputs of the same shapes, here {tuple(shape)}, before the capture."
+        )
 
 
 @cache
@@ -52,12 +136,14 @@ def _runtime_names(kernel) -> frozenset[str]:
     return frozenset(param.name for param in kernel.params if not param.is_constexpr)
 
 
-def _compiled_in(value: torch.Tensor | int | None) -> tuple | None:
+def _compiled_in(value: torch.Tensor | TensorDescriptor | int | None) -> tuple | None:
     """What Triton may compile in of an argument that is not constant: its type, alignment, and whether it is one."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return value.base.dtype, *value.block_shape
     return value == 1, value % 16 == 0, value < 1 << 31
 
 
@@ -76,10 +162,16 @@ def check_weight(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
         raise ValueError(f"scale has shape {tuple(scale.shape)}, wanted {(w.shape[0], D)}.")
 
 
+@cache
 def launch_options(config: KernelConfig) -> dict[str, int]:
     """The compiler's options. Told that a thread may have all 255 registers, ptxas does not spill for occupancy."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return options if torch.version.hip else options | {"maxnreg": 255}
+
+
+def small_options() -> dict[str, int]:
+    """The options of kernels without a row in the table: the mask, pack, the second passes."""
+    return {"num_warps": 4} if torch.version.hip else {"num_warps": 4, "maxnreg": 255}
 
 
 def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:

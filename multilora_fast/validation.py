@@ -31,7 +31,7 @@ def check_scaling_factor(factor: float) -> None:
 
 
 def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
 
 
 def check_integer(name: str, value: int, *, least: int) -> None:
@@ -64,3 +64,8 @@ def check_expression(field: str, expression: str) -> None:
 def check_save_inputs(choice: str) -> None:
     if choice not in ("exact", "fp8"):
         raise ValueError(f'save_inputs must be "exact" or "fp8", not {choice!r}.')
+
+
+def check_switch(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, not {value!r}.")

@@ -1,12 +1,16 @@
 """What only a GPU can show. The other tests of the op run there too, on the device they find."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
-from multilora_fast import FusedMultiLoRALinear, multilora_linear
+from examples.cuda_graph import captured_step
+from multilora_fast import FusedMultiLoRALinear, MultiLoraConfig, multilora_linear
+from multilora_fast.kernels import launch
+from multilora_fast.ops import call
 from multilora_fast.testing import assert_two_times_rule, random_case, run
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +65,46 @@ def test_a_cuda_graph_draws_a_new_mask_at_every_replay():
         graph.replay()
         outputs.append(y.clone())
     assert not torch.equal(*outputs)
+
+
+def test_a_captured_training_step_replays_the_bits_of_an_eager_one():
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=512, attn_implementation="eager", use_cache=False, **sizes)
+    base = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    adapter = MultiLoraConfig(r=16, lora_num=3, target_modules="all-linear", init_weights=False)
+    eager = get_peft_model(base, adapter).train()
+    captured = copy.deepcopy(eager)
+    tokens = torch.randint(512, (2, 64), device="cuda")
+
+    def trained(model):
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    steps = 4
+    optimizer = torch.optim.AdamW(trained(eager), lr=1e-2, capturable=True)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        eager(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    replay = captured_step(captured, torch.optim.AdamW(trained(captured), lr=1e-2, capturable=True), tokens)
+    for _ in range(steps - 1):  # the warm-up was a step, the capture was none
+        replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(trained(eager), trained(captured), strict=True))
+
+
+def test_a_first_use_inside_a_capture_is_refused(monkeypatch):
+    case = random_case((64, 128), 96, 2, 16, dtype=torch.bfloat16, device="cuda")
+    op = partial(multilora_linear, case.x, **case.parameters)
+    op()  # the kernels are checked, and cuBLAS has its handle
+    monkeypatch.setattr(launch, "_COMPILED", {})
+    monkeypatch.setattr(call, "_CALLS", {})
+    torch.cuda.synchronize()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="before the capture"):
+        op()
+    assert torch.isfinite(op()).all()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.05])

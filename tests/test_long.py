@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from multilora_fast import FusedMultiLoRALinear, dropout_mask, multilora_add, multilora_linear
-from multilora_fast.kernels.configs import device_of, pick
-from multilora_fast.kernels.dropout import drop_threshold
+from multilora_fast.kernels.configs import KernelConfig, device_of, pick
+from multilora_fast.kernels.dropout import draw, drop_threshold
 from multilora_fast.kernels.dropout import dropout_mask as kernel_mask
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.reduce import reduce
@@ -74,12 +74,12 @@ ELEMENTS = amount(10**8, 2 * 10**8)
 
 
 def philox_mask(seed: int, first: int, M: int, K: int, p: float) -> torch.Tensor:
-    """Rows first to first + M of the kernels' mask of K columns: Philox 4x32-10 (Salmon et al., 2011) in numpy."""
+    """Rows first to first + M of the kernels' mask of K columns: Philox 4x32-7 (Salmon et al., 2011) in numpy."""
     groups, low = math.ceil(K / 8), np.uint64(2**32 - 1)
     counter = np.uint64(first * groups) + np.arange(M * groups, dtype=np.uint64)
     c = [counter & low, counter >> np.uint64(32), *(np.zeros_like(counter) for _ in range(2))]
     key = [seed & (2**32 - 1), seed >> 32 & (2**32 - 1)]
-    for _ in range(10):
+    for _ in range(7):
         first_product, second_product = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
         c = [
             second_product >> np.uint64(32) ^ c[1] ^ np.uint64(key[0]), second_product & low,
@@ -185,7 +185,7 @@ FAR = 2**25 + 40  # rows of 64 columns: more than 2³¹ elements, of which only 
 def test_rows_beyond_two_to_the_31_elements():
     before = resident()
     K, n, r, p, seed = 64, 2, 32, 0.3, 17
-    drop = {"seed": torch.tensor([seed]), "p": p}
+    seed_tensor = torch.tensor([seed])
     config = pick("shrink", FAR, n * r, torch.float16, device_of(torch.empty(0))[0])
     first = (FAR - 1) // config.BLOCK_M * config.BLOCK_M
     a = torch.randn(n, r, K, dtype=torch.float16)
@@ -194,14 +194,13 @@ def test_rows_beyond_two_to_the_31_elements():
 
     x = torch.empty(FAR, K, dtype=torch.float16)
     near = x[first:].normal_().double()
+    drop = {"bits": draw(seed_tensor, FAR, K, p), "p": p}
     H = shrink(x, a, **drop)
     assert min(x.numel(), H.numel()) > 2**31
     close(H[first:], (near * keep) @ A.T)
-    expand(x, H, a, **drop)
-    config = pick("expand", FAR, n * r, torch.float16, device_of(x)[0])
-    assert config.BLOCK_D == K  # so that the last program had whole rows
+    expand(x, H, a, **drop, config=KernelConfig(64, K, 4, 2, programs=FAR))  # the last program has whole rows
     close(x[first:], near + keep * (H[first:].double() @ A))
-    mask = kernel_mask(drop["seed"], FAR, K, p)
+    mask = kernel_mask(seed_tensor, FAR, K, p)
     last = (FAR - 1) // 32 * 32
     assert torch.equal(mask[last:], philox_mask(seed, last, FAR - last, K, p))
     assert resident() - before < 1000 * MIB

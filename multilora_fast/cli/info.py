@@ -27,6 +27,8 @@ def info(
     found |= {"backend": choose(None, device), "cuda_build": torch.version.cuda}
     found |= {"demo_dtype": str(choose_dtype("auto", device)).removeprefix("torch."), "demo_cache": str(cache_dir())}
     kernels = _kernel_rows(arch, device) if arch is not None or device.type == "cuda" else {}
+    if kernels:
+        found["no_launch_plans"] = _why_no_plans()
     if as_json:
         print(json.dumps(found | {"kernels": {row: asdict(config) for row, config in kernels.items()}}, indent=1))
         return
@@ -43,20 +45,28 @@ def info(
     print(f"\nkernels on {arch or torch.cuda.get_device_name(device)}, bfloat16, n·r = 96:")
     for row, config in kernels.items():
         print(f"  {row:<36} {config}")
+    why = found["no_launch_plans"]
+    print(f"launch plans    {'replay what a layer launches' if why is None else f'not used: {why}'}")
+
+
+def _why_no_plans() -> str | None:
+    from multilora_fast.kernels.plan import why_not
+
+    return why_not()
 
 
 def _kernel_rows(arch: str | None, device) -> dict[str, Any]:
-    """The table row that each kernel takes for many tokens and for few, and its configuration."""
+    """The table rows that each kernel takes, by tokens and use, and their configurations."""
+    from itertools import product
+
     import torch
 
-    from multilora_fast.kernels.configs import ARCHITECTURES, DEFAULT, LARGE, TUNED_CONFIGS, device_of, find_row
+    from multilora_fast.kernels.configs import DEFAULT, TUNED_CONFIGS, device_of, find_row
 
-    known = dict.fromkeys(
-        name for name in (*ARCHITECTURES, *(key[3] for key in TUNED_CONFIGS)) if name not in (DEFAULT, LARGE)
-    )
+    known = dict.fromkeys(key[3] for key in TUNED_CONFIGS if key[3] != DEFAULT)
     if arch not in (None, *known, DEFAULT):
         raise ValueError(f"--arch must be {', '.join(known)}, or {DEFAULT} for any other GPU, not {arch!r}.")
     arch = arch or device_of(torch.empty(0, device=device))[0]
-    uses = ((kernel, M) for kernel in ("shrink", "expand", "reduce") for M in (8192, 1))
-    keys = dict.fromkeys(find_row(kernel, M, 96, torch.bfloat16, arch) for kernel, M in uses)
+    uses = product(("shrink", "expand", "reduce"), (8192, 2048, 512, 1), (False, True), (False, True))
+    keys = dict.fromkeys(find_row(kernel, M, 96, torch.bfloat16, arch, add, drop) for kernel, M, add, drop in uses)
     return {"/".join(map(str, key)): TUNED_CONFIGS[key] for key in keys}

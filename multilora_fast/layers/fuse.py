@@ -11,7 +11,7 @@ from multilora_fast.layers.fused import FusedMultiLoRALinear
 from multilora_fast.layers.shared_input import assign_groups
 from multilora_fast.ops.checks import check_branches
 from multilora_fast.reference import MultiLoRALinear
-from multilora_fast.validation import check_save_inputs
+from multilora_fast.validation import check_save_inputs, check_switch
 
 _PARAMETERS = ("weight", "bias", "lora_A", "lora_B", "lora_scaling")
 _ATTRIBUTES = (*_PARAMETERS, "lora_num", "lora_dropout", "scaling_factor")
@@ -35,7 +35,12 @@ class FuseReport:
 
 
 def fuse(
-    model: nn.Module, *, backend: str | None = None, save_inputs: str = "exact", share_inputs: bool = True
+    model: nn.Module,
+    *,
+    backend: str | None = None,
+    save_inputs: str = "exact",
+    share_inputs: bool = True,
+    exact_base: bool = False,
 ) -> FuseReport:
     """Swap every MultiLoRALinear in ``model``, ours or any module with its attributes, for the fused layer, in place.
 
@@ -45,13 +50,15 @@ def fuse(
     anything the fused layer does not hold are left alone and reported; so is ``model`` itself.
 
     With ``share_inputs`` layers that read the same input (q, k, v; gate, up) read it once in training; the result is
-    the same but for rounding, and with dropout one mask serves all of them.
+    the same but for rounding, and with dropout one mask serves all of them. ``exact_base`` as in
+    :func:`~multilora_fast.multilora_linear`.
 
     Raises:
         ValueError: ``model`` is no nn.Module, ``backend`` is not "triton", "torch" or None, or ``save_inputs`` not
             "exact" or "fp8".
     """
     check_save_inputs(save_inputs)
+    check_switch("exact_base", exact_base)
     _check_model(model)
     if backend not in (None, "triton", "torch"):
         raise ValueError(f'backend must be "triton", "torch" or None, not {backend!r}.')
@@ -65,7 +72,7 @@ def fuse(
         if id(module) not in fused and id(module) not in refused:
             reason = _why_not(module)
             if reason is None:
-                fused[id(module)] = _fused(module, backend, save_inputs)
+                fused[id(module)] = _fused(module, backend, save_inputs, exact_base)
             else:
                 refused[id(module)] = reason
         if id(module) in refused:
@@ -157,7 +164,9 @@ def _dropout(module: Any) -> nn.Dropout | None:
     return None if isinstance(dropout, nn.Module) and not isinstance(dropout, nn.Identity) else nn.Dropout(0.0)
 
 
-def _fused(module: Any, backend: str | None, save_inputs: str = "exact") -> FusedMultiLoRALinear:
+def _fused(
+    module: Any, backend: str | None, save_inputs: str = "exact", exact_base: bool = False
+) -> FusedMultiLoRALinear:
     """A fused layer on the module's own parameters. It remembers the module, outside of its own submodules."""
     fused = FusedMultiLoRALinear.__new__(FusedMultiLoRALinear)
     nn.Module.__init__(fused)
@@ -168,7 +177,7 @@ def _fused(module: Any, backend: str | None, save_inputs: str = "exact") -> Fuse
     fused.scaling_factor = module.scaling_factor
     fused.fan_in_fan_out = getattr(module, "fan_in_fan_out", False)
     fused.lora_dropout = cast(nn.Dropout, _dropout(module))
-    fused.backend, fused.save_inputs = backend, save_inputs
+    fused.backend, fused.save_inputs, fused.exact_base = backend, save_inputs, exact_base
     fused.training = module.training
     fused.__dict__["_unfused"] = module
     return fused

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from multilora_fast.layers.shared_input import SharedInput, expand_shared
+from multilora_fast.layers.shared_input import Base, SharedInput, hooked, parameter
 from multilora_fast.ops.functional import multilora_linear
 from multilora_fast.reference import MultiLoRALinear
 
@@ -11,23 +11,23 @@ class FusedMultiLoRALinear(MultiLoRALinear):
     """:class:`MultiLoRALinear`, with the same parameters, at about the time and memory of one LoRA of rank n·r.
 
     Attributes, which :func:`fuse` sets: ``backend`` is "triton", "torch", or None for Triton on a CUDA device and torch
-    elsewhere; ``save_inputs`` "exact", or "fp8" to keep x for backward in 8 bits; ``shared`` the group of layers that
-    it reads its input with, if any.
+    elsewhere; ``save_inputs`` "exact", or "fp8" to keep x for backward in 8 bits; ``exact_base`` whether the base
+    product is always the library's; ``shared`` the group of layers that it reads its input with, if any.
     """
 
     backend: str | None = None
     save_inputs: str = "exact"
+    exact_base: bool = False
     shared: SharedInput | None = None
     fan_in_fan_out: bool = False  # a weight stored as (K, N)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
         taken = None if self.shared is None else self.shared.take(self, x)
         if taken is not None:
-            return expand_shared(self, *taken, weight=weight, bias=self.bias)
+            return taken
         return multilora_linear(
             x,
-            weight,
+            self.weight.t() if self.fan_in_fan_out else self.weight,
             self.bias,
             self.lora_A,
             self.lora_B,
@@ -37,7 +37,15 @@ class FusedMultiLoRALinear(MultiLoRALinear):
             training=self.lora_dropout.training,
             backend=self.backend,
             save_inputs=self.save_inputs,
+            exact_base=self.exact_base,
         )
+
+    def base(self, x: Tensor) -> Base | None:
+        """What the group needs of the base layer, None where this layer must be called."""
+        if not self.training or hooked(self):
+            return None
+        weight = parameter(self, "weight")
+        return Base(weight.t() if self.fan_in_fan_out else weight, parameter(self, "bias"))
 
     def extra_repr(self) -> str:
         dropout = f", lora_dropout={self.lora_dropout.p:g}" if self.lora_dropout.p else ""

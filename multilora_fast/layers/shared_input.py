@@ -1,22 +1,22 @@
-"""One shrink for layers that read the same x, as q, k and v do, and gate and up.
+"""One op for layers that read the same x, as q, k and v do, and gate and up.
 
-The first layer of a group that is called computes H for all of them in one pass over x and keeps x once; each of the
-others takes its slice. Backward makes all their dÃ in one pass over x and their share of dx in one product. A group
-draws one dropout mask. This is for training: in evaluation every layer shrinks x itself, and its bits do not depend on
-its neighbours. M tokens, Rᵢ the total rank of layer i.
+The first layer of a group that is called computes the outputs of all of them, with one pass over x, which is kept once;
+each of the others takes its own. Backward makes all their dÃ in one pass over x, and one dx. A group draws one dropout
+mask. This is for training: in evaluation every layer is on its own, and its bits do not depend on its neighbours.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from multilora_fast.ops.autograd import ExpandFunction, SharedShrinkFunction
-from multilora_fast.ops.checks import check_base, check_base_output
-from multilora_fast.ops.equations import OpSettings
-from multilora_fast.ops.functional import autocasts, prepare
+from multilora_fast.ops.autograd import GroupFunction
+from multilora_fast.ops.call import Call, find
+from multilora_fast.ops.equations import GroupSettings
+from multilora_fast.ops.functional import Weight, autocast_dtype, checked, seed_for
 
 # What attention and MLP blocks in transformers' and diffusers' models call them.
 SIBLINGS = (
@@ -39,8 +39,18 @@ def assign_groups(modules: Mapping[str, Layer]) -> None:
                     member.shared = group
 
 
+class Base(NamedTuple):
+    """The base layer of a member: its weight (N, K) and bias. For a quantized one the weight is a function that returns
+    it, and ``compute_dtype`` is the dtype in which it multiplies."""
+
+    weight: Weight
+    bias: Tensor | None
+    compute_dtype: torch.dtype | None = None
+
+
 class SharedInput:
-    """Modules that read one x, by path; each holds what a fused layer or a PEFT adapter of ours does.
+    """Modules that read one x, by path; each holds what a fused layer or a PEFT adapter of ours does, and its
+    ``base(x)`` gives the :class:`Base` with which it would now be trained, or None where it must run itself.
 
     ``disabled_reason`` is None, or why the group shares no more: its layers were seen to read different tensors.
     """
@@ -48,72 +58,135 @@ class SharedInput:
     def __init__(self, members: dict[str, Layer]):
         self.members = members
         self.disabled_reason: str | None = None
-        self._waiting: tuple | None = None  # x, what else must agree, and H by the name of each member to come
+        self._stopped = self._recomputed = False
+        self._waiting: Waiting | None = None
         self._abandoned = 0
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_waiting": None}
 
-    def take(self, member: Layer, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """x as :func:`expand_shared` takes it, and H (M, R) of ``member``; None where nothing can be shared, and the
-        layer computes it itself."""
-        name = next((name for name, other in self.members.items() if other is member), None)
-        if (
-            name is None
-            or self.disabled_reason
-            or not member.training
-            or torch.compiler.is_compiling()
-            or x.is_inference()
-        ):
+    def take(self, member: Layer, x: Tensor) -> Tensor | None:
+        """The output of ``member``; None where nothing can be shared, and the layer is on its own."""
+        if torch.compiler.is_compiling():
             return None
-        way = _way(member)
-        state = (x._version, torch.is_grad_enabled(), autocasts(x), way)
-        if self._waiting is not None:
-            expected, before, passed, H = self._waiting
-            if expected() is x and before == state and name in H:
-                found = H.pop(name)
-                if not H:
-                    self._waiting, self._abandoned = None, 0
-                return passed, found
-        if {_way(other) for other in self.members.values()} != {(x.device, x.shape[-1:], *way[2:])}:
+        finished = self.finished(member, x)
+        if finished is not None:
+            return finished
+        waiting, self._waiting = self._waiting, None
+        if self._stopped or not member.training or x.is_inference():
             return None
-        if self._waiting is not None:
-            self._abandoned += 1
-            if name in H or self._abandoned > 1:
-                self.disabled_reason, self._waiting = "its layers were not given the same tensor", None
+        members = [*self.members.values()]
+        bases, branches = [other.base(x) for other in members], [_branches(other) for other in members]
+        if None in bases or not any(other is member for other in members):  # a replica is none of them
+            return None
+        call = self._call(members, x, bases, branches)
+        if call.settings is None or self._stops(id(member), waiting):
+            return None
+        del waiting  # with the outputs in it
+        ended: list[bool] = []
+        kinds = (*zip(*bases, strict=True),)[:2], zip(*branches, strict=True)
+        seed = seed_for(call.settings.each[0], None, x)
+        outs = GroupFunction.apply(x, seed, call, ended, *chain(*chain(*kinds)))
+        outputs = {id(m): (out, *_values(m, *own)) for m, out, own in zip(members, outs, branches, strict=True)}
+        self._waiting = Waiting(TensorWeakRef(x), _state(x), ended, outputs)
+        return outputs.pop(id(member))[0]
+
+    def finished(self, member: Layer, x: Tensor) -> Tensor | None:
+        """The output of ``member`` where another one's call has computed it."""
+        waiting = self._waiting
+        if waiting is None or waiting.x() is not x or waiting.state != _state(x) or waiting.ended:
+            return None
+        out, *values = waiting.outputs.get(id(member), (None,))
+        if out is None or not member.training or values != _values(member, *_branches(member)):
+            return None
+        del waiting.outputs[id(member)]
+        if not waiting.outputs:
+            self._waiting, self._abandoned = None, 0
+        return out
+
+    def _call(self, members: list[Layer], x: Tensor, bases: list, branches: list) -> Call:
+        """The members' call; without settings where they cannot share x."""
+        options = tuple([_options(m) for m in members])
+        dense = bases[0].compute_dtype
+
+        def check() -> GroupSettings | None:
+            layers = list(zip(bases, branches, options, strict=True))
+            try:
+                each = tuple([checked(x, None, b.weight, b.bias, A, B, s, one) for b, (A, B, s), one in layers])
+            except ValueError:  # which the layer that is at fault raises when it is called
                 return None
-        settings, seed = _prepared(next(iter(self.members.values())), x, dropout=True)
-        passed, *Hs = SharedShrinkFunction.apply(
-            x, seed, settings, *(member.lora_A for member in self.members.values())
-        )
-        passed = passed if x.requires_grad else x
-        H = dict(zip(self.members, Hs, strict=True))
-        found = H.pop(name)
-        self._waiting = (TensorWeakRef(x), state, passed, H)
-        return passed, found
+            As = [A for A, _, _ in branches]
+            alike = {
+                (one._replace(scaling_factor=1.0, exact_base=False), A.dtype) for one, A in zip(each, As, strict=True)
+            }
+            if len(alike) > 1 or any(hasattr(A, "ds_id") for A in As):  # gathered by ZeRO, for one layer at a time
+                return None
+            counts, ranks = zip(*[A.shape[:2] for A in As], strict=True)
+            return GroupSettings(each, counts, ranks, each[0].dtype, each[0].backend, each[0].save_inputs)
+
+        tensors: list[Tensor | None] = [x]
+        for base, own in zip(bases, branches, strict=True):
+            if base.compute_dtype != dense:
+                return Call(None)
+            tensors += (None if dense else base.weight, base.bias, *own)
+        return find(tensors, (autocast_dtype(x), dense, options), check)
+
+    def _stops(self, member: int, waiting: "Waiting | None") -> bool:
+        """Notes when members are given different tensors, and says whether the group shares no more from this call on.
+
+        A forward that may be recomputed goes on as it began, because its recomputation has to save the same: the group
+        stops at a call in a forward after that.
+        """
+        recomputing = torch._C._current_graph_task_id() != -1
+        if waiting is not None and waiting.state[-1] == -1:  # a recomputation may end before every member was called
+            self._abandoned += 1
+            if member in waiting.outputs or self._abandoned > 1:
+                self.disabled_reason = "its layers were not given the same tensor"
+        if self.disabled_reason is None:
+            return False
+        self._recomputed |= recomputing
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        self._stopped = not recomputing and (self._recomputed or hooks is None)
+        return self._stopped
 
 
-def expand_shared(member: Layer, x: Tensor, H: Tensor, *, weight=None, bias=None, y=None) -> Tensor:
-    """The output (..., N) of a layer whose H is known: x Wᵀ + b + H B̃ᵀ, or y + H B̃ᵀ."""
-    settings, _ = _prepared(member, x, dropout=False)
-    N = member.lora_B.shape[1]
-    if y is not None:
-        check_base_output(x, y, N)
-    elif isinstance(weight, Tensor):
-        check_base(x, weight, bias, N, autocast=autocasts(x))
-    return ExpandFunction.apply(x, y, weight, bias, H, member.lora_B, member.lora_scaling, settings)
+class Waiting(NamedTuple):
+    """Outputs for members that are still to come: x and what else must agree, whether a backward has ended their graph,
+    and by the id of each member its output and what it was computed with."""
+
+    x: TensorWeakRef
+    state: tuple
+    ended: list[bool]
+    outputs: dict[int, tuple]
 
 
-def _way(member: Layer) -> tuple:
-    """What must agree for one shrink to serve several members. A parameter that FSDP or ZeRO has taken away agrees with
-    no x: it has another shape, or is a DTensor."""
-    A, dropout = member.lora_A, member.lora_dropout
-    K = None if A.dim() != 3 or hasattr(A, "device_mesh") else A.shape[-1:]
-    return A.device, K, A.dtype, dropout.p if dropout.training else 0.0, member.backend, member.save_inputs
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of ``module`` does more than its class's forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
-def _prepared(member: Layer, x: Tensor, *, dropout: bool) -> tuple[OpSettings, Tensor | None]:
-    branches = (member.lora_A, member.lora_B, member.lora_scaling)
-    p = member.lora_dropout.p if dropout else 0.0
-    training = member.lora_dropout.training
-    return prepare(x, *branches, member.scaling_factor, p, training, None, member.backend, member.save_inputs)
+def parameter(module: nn.Module, name: str) -> Any:
+    """``getattr``, which takes thrice the time."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name)
+
+
+def _branches(member: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    return parameter(member, "lora_A"), parameter(member, "lora_B"), parameter(member, "lora_scaling")
+
+
+def _options(member: Layer) -> tuple:
+    dropout = member._modules["lora_dropout"]
+    p, training = dropout.p, dropout.training
+    return member.scaling_factor, p, training, member.backend, member.save_inputs, member.exact_base
+
+
+def _values(member: Layer, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tensor) -> list:
+    """What changes when the member does, between the call that computes its output and its own."""
+    return [lora_A._version, lora_B._version, lora_scaling._version, member.scaling_factor]
+
+
+def _state(x: Tensor) -> tuple:
+    """What must be the same for all members, beside x itself."""
+    return x._version, torch.is_grad_enabled(), autocast_dtype(x), torch._C._current_graph_task_id()

@@ -70,7 +70,7 @@ def _quiet():
 
 
 def _adapted(model: Any, method: str, s: StepSettings) -> Any:
-    # The kernels draw the mask on the tile: of dropout they keep a seed of 8 bytes.
+    # The kernels keep no mask, only a seed of 8 bytes.
     p = 0.0 if method == OURS and s.device == "cuda" else s.lora_dropout
     options = s.options if method in (OURS, REFERENCE) else {}
     return adapt(model, method, s.target_modules, r=s.r, lora_num=s.lora_num, lora_dropout=p, **options)

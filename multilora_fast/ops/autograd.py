@@ -1,126 +1,251 @@
-"""The autograd Functions: the op whole, and its two halves apart for layers that share an input."""
+"""The autograd Functions: the op, and the op of layers that share an input."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache, partial, wraps
+from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
-from multilora_fast.ops.equations import (
-    Needs,
-    backward,
-    dense_weight,
-    expand_backward,
-    expand_forward,
-    flatten_tokens,
-    forward,
-    no_autocast,
-    shrink_backward,
-    shrink_forward,
-)
-from multilora_fast.ops.saved_input import SavedInput
+from multilora_fast.ops import equations
+from multilora_fast.ops.call import Call, no_autocast
+from multilora_fast.ops.checks import check_base
+from multilora_fast.ops.equations import GroupSettings, Needs, OpSettings, by_kind
+from multilora_fast.ops.saved_input import as_tokens, cast, restore, save_input
 
-_NOTHING = Needs(*[False] * 6)
+
+def once_differentiable(backward):
+    """torch's, which is asked for nothing, and takes three microseconds, where no graph of the backward is made."""
+    refusing = function.once_differentiable(backward)
+
+    @wraps(backward)
+    def wrapped(ctx, *grads):
+        return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return wrapped
 
 
 class MultiLoRAFunction(torch.autograd.Function):
     """The op as eager calls take it. ``weight`` may be a function that returns the dense weight."""
 
     @staticmethod
-    def forward(ctx, x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
-        ctx.dense, ctx.settings, ctx.needs = weight if callable(weight) else None, settings, Needs.of(ctx)
-        with no_autocast(x.device.type):
-            dense = dense_weight(weight, x, bias, lora_B)
-            out, H = forward(x, y, dense, bias, lora_A, lora_B, lora_scaling, seed, settings)
-        kept = (*ctx.needs.saved_x(x, settings), ctx.needs.saved_H(H), None if callable(weight) else weight)
-        ctx.save_for_backward(*kept, lora_A, lora_B, lora_scaling, seed)
+    def forward(ctx, x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call):
+        ctx.needs, ctx.y_needed = needs_of(ctx.needs_input_grad[:7])
+        ctx.call, ctx.dense, ctx.new = call, None if isinstance(weight, Tensor) else weight, new_in_backward()
+        out, H = forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call)
+        kept = saved(x, H, call.settings, ctx.needs)
+        ctx.save_for_backward(*kept, None if ctx.dense else weight, lora_A, lora_B, lora_scaling, seed)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, scale, H, weight, *rest = ctx.saved_tensors
-        with no_autocast(dy.device.type):
-            if ctx.dense is not None and ctx.needs.x:
-                weight = ctx.dense()
-            dx, *grads = backward(dy, SavedInput(x, scale), H, weight, *rest, ctx.settings, ctx.needs)
-        return dx, dy if ctx.needs_input_grad[1] else None, *grads, None, None
+        if ctx.dense is not None and ctx.needs.x:
+            weight = ctx.dense()
+        dx, *grads = backward(dy, x, scale, H, weight, *rest, ctx.call, ctx.needs, ctx.new)
+        return dx, dy if ctx.y_needed else None, *grads, None, None
 
 
-def _beside(lora_As: Sequence[Tensor]) -> Tensor:
-    """All branches of all layers as one of rank Σ Rᵢ, (1, Σ Rᵢ, K)."""
-    return torch.cat([A.flatten(0, 1) for A in lora_As])[None]
+def forward(
+    x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call: Call, new: int | None = 0
+) -> tuple[Tensor, Tensor]:
+    """The output (..., N), a tensor of its own, and H (M, R). ``new`` as in :meth:`Call.run`."""
+    out, tokens, base, bias = _prepared(x, y, weight, bias, lora_B, call.settings)
+    inputs = (tokens, as_tokens(out, out.dtype), base, bias, lora_A, lora_B, lora_scaling, seed)
+    (H,) = call.run(equations.forward, inputs, new=new)
+    return out, H
 
 
-class SharedShrinkFunction(torch.autograd.Function):
-    """x itself, and the H (M, Rᵢ) of every layer of a group, as slices of one tensor.
+def backward(
+    dy, x, scale, H, weight, lora_A, lora_B, lora_scaling, seed, call: Call, needs: Needs, new: int | None = None
+) -> list[Tensor | None]:
+    """The gradients in the order of ``needs``, None where none is needed."""
+    dtype = call.settings.dtype
+    tokens = as_tokens(dy, dtype)
+    known = restore(x, scale, dtype) if needs.lora_A or needs.weight else None
+    dx = dy.new_empty(*dy.shape[:-1], lora_A.shape[2], dtype=dtype) if needs.x else None
+    base = None if weight is None or dx is None else cast(weight, dtype)
+    target = None if dx is None else as_tokens(dx, dtype)
+    inputs = (tokens, known if needs.lora_A else None, H, base, lora_A, lora_B, lora_scaling, seed, target)
+    dA, dB, ds = call.run(equations.backward, inputs, needs, new=new)
+    dw, db = _base_gradients(tokens, known, needs)
+    return [dx, dw, db, dA, dB if needs.lora_B else None, _scale_gradient(ds, lora_scaling, needs)]
 
-    The layers take the x that comes out: the sum of their dy W comes back here, and grows in place.
-    """
+
+class GroupFunction(torch.autograd.Function):
+    """The outputs of layers that read one x. ``tensors`` are the weights, biases, lora_A, lora_B and lora_scaling of
+    all of them; the weights may all be functions that return the dense weight. A backward notes itself in ``ended``."""
 
     @staticmethod
-    def forward(ctx, x, seed, settings, *lora_As):
+    def forward(ctx, x, seed, call, ended, *tensors):
         ctx.set_materialize_grads(False)
-        x_needed, _, _, *A_needed = ctx.needs_input_grad
-        ctx.settings, ctx.needs = settings, _NOTHING._replace(x=x_needed, lora_A=any(A_needed))
-        with no_autocast(x.device.type):
-            H = shrink_forward(x, _beside(lora_As), seed, settings)
-        ctx.shape = x.shape
-        ctx.save_for_backward(*ctx.needs.saved_x(x, settings), seed, *lora_As)
-        return x, *H.split([A.shape[:2].numel() for A in lora_As], dim=1)
+        weights, biases, lora_As, lora_Bs, scales = by_kind(tensors, 5)
+        settings, dtype = call.settings, call.settings.dtype
+        ctx.needs, ctx.any_needs = group_needs(ctx.needs_input_grad)
+        ctx.call, ctx.ended, ctx.new = call, ended, new_in_backward()
+        ctx.dense = None if isinstance(weights[0], Tensor) else weights
+        leading = x.shape[:-1]
+        outs = [x.new_empty((*leading, B.shape[1]), dtype=dtype) for B in lora_Bs]
+        if ctx.dense:
+            kept = [None] * len(outs)
+            bases = [
+                partial(_dense, weight, dtype, x, bias, out.shape[-1])
+                for weight, bias, out in zip(weights, biases, outs, strict=True)
+            ]
+        else:
+            kept, bases = weights, [cast(weight, dtype) for weight in weights]
+        tokens = as_tokens(x, dtype)
+        sizes = [n * r for n, r in zip(settings.counts, settings.ranks, strict=True)]
+        Hs = tokens.new_empty((len(tokens), sum(sizes))).split_with_sizes(sizes, 1)
+        inputs = (
+            tokens, _below(lora_As, settings.ranks), seed, *[as_tokens(out, dtype) for out in outs], *Hs, *bases,
+            *[None if bias is None else cast(bias, dtype) for bias in biases], *lora_Bs, *scales,
+        )  # fmt: skip
+        _run(ctx, equations.group_forward, inputs, new=0)
+        known, scale, _ = saved(x, None, settings, ctx.any_needs)
+        Hs = [H if need.lora_B or need.lora_scaling else None for H, need in zip(Hs, ctx.needs, strict=True)]
+        ctx.save_for_backward(known, scale, seed, *Hs, *kept, *lora_As, *lora_Bs, *scales)
+        return tuple(outs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dx, *dHs):
-        x, scale, seed, *lora_As = ctx.saved_tensors
-        given = next((dH for dH in dHs if dH is not None), None)
-        if given is None:
-            return dx, None, None, *[None] * len(lora_As)
-        sizes = [A.shape[:2].numel() for A in lora_As]
-        whole = torch.cat(
-            [given.new_zeros(len(given), R) if dH is None else dH for dH, R in zip(dHs, sizes, strict=True)], 1
-        )
-        with no_autocast(whole.device.type):
-            grows = dx is not None and dx.dtype == ctx.settings.dtype  # it is wider under autocast
-            own = flatten_tokens(dx) if grows else None
-            own, dA = shrink_backward(whole, SavedInput(x, scale), own, _beside(lora_As), seed, ctx.settings, ctx.needs)
-            if own is not None:
-                own = own.view(ctx.shape)
-                dx = own if grows or dx is None else dx.add_(own)
-        grads = [None] * len(lora_As) if dA is None else dA[0].split(sizes)
-        dAs = (
-            g.view(A.shape) if needed and dH is not None else None
-            for g, A, dH, needed in zip(grads, lora_As, dHs, ctx.needs_input_grad[3:], strict=True)
-        )
-        return dx, None, None, *dAs
+    def backward(ctx, *dys):
+        ctx.ended.append(True)
+        present = tuple([i for i, dy in enumerate(dys) if dy is not None and True in ctx.needs[i]])
+        if not present:
+            return (None,) * (4 + 5 * len(dys))
+        dx, *kinds = _group_backward(ctx, dys, present)
+        if len(present) < len(dys):
+            kinds = [[kind[present.index(i)] if i in present else None for i in range(len(dys))] for kind in kinds]
+        return dx, None, None, None, *chain(*kinds)
 
 
-class ExpandFunction(torch.autograd.Function):
-    """The rest of a layer whose H is given. ``weight`` may be a function that returns the dense weight."""
+def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
+    """dx, and the gradients of the layers that are ``present``, kind by kind."""
+    x, scale, seed, *tensors = ctx.saved_tensors
+    needs, any_needs, settings = ctx.needs, ctx.any_needs, ctx.call.settings
+    counts, ranks, dtype = settings.counts, settings.ranks, settings.dtype
+    Hs, weights, lora_As, lora_Bs, scales = kinds = by_kind(tensors, 5)
+    if len(present) < len(dys):
+        dys, needs, counts, ranks = (tuple([t[i] for i in present]) for t in (dys, needs, counts, ranks))
+        Hs, weights, lora_As, lora_Bs, scales = ([kind[i] for i in present] for kind in kinds)
+        any_needs = union(needs)
+    tokens, K = [as_tokens(dy, dtype) for dy in dys], lora_As[0].shape[2]
+    known = restore(x, scale, dtype) if any_needs.lora_A or any_needs.weight else None
+    dx = dys[0].new_empty((*dys[0].shape[:-1], K), dtype=dtype) if any_needs.x else None
+    if dx is None:
+        weights = [None] * len(present)
+    elif ctx.dense:
+        weights = [partial(_dense, ctx.dense[i], dtype) for i in present]
+    else:
+        weights = [cast(weight, dtype) for weight in weights]
+    inputs = (
+        *tokens, known if any_needs.lora_A else None, _below(lora_As, ranks), seed,
+        None if dx is None else as_tokens(dx, dtype), *Hs, *weights, *lora_Bs, *scales,
+    )  # fmt: skip
+    dA, *others = _run(ctx, equations.group_backward, inputs, present, needs, new=ctx.new and len(present))
+    dBs, dss = by_kind(others, 2)
+    dAs: Sequence[Tensor | None] = [None] * len(present)
+    if dA is not None and _one_rank(ranks):
+        dAs = dA.split_with_sizes(counts)
+    elif dA is not None:
+        sizes = [n * r for n, r in zip(counts, ranks, strict=True)]
+        dAs = [part.view(A.shape) for part, A in zip(dA[0].split_with_sizes(sizes), lora_As, strict=True)]
+    dws: Sequence[Tensor | None] = [None] * len(present)
+    dbs = dws
+    if any_needs.weight or any_needs.bias:
+        base = [_base_gradients(dy, known, need) for dy, need in zip(tokens, needs, strict=True)]
+        dws, dbs = zip(*base, strict=True)
+    return (
+        dx, dws, dbs,
+        [dA if need.lora_A else None for dA, need in zip(dAs, needs, strict=True)],
+        [dB if need.lora_B else None for dB, need in zip(dBs, needs, strict=True)],
+        [_scale_gradient(ds, s, need) for ds, s, need in zip(dss, scales, needs, strict=True)],
+    )  # fmt: skip
 
-    @staticmethod
-    def forward(ctx, x, y, weight, bias, H, lora_B, lora_scaling, settings):
-        ctx.dense, ctx.settings = weight if callable(weight) else None, settings
-        x_needed, ctx.y_needed, w_needed, b_needed, H_needed, B_needed, s_needed, _ = ctx.needs_input_grad
-        ctx.needs = Needs(x_needed, w_needed, b_needed, H_needed, B_needed, s_needed)
-        with no_autocast(x.device.type):
-            dense = dense_weight(weight, x, bias, lora_B)
-            out = expand_forward(x, y, dense, bias, H, lora_B, lora_scaling, settings)
-        kept = None if callable(weight) else weight
-        ctx.save_for_backward(x if w_needed else None, ctx.needs.saved_H(H), kept, lora_B, lora_scaling)
-        return out
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, H, weight, lora_B, lora_scaling = ctx.saved_tensors
-        with no_autocast(dy.device.type):
-            if ctx.dense is not None and ctx.needs.x:
-                weight = ctx.dense()
-            tokens = flatten_tokens(dy.to(ctx.settings.dtype))
-            dw, db, dB, ds, dH = expand_backward(tokens, x, H, lora_B, lora_scaling, ctx.settings, ctx.needs)
-            dx = None
-            if ctx.needs.x and weight is not None:
-                dx = tokens @ weight.to(ctx.settings.dtype)
-                dx = dx.view(*dy.shape[:-1], dx.shape[1])
-        return dx, dy if ctx.y_needed else None, dw, db, dH, dB, ds, None
+def _run(ctx, function, inputs: Sequence, *options, new: int | None) -> Sequence:
+    if ctx.dense:  # functions, which cannot be recorded
+        return ctx.call.run_once(function, inputs, *options)
+    return ctx.call.run(function, inputs, *options, new=new)
+
+
+def new_in_backward() -> int | None:
+    """How many inputs of a backward, dy, can differ in kind from the forward's. Hooks can give back what is saved laid
+    out in another way."""
+    return 1 if torch._C._autograd._top_saved_tensors_default_hooks(False) is None else None
+
+
+@cache
+def needs_of(flags: tuple[bool, ...]) -> tuple[Needs, bool]:
+    """Which of x, y, weight, bias, and then A or H, B and s want a gradient: the needs of the op, and y's."""
+    x, y, *rest = flags
+    return Needs(x, *rest), y
+
+
+@cache
+def group_needs(flags: tuple[bool, ...]) -> tuple[tuple[Needs, ...], Needs]:
+    """The needs of each layer of a group, and of any, from the flags of :class:`GroupFunction`'s arguments."""
+    needs = tuple(Needs(flags[0], *own) for own in zip(*by_kind(flags[4:], 5), strict=True))
+    return needs, union(needs)
+
+
+def union(needs: Sequence[Needs]) -> Needs:
+    return Needs(*map(any, zip(*needs, strict=True)))
+
+
+def saved(x: Tensor, H: Tensor | None, settings: OpSettings | GroupSettings, needs: Needs) -> tuple[Tensor | None, ...]:
+    """What is kept for backward: of x, its values and the scale of 8-bit ones, and H."""
+    wanted_x = x if needs.lora_A or needs.weight else None
+    wanted_H = H if needs.lora_B or needs.lora_scaling else None
+    if settings.save_inputs == "exact" or needs.weight:
+        return wanted_x, None, wanted_H
+    return *save_input(wanted_x, settings.save_inputs), wanted_H
+
+
+def _prepared(x, y, weight, bias, lora_B, settings: OpSettings) -> tuple:
+    """The output to be written, x as (M, K), W and b, in the dtype of the products."""
+    dtype = settings.dtype
+    if y is not None:
+        return y.clone(memory_format=torch.contiguous_format), as_tokens(x, dtype), None, None
+    N = lora_B.shape[1]
+    weight = cast(weight, dtype) if isinstance(weight, Tensor) else _dense(weight, dtype, x, bias, N)
+    out = x.new_empty(*x.shape[:-1], N, dtype=dtype)
+    return out, as_tokens(x, dtype), weight, None if bias is None else cast(bias, dtype)
+
+
+def _dense(weight: Callable[[], Tensor], dtype: torch.dtype, *base) -> Tensor:
+    """What ``weight`` returns, in ``dtype``, checked against the ``base``, x, bias and N, where it is given."""
+    found = weight()
+    if base:
+        x, bias, N = base
+        check_base(x, found, bias, N, autocast=True)  # the product casts it
+    return cast(found, dtype)
+
+
+def _base_gradients(dy: Tensor, x: Tensor | None, needs: Needs) -> tuple[Tensor | None, Tensor | None]:
+    """dW and db."""
+    if not (needs.weight or needs.bias):
+        return None, None
+    with no_autocast(dy.device.type):
+        return dy.t() @ x if needs.weight and x is not None else None, dy.sum(0) if needs.bias else None
+
+
+def _scale_gradient(ds: Tensor | None, lora_scaling: Tensor, needs: Needs) -> Tensor | None:
+    if ds is None or not needs.lora_scaling:
+        return None
+    if lora_scaling.shape[1] == 1:
+        ds = ds.sum(1, keepdim=True)
+    ds = cast(ds, lora_scaling.dtype)
+    return ds if ds.is_contiguous() else ds.contiguous()
+
+
+def _below(lora_As: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """All branches of all layers below each other, (Σn, r, K), or (1, ΣR, K) where they have several ranks."""
+    return torch.cat([*lora_As]) if _one_rank(ranks) else torch.cat([A.flatten(0, 1) for A in lora_As])[None]
+
+
+def _one_rank(ranks: Sequence[int]) -> bool:
+    return min(ranks) == max(ranks)

@@ -11,14 +11,18 @@ from multilora_fast.ops import torch_backend
 
 
 class Backend(NamedTuple):
-    """``draw(seed, M, K, p, dtype)`` gives what the three products take for dropout: the Triton kernels regenerate the
-    mask on the tile, from the seed; torch makes it once per forward and once per backward."""
+    """``draw(seed, M, K, p, dtype)`` gives what the products take for dropout, made once per forward and once per
+    backward: the mask as bits for the Triton kernels, as numbers in ``dtype`` for torch; None where nothing drops."""
 
     draw: Callable
     shrink: Callable
     expand: Callable
+    linear: Callable
+    layer: Callable
+    multiply: Callable
     reduce: Callable
     reduce_scaled: Callable
+    reduce_all: Callable  # both, from what they have in common
     dropout_mask: Callable
 
 
@@ -50,19 +54,15 @@ def interpreted() -> bool:
 def load(name: str) -> Backend:
     """The functions of a backend that :func:`choose` named."""
     if name == "torch":
-        return Backend(
-            torch_backend.draw,
-            torch_backend.shrink,
-            torch_backend.expand,
-            torch_backend.reduce,
-            torch_backend.reduce_scaled,
-            torch_backend.dropout_mask,
-        )
+        return Backend(*(getattr(torch_backend, field) for field in Backend._fields))
     try:
-        from multilora_fast.kernels.dropout import dropout_mask
+        from multilora_fast.kernels.dropout import draw, dropout_mask
         from multilora_fast.kernels.expand import expand
-        from multilora_fast.kernels.reduce import reduce, reduce_scaled
+        from multilora_fast.kernels.launch import multiply
+        from multilora_fast.kernels.linear import layer, linear
+        from multilora_fast.kernels.reduce import reduce, reduce_all, reduce_scaled
         from multilora_fast.kernels.shrink import shrink
     except ImportError as error:
         raise ValueError(f'backend "triton" cannot be loaded ({error}): use backend="torch".') from error
-    return Backend(lambda seed, *_: seed, shrink, expand, reduce, reduce_scaled, dropout_mask)
+    bits = lambda seed, M, K, p, dtype: draw(seed, M, K, p)  # noqa: E731
+    return Backend(bits, shrink, expand, linear, layer, multiply, reduce, reduce_scaled, reduce_all, dropout_mask)

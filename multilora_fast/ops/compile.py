@@ -4,12 +4,14 @@ A library call costs more than the eager Function, so only compilation takes thi
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from multilora_fast.ops.equations import Needs, OpSettings, backward, forward, no_autocast
-from multilora_fast.ops.saved_input import SavedInput
+from multilora_fast.ops.autograd import backward, forward, needs_of, saved
+from multilora_fast.ops.call import Call
+from multilora_fast.ops.equations import Needs, OpSettings
 
 
 @torch.library.custom_op("multilora_fast::multilora", mutates_args=())
@@ -26,14 +28,14 @@ def compiled(
     dropout_p: float,
     dtype: torch.dtype,
     backend: str,
+    exact_base: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    settings = OpSettings(scaling_factor, dropout_p, dtype, backend)
-    with no_autocast(x.device.type):
-        return forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
+    call = _call(scaling_factor, dropout_p, dtype, backend, exact_base)
+    return forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call, new=None)
 
 
 @compiled.register_fake
-def _(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, scaling_factor, dropout_p, dtype, backend):
+def _(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend, exact_base=False):
     n, r, _ = lora_A.shape
     out = x.new_empty(*x.shape[:-1], lora_B.shape[1], dtype=dtype if y is None else y.dtype)
     return out, x.new_empty(x.shape[:-1].numel(), n * r, dtype=dtype)
@@ -54,15 +56,15 @@ def compiled_backward(
     dtype: torch.dtype,
     backend: str,
     needs: Sequence[bool],
+    exact_base: bool = False,
 ) -> list[Tensor]:
-    settings = OpSettings(scaling_factor, dropout_p, dtype, backend)
-    with no_autocast(dy.device.type):
-        grads = backward(dy, SavedInput(x), H, weight, lora_A, lora_B, lora_scaling, seed, settings, Needs(*needs))
+    call = _call(scaling_factor, dropout_p, dtype, backend, exact_base)
+    grads = backward(dy, x, None, H, weight, lora_A, lora_B, lora_scaling, seed, call, Needs(*needs))
     return [grad for grad in grads if grad is not None]
 
 
 @compiled_backward.register_fake
-def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, scaling_factor, dropout_p, dtype, backend, needs):
+def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend, needs, exact_base=False):
     K, N = lora_A.shape[2], lora_B.shape[1]
     grads = Needs(
         x=dy.new_empty(*dy.shape[:-1], K, dtype=dtype),
@@ -76,16 +78,25 @@ def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, scaling_factor, drop
 
 
 def _setup(ctx, inputs, output):
-    x, _, weight, _, *rest, scaling_factor, dropout_p, dtype, backend = inputs
-    ctx.needs, ctx.settings = Needs.of(ctx), (scaling_factor, dropout_p, dtype, backend)
-    kept = ctx.needs.saved_x(x, OpSettings(*ctx.settings)).x
-    ctx.save_for_backward(kept, ctx.needs.saved_H(output[1]), weight, *rest)
+    x, _, weight, _, *rest = inputs[:8]
+    scaling_factor, dropout_p, dtype, backend, exact_base = (*inputs[8:], False)[:5]  # a default may be left out
+    ctx.needs, ctx.y_needed = needs_of(tuple(ctx.needs_input_grad[:7]))
+    ctx.exact_base, ctx.rest = exact_base, len(inputs) - 7
+    ctx.settings = (scaling_factor, dropout_p, dtype, backend)
+    x, _, H = saved(x, output[1], OpSettings(scaling_factor, dropout_p, dtype, backend), ctx.needs)
+    ctx.save_for_backward(x, H, weight, *rest)
 
 
 def _compiled_backward(ctx, dy, _):
-    grads = iter(compiled_backward(dy, *ctx.saved_tensors, *ctx.settings, ctx.needs))
+    grads = iter(compiled_backward(dy, *ctx.saved_tensors, *ctx.settings, ctx.needs, ctx.exact_base))
     dx, *others = (next(grads) if needed else None for needed in ctx.needs)
-    return dx, dy if ctx.needs_input_grad[1] else None, *others, *[None] * 5
+    return dx, dy if ctx.y_needed else None, *others, *[None] * ctx.rest
 
 
 compiled.register_autograd(_compiled_backward, setup_context=_setup)
+
+
+@cache
+def _call(scaling_factor: float, dropout_p: float, dtype: torch.dtype, backend: str, exact_base: bool) -> Call:
+    """The call of any tensors: they were checked when they were traced."""
+    return Call(OpSettings(scaling_factor, dropout_p, dtype, backend, exact_base=exact_base))

@@ -7,10 +7,17 @@ from torch import Tensor
 
 from multilora_fast.ops.autograd import MultiLoRAFunction
 from multilora_fast.ops.backends import choose, load
+from multilora_fast.ops.call import Call, find
 from multilora_fast.ops.checks import check_base, check_base_output, check_branches
 from multilora_fast.ops.compile import compiled
 from multilora_fast.ops.equations import OpSettings
-from multilora_fast.validation import check_dropout, check_integer, check_save_inputs, check_scaling_factor
+from multilora_fast.validation import (
+    check_dropout,
+    check_integer,
+    check_save_inputs,
+    check_scaling_factor,
+    check_switch,
+)
 
 Weight = Tensor | Callable[[], Tensor]
 
@@ -29,6 +36,7 @@ def multilora_linear(
     seed: Tensor | int | None = None,
     backend: str | None = None,
     save_inputs: str = "exact",
+    exact_base: bool = False,
 ) -> Tensor:
     """Linear layer with n LoRA branches: x Wᵀ + b + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x).
 
@@ -47,6 +55,9 @@ def multilora_linear(
         save_inputs: "exact", or "fp8" to keep x for backward as 8-bit floats (e4m3, a power of two per token) where
             nothing else keeps it: half the bytes of bfloat16, a lora_A gradient of 2 to 3 % relative error, and
             every other gradient exact. Not under torch.compile.
+        exact_base: whether x Wᵀ is always the library's product, so that with scales of zero the output has the base
+            layer's bits. Otherwise a GPU for which it was measured to be faster runs one kernel for the product and the
+            branches, whose sums are rounded in another order.
 
     Returns: (..., N), in x's dtype or autocast's. Its backward can be taken once: no double backward.
 
@@ -54,13 +65,8 @@ def multilora_linear(
         ValueError: shapes, dtypes or devices that do not agree, dropout_p outside [0, 1), a scaling_factor that is not
             finite, a backend that cannot run.
     """
-    options = (scaling_factor, dropout_p, training, seed, backend, save_inputs)
-    settings, seed = prepare(x, lora_A, lora_B, lora_scaling, *options)
-    if isinstance(weight, Tensor):
-        check_base(x, weight, bias, lora_B.shape[1], autocast=autocasts(x))
-    elif not callable(weight):
-        raise ValueError(f"weight must be a tensor or a function that returns one, not {weight!r}.")
-    return _apply(x, None, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
+    options = (scaling_factor, dropout_p, training, backend, save_inputs, exact_base)
+    return _apply(x, None, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
 
 
 def multilora_add(
@@ -82,10 +88,8 @@ def multilora_add(
     y (..., N) is left as it is; the result has its shape and dtype. Other arguments, limits and errors as
     :func:`multilora_linear`.
     """
-    options = (scaling_factor, dropout_p, training, seed, backend, save_inputs)
-    settings, seed = prepare(x, lora_A, lora_B, lora_scaling, *options)
-    check_base_output(x, y, lora_B.shape[1])
-    return _apply(x, y, None, None, lora_A, lora_B, lora_scaling, seed, settings)
+    options = (scaling_factor, dropout_p, training, backend, save_inputs, True)
+    return _apply(x, y, None, None, lora_A, lora_B, lora_scaling, seed, options)
 
 
 def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str | None = None) -> Tensor:
@@ -108,23 +112,52 @@ def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str |
 
 
 def prepare(
-    x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, seed, backend, save_inputs
-) -> tuple[OpSettings, Tensor | None]:
-    """The settings of a call, and the seed of its mask, after every check that does not concern the base layer."""
+    x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, backend, save_inputs, exact_base
+) -> OpSettings:
+    """The settings of a call, after every check that does not concern the base layer."""
     check_branches(x, lora_A, lora_B, lora_scaling)
     check_scaling_factor(scaling_factor)
     check_dropout("dropout_p", dropout_p)
     check_save_inputs(save_inputs)
+    check_switch("exact_base", exact_base)
     p = float(dropout_p) if training else 0.0
-    seed = _seed_tensor(seed, x.device) if p > 0.0 else None
-    dtype = torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
-    return OpSettings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype), save_inputs), seed
+    dtype = autocast_dtype(x) or x.dtype
+    return OpSettings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype), save_inputs, exact_base)
 
 
-def autocasts(x: Tensor) -> bool:
-    """Whether autocast chooses the dtype of x's products; it leaves float64 alone."""
+def find_call(x, y, weight, bias, lora_A, lora_B, lora_scaling, options: tuple) -> Call:
+    """The call with these tensors and the ``options`` of :func:`prepare`; its checks run at the first one."""
+    dense = weight if isinstance(weight, Tensor) else None
+    return find(
+        (x, y, dense, bias, lora_A, lora_B, lora_scaling),
+        (autocast_dtype(x), dense is None, options),
+        lambda: checked(x, y, weight, bias, lora_A, lora_B, lora_scaling, options),
+    )
+
+
+def checked(x, y, weight, bias, lora_A, lora_B, lora_scaling, options: tuple) -> OpSettings:
+    """The settings of a call, after every check."""
+    settings = prepare(x, lora_A, lora_B, lora_scaling, *options)
+    if y is not None:
+        check_base_output(x, y, lora_B.shape[1])
+    elif isinstance(weight, Tensor):
+        check_base(x, weight, bias, lora_B.shape[1], autocast=autocast_dtype(x) is not None)
+    elif not callable(weight):
+        raise ValueError(f"weight must be a tensor or a function that returns one, not {weight!r}.")
+    return settings
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast chooses for x's products, or None; it leaves float64 alone."""
     kind = x.device.type
-    return kind != "meta" and x.dtype != torch.float64 and torch.is_autocast_enabled(kind)
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def seed_for(settings: OpSettings, seed: Tensor | int | None, x: Tensor) -> Tensor | None:
+    """The seed of a call's mask, on x's device, drawn where none is given; None without dropout."""
+    return _seed_tensor(seed, x.device) if settings.dropout_p > 0.0 else None
 
 
 def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
@@ -142,13 +175,20 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     return seed.reshape(1)
 
 
-def _apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings):
-    if not torch.compiler.is_compiling():
-        return MultiLoRAFunction.apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, settings)
-    if callable(weight):
+def _apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
+    if torch.compiler.is_compiling():
+        return _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
+    call = find_call(x, y, weight, bias, lora_A, lora_B, lora_scaling, options)
+    seed = seed_for(call.settings, seed, x)
+    return MultiLoRAFunction.apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call)
+
+
+def _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
+    settings = checked(x, y, weight, bias, lora_A, lora_B, lora_scaling, options)
+    if not isinstance(weight, Tensor | None):
         raise ValueError("weight as a function cannot be compiled: compile the base layer alone and use multilora_add.")
     if settings.save_inputs != "exact":
         raise ValueError(f'save_inputs="{settings.save_inputs}" cannot be compiled: use "exact" under torch.compile.')
-    scaling_factor, dropout_p, dtype, backend, _ = settings
-    options = (seed, scaling_factor, dropout_p, dtype, backend)
-    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, *options)[0]
+    c, p, dtype, backend, _, exact_base = settings
+    seed = seed_for(settings, seed, x)
+    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend, exact_base)[0]

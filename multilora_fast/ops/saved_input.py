@@ -3,7 +3,7 @@
 Only dÃ = dHᵀ x̂ reads x again, so rounding it touches no other gradient: dx, dB and ds stay exact.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +30,21 @@ def save_input(x: Tensor | None, save_inputs: str) -> SavedInput:
     return SavedInput((x / scale.to(x.dtype)).to(_FP8), scale)
 
 
-def restore(kept: SavedInput, dtype: torch.dtype) -> Tensor:
-    """x in ``dtype``."""
-    x = cast(Tensor, kept.x).to(dtype)
-    return x if kept.scale is None else x.mul_(kept.scale)
+def restore(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x as (M, K) in ``dtype``, from what :func:`save_input` gave."""
+    return as_tokens(x if scale is None else x.to(dtype).mul_(scale), dtype)
+
+
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, which takes a microsecond also where there is nothing to do."""
+    return t if t.dtype is dtype else t.to(dtype)
+
+
+def as_tokens(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., D) as (M, D) in ``dtype``: t itself or a view of it where that can be."""
+    if t.dtype is not dtype:
+        t = t.to(dtype)
+    return t if t.ndim == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _kept_anyway(x: Tensor) -> bool:

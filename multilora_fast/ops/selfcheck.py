@@ -9,6 +9,8 @@ from torch import Tensor
 from multilora_fast.ops import torch_backend
 from multilora_fast.ops.backends import load
 
+TOKENS = {"decode": 16, "512": 80, "2048": 1100, "8192": 4160}  # by the size classes of the kernels' table
+
 
 def check(direction: str, tokens: Tensor, w: Tensor, settings) -> None:
     """Check the kernels that ``direction``, "forward" or "backward", launches for ``tokens`` (M, …) and branches ``w``
@@ -17,30 +19,36 @@ def check(direction: str, tokens: Tensor, w: Tensor, settings) -> None:
     Raises:
         RuntimeError: a kernel's result is not what torch computes, by more than rounding.
     """
-    from multilora_fast.kernels.configs import DECODE_TOKENS
+    from multilora_fast.kernels.configs import size_class
+    from multilora_fast.kernels.launch import unrecorded
 
-    few = tokens.shape[0] <= DECODE_TOKENS
+    M = TOKENS[size_class(tokens.shape[0])]
     n, r, _ = w.shape
     dropout = settings.dropout_p if torch_backend.threshold(settings.dropout_p) else 0.0
-    _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, dropout, few)
+    with unrecorded():
+        _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, dropout, M)
 
 
 @cache
-def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: float, few: bool) -> None:
-    M, K, N = 16 if few else 80, 208, 144
+def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: float, M: int) -> None:
+    from multilora_fast.kernels.launch import check_not_capturing
+
+    K, N = 208, 144
+    check_not_capturing((M, K))
     x, dy, h = (_random(device, i, M, size).to(dtype) for i, size in enumerate((K, N, n * r)))
     A, B, scale = (_random(device, 3 + i, *size).to(own) for i, size in enumerate(((n, r, K), (n, N, r), (n, N))))
     w, seed = B.transpose(1, 2), torch.tensor([7], device=device)
     kernels = load("triton")
     keep = kernels.dropout_mask(seed, M, K, p).double() if p else None
+    bits = kernels.draw(seed, M, K, p, dtype)
     if direction == "forward":
-        _compare("shrink", torch_backend.shrink, kernels.shrink, (x, A, None, 1.0), keep, seed, p)
+        _compare("shrink", torch_backend.shrink, kernels.shrink, (x, A, None, 1.0), keep, bits, p)
         _compare("expand", _expand(torch_backend.expand), _expand(kernels.expand), (dy, h, w, scale, c))
     else:
         _compare("shrink", torch_backend.shrink, kernels.shrink, (dy, w, scale, c))
         written, kernel = (_expand(expand, accumulate=False) for expand in (torch_backend.expand, kernels.expand))
-        _compare("expand", written, kernel, (x, h, A, None, 1.0), keep, seed, p)
-        _compare("reduce", _reduce(torch_backend.reduce), _reduce(kernels.reduce), (h, x, n), keep, seed, p)
+        _compare("expand", written, kernel, (x, h, A, None, 1.0), keep, bits, p)
+        _compare("reduce", _reduce(torch_backend.reduce), _reduce(kernels.reduce), (h, x, n), keep, bits, p)
         for i, name in enumerate(("reduce (lora_B)", "reduce (lora_scaling)")):
             summed, kernel = (
                 lambda *a, f=f, i=i: f(*a)[i] for f in (torch_backend.reduce_scaled, kernels.reduce_scaled)
@@ -48,15 +56,15 @@ def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: floa
             _compare(name, summed, kernel, (h, dy, w, scale, c))
 
 
-def _compare(name, exact, kernel, arguments, keep=None, seed=None, p=0.0) -> None:
+def _compare(name, exact, kernel, arguments, keep=None, bits=None, p=0.0) -> None:
     """‖error‖ ≤ 4·eps·‖the same formula on absolute values‖, against ``exact`` in float64."""
-    dropout = (seed, p) if keep is not None else ()
+    dropout = (bits, p) if keep is not None else ()
     got = kernel(*arguments, *dropout).double()
     eps = max(torch.finfo(a.dtype).eps for a in arguments if isinstance(a, Tensor))
 
     def double(f):
         wide = (f(a.double()) if isinstance(a, Tensor) else a for a in arguments)
-        return exact(*wide, *((keep.clone(), p) if keep is not None else ()))  # the eager products use it up
+        return exact(*wide, *((torch_backend.Mask(keep.clone()), p) if keep is not None else ()))
 
     truth = double(lambda t: t)
     error, bound = (got - truth).norm().item(), 4 * eps * double(Tensor.abs).norm().item()

@@ -1,8 +1,8 @@
 """The three products of the op on torch matmuls, with the signatures of the Triton launchers in kernels/.
 
 M tokens, D columns (K or N), n branches of rank r, R = n·r. A branch tensor ``w`` is a view (n, r, D): lora_A as it
-is, or lora_B transposed. ``scale`` is a view (n, D); ``scaling`` a constant. Dropout is regenerated from ``seed``, an
-int64 tensor of one element on x's device, once in forward and once in backward: the mask is never kept.
+is, or lora_B transposed. ``scale`` is a view (n, D); ``scaling`` a constant. The dropout mask is drawn from a seed, an
+int64 tensor of one element on x's device, once in forward and once in backward, and never kept.
 """
 
 from typing import Any
@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-
-# SplitMix64's constants.
-_GAMMA, _MIX1, _MIX2 = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def threshold(p: float) -> int:
@@ -25,39 +22,55 @@ def inverse_keep(p: float) -> float:
     return 65536 / (65536 - threshold(p))
 
 
-def dropout_mask(seed: Tensor, M: int, K: int, p: float, dtype: torch.dtype = torch.bool) -> Tensor:
-    """Keep-mask (M, K) in ``dtype``: element m·K + k keeps when its 16-bit draw reaches ``threshold(p)``."""
-    draws = _words(seed, M * K // 4 + 1).view(torch.int16)[: M * K].view(M, K)
-    return torch.ge(draws, threshold(p) - 32768, out=torch.empty(M, K, dtype=dtype, device=seed.device))
+def dropout_mask(seed: Any, M: int, K: int, p: float, dtype: torch.dtype = torch.bool) -> Tensor:
+    """Keep-mask (M, K) in ``dtype``: an element keeps when its 16-bit draw reaches ``threshold(p)``.
 
-
-def _words(seed: Any, count: int) -> Tensor:
-    """``count`` random 64-bit words. On a CPU from numpy's SFC64, which takes half the time of torch's generator;
-    elsewhere from SplitMix64 (Steele, Lea, Flood 2014), which reads the seed on its device and so waits for nothing."""
-    if seed.device.type == "cpu":
-        words = np.random.SFC64(seed.item() % (1 << 64)).random_raw(count)
-        return torch.from_numpy(words.view(np.int64))
-    z = torch.arange(1, count + 1, device=seed.device).mul_(_GAMMA).add_(seed)
-    z.bitwise_xor_((z >> 30).bitwise_and_((1 << 34) - 1)).mul_(_MIX1)
-    z.bitwise_xor_((z >> 27).bitwise_and_((1 << 37) - 1)).mul_(_MIX2)
-    return z.bitwise_xor_((z >> 31).bitwise_and_((1 << 33) - 1))
-
-
-def draw(seed: Any, M: int, K: int, p: float, dtype: torch.dtype) -> Tensor | None:
-    """What the products below take as ``keep``: the mask, 0 or 1 in ``dtype``, for one forward or one backward.
-
-    ``shrink`` and ``reduce`` use it up: dropout(x) takes its place, and no second tensor of x's size is made.
+    On a GPU the mask of the Triton kernels, in one launch that waits for nothing. Elsewhere the draws are SFC64,
+    which takes half the time of torch's generator on a CPU.
     """
-    return None if threshold(p) == 0 else dropout_mask(seed, M, K, p, dtype)
+    if seed.is_meta:
+        return torch.empty(M, K, dtype=dtype, device=seed.device)
+    if seed.is_cuda:
+        from multilora_fast.kernels.dropout import dropout_mask as drawn_there
+
+        return drawn_there(seed, M, K, p, dtype)
+    words = np.random.SFC64(seed.item() % (1 << 64)).random_raw(M * K // 4 + 1).view(np.int16)
+    draws = torch.from_numpy(words)[: M * K].view(M, K)
+    keep = torch.ge(draws, threshold(p) - 32768, out=torch.empty(M, K, dtype=dtype))
+    return keep.to(seed.device)
+
+
+class Mask:
+    """0 or 1 per element, in the dtype of the products, for one forward or one backward."""
+
+    def __init__(self, keep: Tensor):
+        self._keep: Tensor | None = keep
+
+    @property
+    def keep(self) -> Tensor:
+        assert self._keep is not None, "dropout(x) has taken the mask's place"
+        return self._keep
+
+    def drop(self, x: Tensor) -> Tensor:
+        """mask ⊙ x in the place of the mask, whose last use this is: no second tensor of x's size is made."""
+        dropped = self.keep.mul_(x)
+        self._keep = None
+        return dropped
+
+
+def draw(seed: Any, M: int, K: int, p: float, dtype: torch.dtype) -> Mask | None:
+    """The mask that the products below take; None where nothing is dropped."""
+    return None if threshold(p) == 0 else Mask(dropout_mask(seed, M, K, p, dtype))
 
 
 def shrink(
-    x: Tensor, w: Tensor, scale: Tensor | None = None, scaling: float = 1.0, keep=None, p: float = 0.0
-) -> Tensor:
-    """dropout(x) (M, D) times (scaling·scale ⊙ w)ᵀ → (M, R) in x's dtype."""
-    if keep is not None:
-        x, scaling = keep.mul_(x), scaling * inverse_keep(p)
-    return x @ _stack(w, scale, scaling, x.dtype).t()
+    x: Tensor, w: Tensor, scale: Tensor | None = None, scaling: float = 1.0, mask: Mask | None = None, p: float = 0.0,
+    *, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """dropout(x) (M, D) times (scaling·scale ⊙ w)ᵀ → (M, R) in x's dtype, into ``out`` where it is given."""
+    if mask is not None:
+        x, scaling = mask.drop(x), scaling * inverse_keep(p)
+    return torch.mm(x, _stack(w, scale, scaling, x.dtype).t(), out=out)
 
 
 def expand(
@@ -66,28 +79,65 @@ def expand(
     w: Tensor,
     scale: Tensor | None = None,
     scaling: float = 1.0,
-    keep=None,
+    mask: Mask | None = None,
     p: float = 0.0,
     *,
     accumulate: bool = True,
+    bias: Tensor | None = None,
 ) -> None:
-    """y (M, D) += mask/(1−p) ⊙ (h (M, R) times scaling·scale ⊙ w), in place; y = … without ``accumulate``."""
-    w = _stack(w, scale, scaling if keep is None else scaling * inverse_keep(p), y.dtype)
+    """y (M, D) += mask/(1−p) ⊙ (h (M, R) times scaling·scale ⊙ w), in place; y = bias + … without ``accumulate``."""
+    w = _stack(w, scale, scaling if mask is None else scaling * inverse_keep(p), y.dtype)
     h = h.to(y.dtype)
     if not accumulate:
         torch.mm(h, w, out=y)
-        if keep is not None:
-            y.mul_(keep)
-    elif keep is None:
+        if mask is not None:
+            y.mul_(mask.keep)
+        if bias is not None:
+            y.add_(bias)
+    elif mask is None:
         y.addmm_(h, w)
     else:
-        y.addcmul_(h @ w, keep)
+        y.addcmul_(h @ w, mask.keep)
 
 
-def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, keep=None, p: float = 0.0) -> Tensor:
+def multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = True) -> None:
+    """out (M, N) += a (M, K) b (K, N), or out = a b."""
+    if accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+def linear(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, w: Tensor, scale: Tensor | None = None,
+    scaling: float = 1.0, mask: Mask | None = None, p: float = 0.0, *, transposed: bool, exact: bool = False,
+) -> None:  # fmt: skip
+    """y (M, N) = x Wᵀ (``transposed``) or x W, plus the bias and what :func:`expand` adds."""
+    if not transposed:
+        expand(y, h, w, scale, scaling, mask, p, accumulate=False)
+        y.addmm_(x, weight)
+        return
+    if bias is None:
+        torch.mm(x, weight.t(), out=y)
+    else:
+        torch.addmm(bias, x, weight.t(), out=y)
+    expand(y, h, w, scale, scaling, mask, p)
+
+
+def layer(
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Tensor | None,
+    scaling: float, mask: Mask | None, p: float, *, exact: bool = False,
+) -> Tensor:  # fmt: skip
+    """Writes y = x Wᵀ + bias + H B̃ᵀ, and returns H (M, R)."""
+    H = shrink(x, a, None, 1.0, mask, p)
+    linear(y, x, weight, bias, H, b, scale, scaling, transposed=True, exact=exact)
+    return H
+
+
+def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, mask: Mask | None = None, p: float = 0.0) -> Tensor:
     """h (M, R) ᵀ times dropout(x) (M, D) → (n, r, D) in ``dtype``."""
-    if keep is not None:
-        return (h.t() @ keep.mul_(x)).to(dtype).mul_(inverse_keep(p)).view(n, -1, x.shape[1])
+    if mask is not None:
+        return (h.t() @ mask.drop(x)).to(dtype).mul_(inverse_keep(p)).view(n, -1, x.shape[1])
     return (h.t() @ x).to(dtype).view(n, -1, x.shape[1])
 
 
@@ -101,6 +151,13 @@ def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, scaling: floa
     db = torch.mul(P, _times(scale, scaling).unsqueeze(2), out=torch.empty(n, D, r, dtype=w.dtype, device=w.device))
     ds = _times(torch.linalg.vecdot(P, w.transpose(1, 2).to(P.dtype)), scaling)
     return db, ds
+
+
+def reduce_all(
+    h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, scaling: float, dh: Tensor, x: Tensor, dtype, mask=None, p=0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dB, ds, dA): ``reduce_scaled(h, dy, …)`` and ``reduce(dh, x, …)``."""
+    return *reduce_scaled(h, dy, w, scale, scaling), reduce(dh, x, w.shape[0], dtype, mask, p)
 
 
 def _stack(w: Tensor, scale: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,13 @@ from typing import Literal
 from peft import PeftConfig
 
 from multilora_fast.peft.register import peft_type
-from multilora_fast.validation import check_config, check_expression, check_hyperparameters, check_save_inputs
+from multilora_fast.validation import (
+    check_config,
+    check_expression,
+    check_hyperparameters,
+    check_save_inputs,
+    check_switch,
+)
 
 
 @dataclass
@@ -37,6 +43,8 @@ class MultiLoraConfig(PeftConfig):
             lora_A's gradients are then off by 2 to 3 %, all others stay exact. Not under torch.compile.
         share_inputs: let layers that read one input (q, k, v; gate, up) read it once in training. The result is the
             same but for rounding, and with dropout one mask serves all of them.
+        exact_base: keep the base layer's product the library's, so that scales of zero leave the base model's bits. By
+            default a GPU for which it was measured to be faster computes it together with the branches.
         rank_pattern, lora_num_pattern, alpha_pattern: r, lora_num and lora_alpha of modules whose name ends in a
             match of the key.
 
@@ -59,6 +67,7 @@ class MultiLoraConfig(PeftConfig):
     layers_pattern: list[str] | str | None = None
     save_inputs: Literal["exact", "fp8"] = "exact"
     share_inputs: bool = True
+    exact_base: bool = False
     rank_pattern: dict | None = field(default_factory=dict)
     alpha_pattern: dict | None = field(default_factory=dict)
     lora_num_pattern: dict | None = field(default_factory=dict)
@@ -77,9 +86,8 @@ class MultiLoraConfig(PeftConfig):
         check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
         check_config(vars(self))
         check_save_inputs(self.save_inputs)
-        for name in ("init_weights", "share_inputs"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        for name in ("init_weights", "share_inputs", "exact_base"):
+            check_switch(name, getattr(self, name))
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save must be a list of names, not {self.modules_to_save!r}.")
         for name in ("target_modules", "exclude_modules"):

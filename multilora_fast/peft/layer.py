@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.adapters.branches import Branches, as_lora
-from multilora_fast.layers.shared_input import SharedInput, expand_shared
+from multilora_fast.layers.shared_input import Base, SharedInput, hooked, parameter
 from multilora_fast.ops.functional import multilora_add, multilora_linear
 from multilora_fast.peft.quantization import base_weight, compute_as, dense_4bit, is_4bit, resolve_quantization_backend
+
+_DENSE = (nn.Parameter, Tensor, FakeTensor)  # weights that are what their layer multiplies by
 
 
 class MultiLoraBranches(nn.Module):
     """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1).
 
     A and B start Kaiming-uniform (a = √5), each branch on its own. The scales start at zero; ``init_weights=False``
-    draws them instead. ``shared`` is the group that this adapter reads its input with, if any.
+    draws them instead. ``shared`` is the group that this adapter reads its input with, if any; ``layer`` is the layer
+    that holds it, outside of its own submodules.
     """
 
     backend = None
     shared: SharedInput | None = None
+    layer: MultiLoraLinear
 
     def __init__(
         self,
@@ -39,9 +45,10 @@ class MultiLoraBranches(nn.Module):
         scaling: str,
         init_weights: bool,
         save_inputs: str,
+        exact_base: bool,
     ):
         super().__init__()
-        self.save_inputs = save_inputs
+        self.save_inputs, self.exact_base = save_inputs, exact_base
         self.lora_A = nn.Parameter(torch.empty(lora_num, r, in_features))
         self.lora_B = nn.Parameter(torch.empty(lora_num, out_features, r))
         self.lora_scaling = nn.Parameter(torch.empty(lora_num, out_features if scaling == "vector" else 1))
@@ -55,13 +62,13 @@ class MultiLoraBranches(nn.Module):
             nn.init.normal_(self.lora_scaling)
 
     def forward(
-        self, x: Tensor, *, weight=None, bias: Tensor | None = None, y: Tensor | None = None, alone: bool = False
+        self, x: Tensor, weight=None, bias: Tensor | None = None, *, y: Tensor | None = None, alone: bool = False
     ) -> Tensor:
         """The adapted layer's output: from its weight and bias, or added to ``y``, its output without the branches.
         ``alone`` says that x is this layer's own."""
-        taken = self.shared.take(self, x) if self.shared is not None and not alone else None
+        taken = self.shared.take(self, x) if self.shared is not None and y is None and not alone else None
         if taken is not None:
-            return expand_shared(self, *taken, weight=weight, bias=bias, y=y)
+            return taken
         branches = (self.lora_A, self.lora_B, self.lora_scaling)
         options: dict[str, Any] = {
             "scaling_factor": self.scaling_factor,
@@ -70,8 +77,15 @@ class MultiLoraBranches(nn.Module):
             "save_inputs": self.save_inputs,
         }
         if y is None:
-            return multilora_linear(x, weight, bias, *branches, **options)
+            return multilora_linear(x, weight, bias, *branches, exact_base=self.exact_base, **options)
         return multilora_add(y, x, *branches, **options)
+
+    def base(self, x: Tensor) -> Base | None:
+        """What the group needs of the base layer, None where the layer would not run as this adapter's fused op."""
+        layer = self.layer
+        if not self.training or hooked(self) or next(iter(layer.active_branches()), None) is not self:
+            return None
+        return layer.fused_base(x)
 
     def delta(self) -> Tensor:
         """The update B̃ Ã (N, K) of the weight, in float32 at least."""
@@ -114,20 +128,21 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, *, inference_mode: bool, **options) -> None:
         """Add an adapter; ``options`` are those of :class:`MultiLoraBranches`."""
-        self.multilora_branches[adapter_name] = MultiLoraBranches(self.in_features, self.out_features, **options)
+        branches = MultiLoraBranches(self.in_features, self.out_features, **options)
+        branches.__dict__["layer"] = self
+        self.multilora_branches[adapter_name] = branches
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        self._check_names(x, adapter_names)
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
+            self._check_names(x, adapter_names)
+        if self._disable_adapters and self.merged_adapters:
+            self.unmerge()
+        active = self.active_branches()
+        if adapter_names is not None and not self._disable_adapters:
             return self._mixed_batch(x, adapter_names, *args, **kwargs)
-        active = [self.multilora_branches[name] for name in self.active_adapters if name in self.multilora_branches]
         y = self._fused(x, active[0]) if active and not args and not kwargs else None
         if y is None:
             y = self.base_layer(x, *args, **kwargs)
@@ -137,25 +152,46 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
             y = branches(x, y=y)
         return y
 
-    def _fused(self, x: Tensor, branches: MultiLoraBranches) -> Tensor | None:
-        """The output through the fused op, or None for a base layer that must run itself."""
-        base = self.base_layer
-        if "forward" in base.__dict__ or any(base.__dict__.get(name) for name in _HOOKS):
+    def active_branches(self) -> list[MultiLoraBranches]:
+        """The adapters that add up now."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        known: Any = self._modules["multilora_branches"]
+        known = known._modules
+        return [known[name] for name in self.active_adapters if name in known]
+
+    def fused_base(self, x: Tensor) -> Base | None:
+        """The base layer as the fused op takes it, or None where it must run itself."""
+        base: Any = self._modules["base_layer"]
+        if hooked(base):
             return None
-        if type(base) in (nn.Linear, Conv1D) and type(base.weight) in (nn.Parameter, Tensor):
-            return branches(x, weight=base.weight.t() if self.fan_in_fan_out else base.weight, bias=base.bias)
+        if type(base) in (nn.Linear, Conv1D):
+            weight = parameter(base, "weight")
+            if type(weight) in _DENSE:
+                return Base(weight.t() if self.fan_in_fan_out else weight, parameter(base, "bias"))
         # Decoding on a GPU keeps bitsandbytes' own kernels, which read the 4-bit weight as it is.
         decoding = not torch.is_grad_enabled() and x.device.type != "cpu"
         if not is_4bit(base) or decoding or torch.compiler.is_compiling():
             return None
-        inner, context = compute_as(base, x)
-        with context:
-            y = branches(inner, weight=lambda: dense_4bit(base), bias=base.bias, alone=inner is not x)
-            return y.to(x.dtype)
+        return Base(partial(dense_4bit, base), base.bias, base.compute_dtype or x.dtype)
 
-    def _check_names(self, x: Tensor, adapter_names: list[str] | None) -> None:
-        if adapter_names is None:
-            return
+    def _fused(self, x: Tensor, branches: MultiLoraBranches) -> Tensor | None:
+        """The output through the fused op, or None for a base layer that must run itself."""
+        if branches.shared is not None and not torch.compiler.is_compiling():
+            finished = branches.shared.finished(branches, x)
+            if finished is not None:
+                return finished
+        found = self.fused_base(x)
+        if found is None:
+            return None
+        weight, bias, compute_dtype = found
+        if compute_dtype is None:
+            return branches(x, weight, bias)
+        inner, context = compute_as(self.base_layer, x)
+        with context:
+            return branches(inner, weight, bias, alone=inner is not x).to(x.dtype)
+
+    def _check_names(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
             raise ValueError(f"adapter_names must hold one name per input, but got {len(adapter_names)} for {len(x)}.")
         if self.merged:
@@ -223,6 +259,3 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
             if name in self.multilora_branches:
                 branches = self.multilora_branches[name]
                 branches.scaling_factor = branches.initial_factor if scale is None else branches.scaling_factor / scale
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

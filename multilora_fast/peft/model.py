@@ -78,6 +78,7 @@ class MultiLoraModel(BaseTuner):
             "init_weights": config.init_weights,
             "inference_mode": config.inference_mode,
             "save_inputs": config.save_inputs,
+            "exact_base": config.exact_base,
         }
         if isinstance(target, MultiLoraLinear):
             target.update_layer(adapter_name, **options)

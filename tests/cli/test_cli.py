@@ -66,8 +66,10 @@ def test_version():
 def test_info_as_json():
     found = json.loads(run("info", "--json", "--arch", "sm_90"))
     assert found["versions"]["torch"] == version("torch")
-    assert any(row.startswith("shrink/tokens/half") for row in found["kernels"])
+    assert any(row.startswith("shrink/8192/half/sm_90") for row in found["kernels"])
     assert all(config["BLOCK_M"] >= 16 for config in found["kernels"].values())
+    assert found["no_launch_plans"] == "TRITON_INTERPRET is set"
+    assert "launch plans    not used: TRITON_INTERPRET is set" in run("info", "--arch", "sm_90")
 
 
 def test_info_of_any_other_gpu():

@@ -11,12 +11,32 @@ from multilora_fast.kernels.configs import KernelConfig
 
 def test_every_lookup_finds_a_row():
     for kernel in ("shrink", "expand", "reduce"):
-        for M in (1, 64, 65, 10**6):
+        for M in (1, 64, 65, 1024, 1025, 4096, 10**6):
             for R in (1, 64, 65, 128, 129, 256, 257, 1000):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
                     for arch in ("sm_90", "sm_75", "gfx1100", "interpreter"):
-                        assert isinstance(configs.pick(kernel, M, R, dtype, arch), KernelConfig)
-    assert configs.find_row("shrink", 8192, 96, torch.bfloat16, "sm_75") in configs.TUNED_CONFIGS
+                        for add, dropout in ((False, False), (True, False), (False, True), (True, True)):
+                            config = configs.pick(kernel, M, R, dtype, arch, add, dropout)
+                            assert isinstance(config, KernelConfig)
+
+
+def test_a_row_is_of_the_use_or_of_none_and_measured_or_the_default():
+    find = lambda *args, **use: configs.find_row("expand", *args, **use)[0::3]  # noqa: E731
+    assert find(8192, 96, torch.bfloat16, "sm_90", add=True) == ("expand", "sm_90")
+    assert find(8192, 96, torch.bfloat16, "sm_90", dropout=True) == ("expand dropout", "sm_90")
+    assert find(8192, 96, torch.bfloat16, "sm_90", add=True, dropout=True) == ("expand", "sm_90")
+    assert find(8192, 160, torch.bfloat16, "sm_90", add=True) == ("expand", "sm_90")
+    assert find(8192, 96, torch.bfloat16, "sm_75", add=True) == ("expand", "default")
+    assert all(row.min_steps is None for key, row in configs.TUNED_CONFIGS.items() if key[:2] == ("shrink", "2048"))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("M", [2048, 8192])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_shrink_does_not_split_many_tokens(M, dtype, arch):
+    for dropout in (False, True):
+        config = configs.pick("shrink", M, 96, dtype, arch, dropout=dropout)
+        assert configs.split_k(-(-M // config.BLOCK_M), 64, 132, config.min_steps) == (1, 64)
 
 
 @given(R=st.integers(1, 1200), columns=st.sampled_from([256, 512]), two_tiles=st.booleans())

@@ -1,27 +1,35 @@
-"""Every kernel against the same formula in float64, in the interpreter where there is no GPU.
+"""Every kernel against the same formula in float64, in the interpreter where there is no GPU, by the 2× rule.
 
-The bound is the 2× rule: ‖error‖ ≤ 2·‖error of torch in that dtype‖ + eps·‖the formula on absolute values‖.
 Outputs are allocated full of NaN, so that an element a kernel does not write fails.
 """
-
-import math
 
 import pytest
 import torch
 from device import DEVICE
+from formulas import (
+    ALPHA,
+    P,
+    expanded,
+    mask_of,
+    outputs_of_nan,
+    problem,
+    reduced,
+    reduced_scaled,
+    seed_of,
+    shrunk,
+    within,
+)
 
 from multilora_fast.kernels.configs import KernelConfig
-from multilora_fast.kernels.dropout import drop_threshold, dropout_mask
+from multilora_fast.kernels.dropout import draw, dropout_mask
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.pack import pack
-from multilora_fast.kernels.reduce import reduce, reduce_scaled
+from multilora_fast.kernels.reduce import reduce, reduce_all, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
 
-ALPHA = 1 / 3
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cpu":
     DTYPES.append(torch.float64)
-P = 0.3
 # M, K, N, n, r
 SHAPES = [
     (1, 8, 8, 1, 1),
@@ -37,62 +45,26 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def nan_outputs(monkeypatch):
-    empty = torch.empty
-
-    def filled(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan) if out.is_floating_point() and not out.is_meta else out
-
-    monkeypatch.setattr(torch, "empty", filled)
+    outputs_of_nan(monkeypatch)
 
 
-def seed_of(value: int) -> torch.Tensor:
-    return torch.tensor([value], device=DEVICE)
-
-
-def shrunk(x, w, scale, keep):
-    return torch.einsum("md,nrd,nd->mnr", x * keep, w, scale).flatten(1)
-
-
-def expanded(y, h, w, scale, keep):
-    n, r, _ = w.shape
-    return y + keep * torch.einsum("mnr,nrd,nd->md", h.reshape(-1, n, r), w, scale)
-
-
-def reduced(h, x, keep, n):
-    return (h.T @ (x * keep)).reshape(n, h.shape[1] // n, x.shape[1])
-
-
-def reduced_scaled(h, z, w, scale):
-    n, r, _ = w.shape
-    products = (z.T @ h).reshape(z.shape[1], n, r).permute(1, 0, 2)
-    return scale[:, :, None] * products, ALPHA * (w.transpose(1, 2) * products).sum(-1)
-
-
-def within(got, formula, *inputs, dtype, factors=()):
-    """The 2× rule for one output; `factors` are exact numbers, the same in every dtype."""
-    truth = formula(*(t.double() for t in inputs), *(f.double() for f in factors))
-    plain = formula(*(t.to(dtype) for t in inputs), *(f.to(dtype) for f in factors))
-    size = formula(*(t.double().abs() for t in inputs), *(f.double().abs() for f in factors))
-    assert got.shape == truth.shape
-    error = (got.double() - truth).norm()
-    allowed = 2 * (plain.double() - truth).norm() + torch.finfo(dtype).eps * size.norm()
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
-
-
-def problem(shape, dtype, params, scalar=False):
-    M, K, N, n, r = shape
-    make = lambda *size, dtype=dtype: torch.randn(*size, dtype=torch.float64).to(dtype).to(DEVICE)  # noqa: E731
-    scale = make(n, 1, dtype=params).expand(n, N) if scalar else make(n, N, dtype=params)
-    a, b = make(n, r, K, dtype=params), make(n, N, r, dtype=params)
-    return make(M, K), make(M, N), a, b.transpose(1, 2), scale, make(M, n * r)
+@pytest.mark.parametrize("M", [3, 70, 4200])
+def test_shrink_into_columns_of_a_wider_tensor(M):
+    x, _, a, *_ = problem((M, 300, 8, 2, 5), torch.float32, torch.float32)
+    wide = torch.full((M, 25), torch.nan, device=DEVICE)
+    wanted = shrink(x, a)
+    assert shrink(x, a, out=wide[:, 7:17]).data_ptr() == wide[:, 7:].data_ptr()
+    assert torch.equal(wide[:, 7:17], wanted)
+    assert wide[:, :7].isnan().all()
+    assert wide[:, 17:].isnan().all()
+    with pytest.raises(ValueError, match="out has shape"):
+        shrink(x, a, out=wide)
 
 
 def check_all_uses(shape, dtype, params, p, scalar=False, config=None):
     x, dy, a, b, scale, h = problem(shape, dtype, params, scalar)
     n = a.shape[0]
-    drop = {"seed": seed_of(-(2**62) + 12345), "p": p}
-    keep = dropout_mask(drop["seed"], *x.shape, p).double() * 65536 / (65536 - drop_threshold(p))
+    drop, keep = mask_of(-(2**62) + 12345, *x.shape, p)
     ones = torch.ones(n, x.shape[1], device=DEVICE)
     scaled = (ALPHA * scale.double()).to(torch.float64)
     on = torch.ones((), device=DEVICE)
@@ -100,16 +72,25 @@ def check_all_uses(shape, dtype, params, p, scalar=False, config=None):
     within(shrink(x, a, **drop, config=config), shrunk, x, a, ones, keep, dtype=dtype)
     within(shrink(dy, b, scale, ALPHA, config=config), shrunk, dy, b, scaled, on, dtype=dtype)
     y = dy.clone()
-    expand(y, h, b, scale, ALPHA)
+    expand(y, h, b, scale, ALPHA, config=config)
     within(y, expanded, dy, h, b, scaled, on, dtype=dtype)
+    expand(y, h, b, scale, ALPHA, accumulate=False, config=config)
+    within(y, lambda *t: expanded(0.0, *t), h, b, scaled, on, dtype=dtype)
+    bias = dy[:1].sum(0).to(params)
+    expand(y, h, b, scale, ALPHA, accumulate=False, bias=bias, config=config)
+    within(y, expanded, bias.to(dtype), h, b, scaled, on, dtype=dtype)
     dx = x.clone()
-    expand(dx, h, a, **drop)
+    expand(dx, h, a, **drop, config=config)
     within(dx, expanded, x, h, a, ones, keep, dtype=dtype)
+    expand(dx, h, a, **drop, accumulate=False, config=config)
+    within(dx, lambda *t: expanded(0.0, *t), h, a, ones, keep, dtype=dtype)
     da = reduce(h, x, n, params, **drop, config=config)
     within(da, lambda h, x, keep: reduced(h, x, keep, n), h, x, keep, dtype=dtype)
     db, ds = reduce_scaled(h, dy, b, scale, ALPHA, config=config)
     within(db, lambda *t: reduced_scaled(*t)[0], h, dy, b, scaled, dtype=dtype)
     within(ds, lambda *t: reduced_scaled(*t)[1], h, dy, b, scaled, dtype=dtype)
+    both = reduce_all(h, dy, b, scale, ALPHA, h, x, params, **drop, config=config)
+    assert all(torch.equal(one, alone) for one, alone in zip(both, (db, ds, da), strict=True))
     assert (da.dtype, db.dtype) == (params, params)
     assert db.is_contiguous()
     assert ds.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -169,7 +150,7 @@ def test_bfloat16_in_the_interpreter_is_close():
 @pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (3, 700, 300, 2, 32)], ids=str)
 def test_same_inputs_give_the_same_bits(shape):
     x, dy, a, b, scale, h = problem(shape, torch.float32, torch.float32)
-    drop = {"seed": seed_of(7), "p": P}
+    drop, _ = mask_of(7, *x.shape, P)
 
     def outputs():
         y, dx = dy.clone(), x.clone()
@@ -183,40 +164,11 @@ def test_same_inputs_give_the_same_bits(shape):
     assert all(torch.equal(first, second) for first, second in zip(outputs(), outputs(), strict=True))
 
 
-def test_a_zero_scale_leaves_the_bits_of_y_and_the_gradient_of_b_zero():
+def test_a_zero_scale_leaves_the_gradient_of_b_zero():
     _, y, _, b, scale, h = problem((37, 83, 45, 3, 12), torch.float32, torch.float32)
-    y[::3] = -0.0
-    before = y.clone()
-    expand(y, h, b, torch.zeros_like(scale), ALPHA)
-    assert torch.equal(y.view(torch.int32), before.view(torch.int32))
     db, ds = reduce_scaled(h, y, b, torch.zeros_like(scale), ALPHA)
     assert torch.count_nonzero(db) == 0
     assert torch.count_nonzero(ds) == ds.numel()
-
-
-@pytest.mark.parametrize("p", [0.0, P])
-@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (3, 48, 1, 2, 4), (70, 128, 64, 5, 32)], ids=str)
-def test_writing_instead_of_adding(shape, p):
-    """Whatever the strides of y, h, w and scale, NaN in y is neither read nor kept, and nothing beside y is written."""
-    x, dy, a, b, scale, h = problem(shape, torch.float32, torch.float32)
-    N, drop = dy.shape[1], {"seed": seed_of(23), "p": p}
-    keep = dropout_mask(drop["seed"], *dy.shape, p).double() * 65536 / (65536 - drop_threshold(p))
-    scalar = scale[:, :1].expand_as(scale)
-    heads = torch.cat([h, h], 1)[:, h.shape[1] :]
-    for head, w, s in ((h, b, scale), (heads, b.contiguous(), scale.T.contiguous().T), (h, b, scalar)):
-        wide = torch.full((dy.shape[0], N + 40), math.nan, device=DEVICE)
-        y, added = wide[:, 20 : 20 + N], torch.zeros_like(dy)
-        expand(y, head, w, s, ALPHA, **drop, accumulate=False)
-        within(y, lambda *t: expanded(0.0, *t), head, w, ALPHA * s.double(), keep, dtype=torch.float32)
-        assert wide[:, :20].isnan().all()
-        assert wide[:, 20 + N :].isnan().all()
-        expand(added, head, w, s, ALPHA, **drop)
-        assert torch.equal(y, added)
-    dx = torch.full_like(x, math.nan)
-    keep = dropout_mask(drop["seed"], *x.shape, p).double() * 65536 / (65536 - drop_threshold(p))
-    expand(dx, h, a, **drop, accumulate=False, config=KernelConfig(32, 32, 4, 2, pack=True))
-    ones = torch.ones(a.shape[0], x.shape[1], device=DEVICE)
-    within(dx, lambda *t: expanded(0.0, *t), h, a, ones, keep, dtype=torch.float32)
 
 
 def test_strided_inputs_and_outputs():
@@ -251,15 +203,11 @@ def test_addresses_beyond_two_to_the_31_elements():
 
 
 def test_packed_weights_and_weights_scaled_on_the_tile_agree():
-    _, dy, _, b, scale, h = problem((37, 48, 45, 3, 12), torch.float32, torch.float32)
+    _, dy, _, b, scale, _ = problem((37, 48, 45, 3, 12), torch.float32, torch.float32)
     packed = ALPHA * scale[:, None].double() * b.double()
     torch.testing.assert_close(pack(b, torch.float64, scale, ALPHA), packed.reshape(36, 45))
-    results = []
-    for choice in (True, False):
-        y, tile = dy.clone(), KernelConfig(32, 32, 4, 2, pack=choice)
-        expand(y, h, b, scale, ALPHA, config=tile)
-        results.append((shrink(dy, b, scale, ALPHA, config=tile), y))
-    torch.testing.assert_close(results[0], results[1])
+    tiles = (KernelConfig(32, 32, 4, 2, pack=choice) for choice in (True, False))
+    torch.testing.assert_close(*(shrink(dy, b, scale, ALPHA, config=tile) for tile in tiles))
 
 
 @pytest.mark.parametrize(("n", "r"), [(3, 32), (5, 32), (2, 90)])
@@ -267,8 +215,10 @@ def test_a_rank_in_two_tiles_and_in_one_agree(n, r):
     x, _, a, _, _, h = problem((37, 48, 45, n, r), torch.float32, torch.float32)
     results = []
     for two_tiles in (True, False):
-        tile, drop = KernelConfig(32, 32, 4, 2, two_tiles=two_tiles), {"seed": seed_of(11), "p": P}
-        results.append((shrink(x, a, **drop, config=tile), reduce(h, x, n, x.dtype, **drop, config=tile)))
+        tile, (drop, _) = KernelConfig(32, 32, 4, 2, two_tiles=two_tiles), mask_of(11, *x.shape, P)
+        y = torch.empty_like(x)
+        expand(y, h, a, **drop, accumulate=False, config=tile)
+        results.append((shrink(x, a, **drop, config=tile), reduce(h, x, n, x.dtype, **drop, config=tile), y))
     torch.testing.assert_close(results[0], results[1])
 
 
@@ -286,9 +236,11 @@ def test_meta_tensors_get_shapes_without_a_launch():
     x, dy, h = (torch.empty(7, d, device="meta") for d in (20, 30, 6))
     a, b, scale = (torch.empty(2, *size, device="meta") for size in ((3, 20), (30, 3), (30,)))
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    assert shrink(x, a, seed=seed, p=P).shape == (7, 6)
+    bits = draw(seed, 7, 20, P)
+    assert (bits.shape, bits.dtype) == ((7, 1), torch.int32)
+    assert shrink(x, a, bits=bits, p=P).shape == (7, 6)
     assert expand(dy, h, b.transpose(1, 2), scale) is None
-    assert reduce(h, x, 2, torch.float16, seed, P).shape == (2, 3, 20)
+    assert reduce(h, x, 2, torch.float16, bits, P).shape == (2, 3, 20)
     db, ds = reduce_scaled(h, dy, b.transpose(1, 2), scale)
     assert (db.shape, ds.shape) == ((2, 30, 3), (2, 30))
     assert dropout_mask(seed, 4, 5, P).shape == (4, 5)
@@ -301,9 +253,21 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match="scale has shape"):
         shrink(dy, b, scale[:, :5])
     with pytest.raises(ValueError, match="p is 1"):
-        shrink(x, a, seed=seed_of(0), p=1.0)
+        draw(seed_of(0), 4, 16, 1.0)
     with pytest.raises(ValueError, match="seed has dtype"):
-        shrink(x, a, seed=torch.zeros(2, device=DEVICE), p=P)
+        draw(torch.zeros(2, device=DEVICE), 4, 16, P)
+    with pytest.raises(ValueError, match="p is 1"):
+        shrink(x, a, bits=draw(seed_of(0), 4, 16, P), p=1.0)
+    for bits in (draw(seed_of(0), 4, 40, P), draw(seed_of(0), 3, 16, P), torch.zeros(4, 1, device=DEVICE)):
+        with pytest.raises(ValueError, match="bits has shape"):
+            shrink(x, a, bits=bits, p=P)
+        with pytest.raises(ValueError, match="bits has shape"):
+            expand(x, h, a, bits=bits, p=P)
+        with pytest.raises(ValueError, match="bits has shape"):
+            reduce(h, x, 2, x.dtype, bits, P)
+    for bias, accumulate in ((dy[0], True), (x[0], False)):
+        with pytest.raises(ValueError, match="bias has shape"):
+            expand(dy, h, b, accumulate=accumulate, bias=bias)
     with pytest.raises(ValueError, match="x has shape"):
         shrink(x.long(), a)
     with pytest.raises(ValueError, match="y has shape"):

@@ -10,8 +10,9 @@ import triton
 
 from multilora_fast.kernels import configs
 from multilora_fast.kernels.configs import KernelConfig
+from multilora_fast.kernels.dropout import draw
 from multilora_fast.kernels.expand import expand
-from multilora_fast.kernels.reduce import reduce, reduce_scaled
+from multilora_fast.kernels.reduce import reduce, reduce_all, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
 
 pytestmark = pytest.mark.skipif(
@@ -67,8 +68,8 @@ def watch(monkeypatch):
     return start
 
 
-def drop(p: float) -> dict:
-    return {"seed": torch.tensor([5]), "p": p}
+def drop(p: float, M: int, K: int) -> dict:
+    return {"bits": draw(torch.tensor([5]), M, K, p), "p": p}
 
 
 @pytest.mark.parametrize("tokens", [M, 9])
@@ -76,17 +77,19 @@ def drop(p: float) -> dict:
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_shrink_reads_x_once(watch, n, r, p, tokens):
     x, a = torch.randn(tokens, K), torch.randn(n, r, K)
-    traffic = watch(x=x)
-    h = shrink(x, a, **drop(p))
+    mask = drop(p, tokens, K)
+    bits = torch.empty(0) if mask["bits"] is None else mask["bits"]
+    traffic = watch(x=x, bits=bits)
+    h = shrink(x, a, **mask)
     assert traffic.loads["x"] == x.nbytes
-    assert traffic.stores["x"] == 0
+    assert traffic.loads["bits"] == bits.nbytes
+    assert traffic.stores["x"] == traffic.stores["bits"] == 0
     config = configs.pick("shrink", tokens, n * r, x.dtype, "interpreter")
     tiles = triton.cdiv(tokens, config.BLOCK_M)
     parts, _ = configs.split_k(tiles, triton.cdiv(K, config.BLOCK_D), 4, config.min_steps)
     partial = parts * h.nbytes if parts > 1 else 0
-    seeds = 8 * tiles * triton.cdiv(K, config.BLOCK_D) if p else 0
     assert sum(traffic.stores.values()) == partial + h.nbytes
-    assert traffic.loads["other"] == tiles * a.nbytes + partial + seeds
+    assert traffic.loads["other"] == tiles * a.nbytes + partial
 
 
 @pytest.mark.parametrize(("n", "r"), RANKS)
@@ -102,27 +105,36 @@ def test_shrink_reads_dy_once_and_b_once_per_call(watch, n, r):
 @pytest.mark.parametrize(("n", "r"), RANKS)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_expand_reads_and_writes_y_once(watch, n, r, p, tokens):
+    """And the weight and its scale once per program, whatever tokens it walks over."""
     y, h, b, scale = torch.randn(tokens, N), torch.randn(tokens, n * r), torch.randn(n, N, r), torch.randn(n, N)
-    traffic = watch(y=y, h=h, b=b, scale=scale)
-    expand(y, h, b.transpose(1, 2), scale, 0.5, **drop(p))
-    config = configs.pick("expand", tokens, n * r, y.dtype, "interpreter")
+    mask = drop(p, tokens, N)
+    bits = torch.empty(0) if mask["bits"] is None else mask["bits"]
+    traffic = watch(y=y, h=h, b=b, scale=scale, bits=bits)
+    config = KernelConfig(32, 64, 4, 2, programs=2)
+    expand(y, h, b.transpose(1, 2), scale, 0.5, **mask, config=config)
+    columns = triton.cdiv(N, config.BLOCK_D)
+    sharing = min(triton.cdiv(tokens, config.BLOCK_M), 4 * config.programs // columns)
     assert traffic.loads["y"] == traffic.stores["y"] == y.nbytes
     assert traffic.stores["other"] == 0
-    assert traffic.loads["h"] == triton.cdiv(N, config.BLOCK_D) * h.nbytes
-    assert traffic.loads["b"] == triton.cdiv(tokens, config.BLOCK_M) * b.nbytes
+    assert traffic.loads["h"] == columns * h.nbytes
+    assert traffic.loads["b"] == sharing * b.nbytes
+    assert traffic.loads["scale"] == sharing * r * scale.nbytes
+    assert traffic.loads["bits"] == bits.nbytes
 
 
 @pytest.mark.parametrize(("n", "r"), RANKS)
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_reduce_reads_x_once(watch, n, r, p):
-    x, h = torch.randn(M, K), torch.randn(M, n * r)
-    traffic = watch(x=x, h=h)
-    da = reduce(h, x, n, x.dtype, **drop(p))
+    x, h, mask = torch.randn(M, K), torch.randn(M, n * r), drop(p, M, K)
+    bits = torch.empty(0) if mask["bits"] is None else mask["bits"]
+    traffic = watch(x=x, h=h, bits=bits)
+    da = reduce(h, x, n, x.dtype, **mask)
     config = configs.pick("reduce", M, n * r, x.dtype, "interpreter")
     tiles = triton.cdiv(K, config.BLOCK_D)
     parts, _ = configs.split_k(tiles, triton.cdiv(M, config.BLOCK_M), 4, config.min_steps)
     assert traffic.loads["x"] == x.nbytes
     assert traffic.loads["h"] == tiles * h.nbytes
+    assert traffic.loads["bits"] == bits.nbytes
     assert traffic.stores["other"] == (parts + 1) * da.nbytes
     assert traffic.stores["x"] == traffic.stores["h"] == 0
 
@@ -142,12 +154,12 @@ def test_the_gradient_of_the_scale_reads_nothing_large_again(watch, n, r):
 @pytest.mark.parametrize(("n", "r", "columns", "reads"), [(3, 96, 512, 1), (3, 160, 512, 1), (3, 96, 256, 2)])
 def test_a_rank_beyond_256_reads_its_large_tensor_once_per_chunk(watch, n, r, columns, reads):
     x, a, h = torch.randn(40, K), torch.randn(n, r, K), torch.randn(40, n * r)
-    config = KernelConfig(32, 32, 8, 2, columns=columns)
+    config, mask = KernelConfig(32, 32, 8, 2, columns=columns), drop(0.1, 40, K)
     traffic = watch(x=x)
-    shrink(x, a, **drop(0.1), config=config)
+    shrink(x, a, **mask, config=config)
     assert traffic.loads["x"] == reads * x.nbytes
     traffic = watch(x=x)
-    reduce(h, x, n, x.dtype, **drop(0.1), config=config)
+    reduce(h, x, n, x.dtype, **mask, config=config)
     assert traffic.loads["x"] == reads * x.nbytes
 
 
@@ -167,7 +179,28 @@ def test_the_chunks_of_one_tile_run_next_to_each_other(watch):
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_expand_does_not_read_what_it_overwrites(watch, p):
-    y, h, a = torch.empty(M, N), torch.randn(M, 96), torch.randn(3, 32, N)
-    traffic = watch(y=y)
-    expand(y, h, a, **drop(p), accumulate=False)
-    assert (traffic.loads["y"], traffic.stores["y"]) == (0, y.nbytes)
+    y, h, a, bias, mask = torch.empty(M, N), torch.randn(M, 96), torch.randn(3, 32, N), torch.randn(N), drop(p, M, N)
+    for options in ({}, {"bias": bias}):
+        traffic = watch(y=y)
+        expand(y, h, a, **mask, accumulate=False, **options)
+        assert (traffic.loads["y"], traffic.stores["y"]) == (0, y.nbytes)
+
+
+@pytest.mark.parametrize(("n", "r"), RANKS)
+def test_both_gradients_read_and_write_what_each_alone_does(watch, n, r):
+    h, dy, b, scale = torch.randn(M, n * r), torch.randn(M, N), torch.randn(n, N, r), torch.randn(n, N)
+    dh, x, w = torch.randn(M, n * r), torch.randn(M, K), b.transpose(1, 2)
+    traffic = watch(dy=dy, x=x, b=b)
+    reduce_scaled(h, dy, w, scale, 0.5)
+    reduce(dh, x, n, x.dtype)
+    alone = traffic.loads, traffic.stores
+    traffic = watch(dy=dy, x=x, b=b)
+    reduce_all(h, dy, w, scale, 0.5, dh, x, x.dtype)
+    assert (traffic.loads, traffic.stores) == alone
+    assert (traffic.loads["dy"], traffic.loads["x"]) == (dy.nbytes, x.nbytes)
+
+
+def test_the_mask_is_an_eighth_of_a_byte_an_element(watch):
+    traffic = watch()
+    draw(torch.tensor([5]), M, 256, 0.1)
+    assert traffic.stores["other"] == M * 256 / 8

@@ -12,7 +12,7 @@ from torch import nn
 from multilora_fast import MultiLoRALinear, fuse
 from multilora_fast.memory import saved_bytes
 from multilora_fast.ops import functional
-from multilora_fast.ops.autograd import SharedShrinkFunction
+from multilora_fast.ops.autograd import GroupFunction
 
 EVERYTHING = "all-linear"
 
@@ -25,9 +25,9 @@ def one_seed(monkeypatch):
 
 @pytest.fixture
 def projections(monkeypatch):
-    """How many layers each shrink of a group served."""
-    served, project = [], SharedShrinkFunction.apply
-    monkeypatch.setattr(SharedShrinkFunction, "apply", lambda *args: served.append(len(args) - 3) or project(*args))
+    """How many layers each call of a group served."""
+    served, project = [], GroupFunction.apply
+    monkeypatch.setattr(GroupFunction, "apply", lambda *args: served.append((len(args) - 4) // 5) or project(*args))
     return served
 
 

@@ -67,6 +67,15 @@ def test_compiled_in_one_graph_and_exact(dtype, device):
 
 
 @needs_compiler
+def test_scaling_factors_that_differ_stay_in_one_graph(device):
+    """After the second one the compiler sees a number that is not constant."""
+    case = random_case((9, 24), 16, 2, 4, device=device)
+    op = torch.compile(lambda c: multilora_linear(case.x, **case.parameters, scaling_factor=c), fullgraph=True)
+    for c in (1.0, 0.25, -3.0):
+        torch.testing.assert_close(op(c), multilora_linear(case.x, **case.parameters, scaling_factor=c))
+
+
+@needs_compiler
 def test_compiled_add_in_one_graph(device):
     case = random_case((2, 9, 24), 16, 2, 4, device=device)
 

@@ -67,7 +67,7 @@ def in_8_bits(x: Tensor) -> Tensor:
     """x as "fp8" keeps it, which rounds it no further: the second time is for a token whose largest value went up to
     the next power of two."""
     for _ in range(2):
-        x = restore(save_input(x, "fp8"), x.dtype)
+        x = restore(*save_input(x, "fp8"), x.dtype).view(x.shape)
     return x
 
 

@@ -1,9 +1,10 @@
-"""The dropout mask: what fixes it, at which rate it keeps, where its random words come from."""
+"""The dropout mask: what fixes it, at which rate it keeps, where it comes from."""
 
 from functools import partial
 
 import pytest
 import torch
+from device import DEVICE
 
 from multilora_fast import dropout_mask, multilora_linear
 from multilora_fast.ops import torch_backend
@@ -39,15 +40,17 @@ def test_mask_without_dropout_keeps_everything():
     assert dropout_mask(3, 4, 5, 0.0, backend="torch").all()
 
 
-def test_words_of_other_devices_are_splitmix64(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_on_a_gpu_torch_draws_the_mask_of_the_kernels(dtype, monkeypatch):
+    """Here the kernel runs in the interpreter, for a seed that says it is on a GPU."""
+
     class Elsewhere(torch.Tensor):
-        """A seed that says it is on a GPU; its arithmetic runs here."""
+        is_cuda = True
 
-        device = torch.device("cuda", 0)
-
-    arange = torch.arange
-    monkeypatch.setattr(torch, "arange", lambda *a, device: arange(*a))
-    words = torch_backend._words(torch.tensor([1234567]).as_subclass(Elsewhere), 3)
-    # the first outputs of the published generator for this seed
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert [int(w) % 2**64 for w in words] == published
+    monkeypatch.setattr(
+        "multilora_fast.kernels.dropout.launch", lambda seed, kernel, grid, **rest: kernel[grid](**rest)
+    )
+    seed = torch.tensor([1234567], device=DEVICE)
+    mask = torch_backend.dropout_mask(seed.as_subclass(Elsewhere), 7, 37, 0.3, dtype).as_subclass(torch.Tensor)
+    assert mask.dtype == dtype
+    assert torch.equal(mask.bool(), dropout_mask(seed, 7, 37, 0.3, backend="triton"))

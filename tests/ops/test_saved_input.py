@@ -26,14 +26,14 @@ def test_each_value_is_within_the_rounding_of_e4m3(dtype):
     kept = save_input(x, "fp8")
     assert kept.x.dtype == torch.float8_e4m3fn
     assert kept.scale.shape == (64, 1)
-    got, smallest = restore(kept, dtype).double(), 2.0**-10 * kept.scale.double()
+    got, smallest = restore(*kept, dtype).double(), 2.0**-10 * kept.scale.double()
     assert ((got - x.double()).abs() <= (x.double().abs() / 16).maximum(smallest)).all()
 
 
 def test_zeros_and_non_finite_values():
     x = torch.zeros(4, 8)
     x[1, 3], x[2, 0], x[3] = torch.inf, torch.nan, 1e-30
-    got = restore(save_input(x, "fp8"), torch.float32)
+    got = restore(*save_input(x, "fp8"), torch.float32)
     assert torch.equal(got[0], x[0])
     assert not got[1].isfinite().all()
     assert not got[2].isfinite().all()

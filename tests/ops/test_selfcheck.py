@@ -46,9 +46,9 @@ def test_a_wrong_kernel_is_named_with_its_error(direction, kernel, device, monke
         check(direction, device, torch.float32)
 
 
-def test_a_combination_is_checked_once(device, monkeypatch):
+def test_a_combination_is_checked_once_per_size_class(device, monkeypatch):
     check("forward", device, torch.float32)
     monkeypatch.setattr(selfcheck, "load", lambda name: pytest.fail("checked again"))
     settings = OpSettings(2.0, 0.1, torch.float32, "triton")
-    for M in (100, 8192):
+    for M in (100, 512):
         selfcheck.check("forward", torch.zeros(M, 1, device=device), torch.zeros(3, 12, 8, device=device), settings)

@@ -7,6 +7,7 @@ from tiny import ATTENTION, IDS, assert_differ, config, llama, logits
 from torch import nn
 
 from multilora_fast.memory import saved_bytes
+from multilora_fast.ops.autograd import GroupFunction
 from multilora_fast.peft import MultiLoraConfig, MultiLoraLinear
 from multilora_fast.peft.quantization import base_weight
 from multilora_fast.testing import random_case, two_times_rule
@@ -147,3 +148,18 @@ def test_unmerge_goes_back_as_far_as_quantization_lets_it(bits, step):
     assert (dense(layer) - before).norm() > 2 * step * before.norm()
     layer.unmerge()
     assert (dense(layer) - before).norm() < step * before.norm()
+
+
+def test_4bit_layers_share_their_input(monkeypatch):
+    """As dense layers do: one op for q, k and v, and the gradients of layers alone."""
+    served, apply = [], GroupFunction.apply
+    monkeypatch.setattr(GroupFunction, "apply", lambda *args: served.append((len(args) - 4) // 5) or apply(*args))
+    found = []
+    for share in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(quantized_llama(4), config(share_inputs=share)).train()
+        model(IDS, labels=IDS).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert served == [3, 3]
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-4, atol=1e-6)

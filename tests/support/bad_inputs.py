@@ -219,7 +219,7 @@ COMMANDS = [
     Row("demo: onto others' files", "demo --output base", "--output base is not empty and not an earlier demo's"),
     Row("demo: no permission", "demo --output out", "out cannot be written: no permission for ", no_permission),
 
-    Row("info: no such GPU", "info --arch sm_99", "--arch must be sm_80, sm_90, sm_100, gfx942, sm_120, or default"),
+    Row("info: no such GPU", "info --arch sm_99", "--arch must be sm_90, gfx942, or default"),
     Row("info: a class of GPUs", "info --arch large", "or default for any other GPU, not 'large'."),
     Row("info: a device too many", "info cpu", "unexpected extra argument"),
     Row("no such command", "distil adapter", "No such command 'distil'."),

@@ -1,0 +1,76 @@
+"""The base product and the branches on it: y = x Wᵀ + b + H B̃ᵀ forward, dx = dy W + mask/(1−p) ⊙ (dH Ã) backward.
+
+One kernel for both where the table says that it is faster, else expand writes and the library's product adds to it,
+which leaves the frozen layer's bits where expand writes zeros.
+"""
+
+import torch
+
+from .configs import KernelConfig, device_of, product_config
+from .expand import expand
+from .launch import multiply
+from .pack import Packing
+from .product import describable, product, rank_rows, serves
+from .shrink import shrink
+
+
+def linear(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    h: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    scaling: float = 1.0,
+    bits: torch.Tensor | None = None,
+    p: float = 0.0,
+    *,
+    transposed: bool,
+    exact: bool = False,
+) -> None:
+    """Writes y (M, N) = x Wᵀ (`transposed`, weight (N, K)) or x W (weight (K, N)), plus bias (N,) and what `expand`
+    makes of h, w, scale, scaling, bits and p. With `exact` the base product is the library's."""
+    config = _config(y, x, weight, h.shape[1], transposed, exact)
+    if config is not None and describable(h):
+        product(x, weight, bias, h, w, scale, scaling, bits, p, transposed=transposed, out=y, config=config)
+    else:
+        expand(y, h, w, scale, scaling, bits, p, accumulate=False, bias=bias)
+        multiply(y, x, weight.t() if transposed else weight)
+
+
+def layer(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scale: torch.Tensor | None,
+    scaling: float,
+    bits: torch.Tensor | None,
+    p: float,
+    *,
+    exact: bool = False,
+) -> torch.Tensor:
+    """A whole forward: writes y (M, N) = x Wᵀ + bias + H B̃ᵀ from a (n, r, K) and b (n, r, N), and returns H (M, n·r).
+
+    What the joint kernel reads of B̃ is packed in the launch that makes H.
+    """
+    n, r, N = b.shape
+    if _config(y, x, weight, n * r, True, exact) is None or y.numel() == 0:
+        H = shrink(x, a, bits=bits, p=p)
+        linear(y, x, weight, bias, H, b, scale, scaling, transposed=True, exact=exact)
+        return H
+    packed = rank_rows(N, n * r, x)
+    H = shrink(x, a, bits=bits, p=p, packing=Packing(b, scale, scaling, packed.t()))
+    linear(y, x, weight, bias, H, packed.t()[None], transposed=True)
+    return H
+
+
+def _config(y, x, weight, R: int, transposed: bool, exact: bool) -> KernelConfig | None:
+    """The joint kernel's tile where it is to run."""
+    (M, N), K, (arch, _) = y.shape, x.shape[1], device_of(x)
+    layer = ("forward", M, K, N) if transposed else ("backward", M, N, K)
+    config = None if exact else product_config(*layer, R, x.dtype, arch)
+    return config if config is not None and y.numel() > 0 and serves(x, weight, None, y) else None

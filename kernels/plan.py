@@ -1,0 +1,220 @@
+"""Launch plans: what a function of tensors launches, recorded once and replayed on other tensors of the same kind.
+
+Checks, choice of tiles, strides and Triton's own look-up take longer on the host than small kernels run. They depend on
+shapes, strides, dtypes and the alignment of addresses alone. For a caller who keeps a plan under all of these, a replay
+allocates, reads addresses and calls `CompiledKernel.run`, and gives every kernel the arguments it would have had. A
+plan is written as a Python function, `source`, in which all that is constant stands as a constant:
+
+    def replay(i0, i1, i2):
+        n0 = empty((8, 96), dtype=d0, device=device)
+        p0, p1, p3 = i0.data_ptr(), i1.data_ptr(), n0.data_ptr()
+        stream = current_stream(0)
+        run0(4, 1, 1, stream, function0, metadata0, None, None, None, p0, p1, None, p3, 8, 64, ...)
+        i2.addmm_(n0, i1.t())
+        return (n0,)
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .launch import Launch, Product, recording
+
+ALIGNMENT = 256  # bytes, between the temporaries of a plan
+Tensors = Sequence[Tensor | None]
+_aten = torch.ops.aten
+_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+
+
+class Plan:
+    """A recorded function: `replay(*inputs)` gives what the function would."""
+
+    def __init__(self, steps: list[Launch | Product], inputs: Tensors, outputs: Tensors):
+        self.device = next(t.device for t in inputs if t is not None)
+        self.names: dict[str, Any] = {"device": self.device, "empty": torch.empty, "current_stream": current_stream}
+        self.names |= {"empty_like": torch.empty_like, "mm": torch.mm, "uint8": torch.uint8, "moved": _moved}
+        self.names |= {"current_device": current_device, "elsewhere": self._elsewhere}
+        held = {f"i{k}": t for k, t in enumerate(inputs) if t is not None}
+        owner = {t.data_ptr(): name for name, t in held.items()}
+        new = {f"n{k}": t for k, t in enumerate(t for t in outputs if t is not None and t.data_ptr() not in owner)}
+        owner |= {t.data_ptr(): name for name, t in new.items()}
+        allocations = [f"{name} = {self._allocation(t, held)}" for name, t in new.items()]
+        self.held, self.owner = held | new, owner
+        self.used: dict[str, str] = {}  # name of an address: how it is read
+        self.temporary = 0
+        self.starts: dict[int, int] = {}  # of temporaries, by the address of their storage
+        lines = [self._launch(k, s) if isinstance(s, Launch) else self._product(s) for k, s in enumerate(steps)]
+        if self.temporary:
+            allocations.append(f"memory = empty({self.temporary}, dtype=uint8, device=device)")
+            allocations.append("temporary = memory.data_ptr()")
+        returned = ", ".join("None" if t is None else owner[t.data_ptr()] for t in outputs)
+        arguments = ", ".join(f"i{k}" for k in range(len(inputs)))
+        body = [
+            f"if current_device() != {self.device.index}:",
+            f"    return elsewhere({arguments})",
+            *allocations,
+            *[f"{name} = {read}" for name, read in self.used.items()],
+            f"stream = current_stream({self.device.index})",
+            *lines,
+            f"return ({returned}{',' if outputs else ''})",
+        ]
+        self.source = f"def replay({arguments}):\n" + "".join(f"    {line}\n" for line in body)
+        exec(self.source, self.names)
+        self.replay: Callable[..., tuple] = self.names["replay"]
+        del self.held, self.owner, self.used, self.starts
+
+    def _elsewhere(self, *inputs: Tensor | None) -> tuple:
+        """The replay on a device that is not the current one."""
+        with torch.cuda.device(self.device):
+            return self.replay(*inputs)
+
+    def _constant(self, value: object, kind: str) -> str:
+        """A name for what has no literal."""
+        name = next((name for name, known in self.names.items() if known is value), f"{kind}{len(self.names)}")
+        self.names[name] = value
+        return name
+
+    def _allocation(self, t: Tensor, held: dict[str, Tensor]) -> str:
+        """Like an input of the same shape where there is one, which takes half the time."""
+        for name, other in held.items():
+            if (other.shape, other.dtype, other.stride()) == (t.shape, t.dtype, t.stride()):
+                return f"empty_like({name})"
+        return f"empty({tuple(t.shape)}, dtype={self._constant(t.dtype, 'dtype')}, device=device)"
+
+    def _address(self, t: Tensor) -> str:
+        """The name of t's address in a replay: that of an input or output, or a place in the temporary memory."""
+        address = t.data_ptr()
+        if address in self.owner:
+            name = self.owner[address]
+            self.used[f"p_{name}"] = f"{name}.data_ptr()"
+            return f"p_{name}"
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in self.starts:
+            self.starts[storage.data_ptr()] = self.temporary
+            self.temporary += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
+        offset = self.starts[storage.data_ptr()] + address - storage.data_ptr()
+        self.used[f"t{offset}"] = f"temporary + {offset}"
+        return f"t{offset}"
+
+    def _argument(self, value: object) -> str:
+        if isinstance(value, Tensor):
+            return self._address(value)
+        if isinstance(value, TensorDescriptor):
+            return f"moved({self._constant(_moved(value, 0), 'descriptor')}, {self._address(value.base)})"
+        if value is None or isinstance(value, (bool, int)) or (isinstance(value, float) and value == value):
+            return repr(value)
+        return self._constant(value, "constant")
+
+    def _launch(self, k: int, step: Launch) -> str:
+        compiled, (grid_x, grid_y), arguments = step
+        self.names |= {f"run{k}": compiled.run, f"function{k}": compiled.function}
+        self.names[f"metadata{k}"] = compiled.packed_metadata
+        given = ", ".join(map(self._argument, arguments))
+        start = f"run{k}({grid_x}, {grid_y}, 1, stream, function{k}, metadata{k}, None, None, None"
+        return f"{start}, {given})"
+
+    def _product(self, step: Product) -> str:
+        out, a, b = map(self._operand, step[:3])
+        return f"{out}.addmm_({a}, {b})" if step.accumulate else f"mm({a}, {b}, out={out})"
+
+    def _operand(self, t: Tensor) -> str:
+        """The library takes tensors: a matrix as it was, or a transpose, of what is held."""
+        name = self.owner[t.data_ptr()]
+        held = self.held[name]
+        if (held.shape, held.stride()) == (t.shape, t.stride()):
+            return name
+        if held.ndim == 2 and (held.t().shape, held.t().stride()) == (t.shape, t.stride()):
+            return f"{name}.t()"
+        return f"{name}.as_strided({tuple(t.shape)}, {t.stride()})"
+
+
+def record(function: Callable[..., Tensors], inputs: Tensors, *options) -> tuple[Tensors, Plan | None]:
+    """What `function(*inputs, *options)` returns, and its plan, or None where it cannot be replayed.
+
+    The function must do nothing with tensors but launch kernels, multiply through `launch.multiply`, allocate, and
+    return new contiguous tensors or its inputs.
+    """
+    with _Operations() as operations, recording() as steps:
+        outputs = function(*inputs, *options)
+    addresses = [t.data_ptr() for t in inputs if t is not None]
+    distinct = len(set(addresses)) == len(addresses) and 0 not in addresses
+    launches = [step for step in steps if isinstance(step, Launch)]
+    if why_not() or operations.others or not distinct or not launches or not all(map(replayable, launches)):
+        return outputs, None
+    return outputs, Plan(steps, inputs, outputs)
+
+
+class _Operations(TorchDispatchMode):
+    """Notes what runs beside launches and products: ``others`` than views and allocations are in no plan."""
+
+    def __init__(self):
+        super().__init__()
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and func.overloadpacket not in _ALLOCATIONS:
+            self.others.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def replayable(step: Launch) -> bool:
+    """Whether a kernel can be run again with other addresses: it takes no scratch memory, which Triton allocates for
+    each launch."""
+    metadata = step.compiled.metadata
+    return not (metadata.global_scratch_size or metadata.profile_scratch_size)
+
+
+def hooked() -> bool:
+    """Whether someone, a profiler say, wants to be told of each launch."""
+    runtime = knobs.runtime
+    try:
+        return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    except AttributeError:  # someone put another hook, or None, in the place of Triton's chains
+        return bool(runtime.launch_enter_hook or runtime.launch_exit_hook)
+
+
+def why_not() -> str | None:
+    """Why nothing is replayed in this process and every launch goes through Triton's own way, or None."""
+    if knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set"
+    if torch.version.hip:
+        return "launches on HIP take other arguments"
+    if hooked():
+        return "a launch hook is set, as profilers do"
+    return None if _known_signature() else "this Triton's launcher takes other arguments than those known"
+
+
+def _known_signature() -> bool:
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    first = list(inspect.signature(CudaLauncher.__call__).parameters)[1:6]
+    return first == ["gridX", "gridY", "gridZ", "stream", "function"]
+
+
+def current_device() -> int:
+    return torch._C._cuda_getDevice()
+
+
+def current_stream(index: int) -> int:
+    return torch._C._cuda_getCurrentRawStream(index)
+
+
+class Address(int):
+    """An address that stands for the tensor there."""
+
+    def data_ptr(self) -> int:
+        return int(self)
+
+
+def _moved(descriptor: TensorDescriptor, address: int) -> TensorDescriptor:
+    """The descriptor of another tensor of the same kind; the class's own checks were passed by the first."""
+    moved = object.__new__(TensorDescriptor)
+    moved.__dict__.update(descriptor.__dict__)
+    moved.base = Address(address)
+    return moved

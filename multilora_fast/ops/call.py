@@ -1,0 +1,112 @@
+"""What a call of the op is found to be at its first occurrence: checked settings, and the launch plans of its halves.
+
+Eager calls on a GPU that agree in everything that checks, kernels and Triton look at are one call: the shapes, strides,
+dtypes, devices and alignments of all tensors, the settings, and autocast.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from multilora_fast.ops.equations import GroupSettings, OpSettings
+
+KEPT = 4096  # calls: a model has some ten for every count of tokens
+_CALLS: dict[Hashable, "Call"] = {}
+_ALONE = nullcontext()
+
+
+class Call:
+    """``settings``, and in ``plans`` what was recorded of each half: a plan, or False where none can be replayed.
+
+    Layers that cannot share this input have a call without settings.
+    """
+
+    __slots__ = ("plans", "settings")
+
+    def __init__(self, settings: OpSettings | GroupSettings | None):
+        self.settings: Any = settings
+        self.plans: dict[Hashable, Any] = {}
+
+    def run(
+        self, function: Callable, inputs: Sequence[Tensor | None], *options: Hashable, new: int | None = None
+    ) -> Sequence:
+        """``function(*inputs, settings, *options)``, replayed where it was recorded before. ``new`` says that only so
+        many of the first inputs can be of another kind than in an earlier run of this call, None that all can; what was
+        saved may have moved, though."""
+        x: Any = inputs[0]
+        if self.settings.backend != "triton" or not is_cached(x):
+            return self.run_once(function, inputs, *options)
+        if new is None:
+            key: Hashable = (function, options, signature(inputs))
+        elif new == 0:
+            key = function
+        else:
+            key = (function, options, signature(inputs[:new]), alignments(inputs[new:]))
+        plan = self.plans.get(key)
+        planning = _planning()
+        if plan is None:
+            outputs, plan = planning.record(function, inputs, self.settings, *options)
+            if len(self.plans) >= KEPT:
+                self.plans.clear()
+            self.plans[key] = plan or False
+            return outputs
+        if not plan or planning.hooked():
+            return function(*inputs, self.settings, *options)
+        return plan.replay(*inputs)
+
+    def run_once(self, function: Callable, inputs: Sequence, *options: Hashable) -> Sequence:
+        """The same, of which nothing is recorded: not all ``inputs`` need to be tensors."""
+        with no_autocast(inputs[0].device.type):
+            return function(*inputs, self.settings, *options)
+
+
+def find(
+    tensors: Sequence[Tensor | None], options: Hashable, check: Callable[[], OpSettings | GroupSettings | None]
+) -> Call:
+    """The call of these tensors, x first, and options; ``check`` makes the settings of a new one, or raises."""
+    if not is_cached(tensors[0]):
+        return Call(check())
+    key = (options, signature(tensors))
+    try:
+        call = _CALLS.get(key)
+    except TypeError:  # an option that is no number or word, which the check names
+        return Call(check())
+    if call is None:
+        call = Call(check())
+        if len(_CALLS) >= KEPT:
+            _CALLS.clear()
+        _CALLS[key] = call
+    return call
+
+
+def is_cached(x: Any) -> bool:
+    """Whether calls on x are kept: on a GPU, where Python is slower than small kernels."""
+    return x.is_cuda
+
+
+def signature(tensors: Sequence[Tensor | None]) -> tuple:
+    """What kernels and checks see of each tensor but its values."""
+    return tuple([
+        None if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() & 15)
+        for t in tensors
+    ])  # fmt: skip
+
+
+def alignments(tensors: Sequence[Tensor | None]) -> tuple:
+    return tuple([None if t is None else t.data_ptr() & 15 for t in tensors])
+
+
+def no_autocast(kind: str):
+    """Autocast off; kernels and products that write to a given tensor know none."""
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _ALONE
+
+
+@cache
+def _planning():
+    from multilora_fast.kernels import plan
+
+    return plan
