@@ -28,7 +28,7 @@ soak: $(VENV)/installed ## For about ten minutes: safety, kills and other faults
 	SOAK=1 $(BIN)/python -m pytest -q -s tests/test_safety.py tests/training/test_faults.py tests/test_long.py $(ARGS)
 
 gpu: $(VENV)/installed ## On a machine with a GPU: test, tune and measure (bench/gpu.sh does one stage alone)
-	for stage in tests tune bench; do PYTHON=$(BIN)/python bench/gpu.sh $$stage $(OUT) || exit 1; done
+	PYTHON=$(BIN)/python bench/gpu.sh all $(OUT)
 
 versions: $(VENV)/installed ## Run the tests on the oldest and newest torch, Triton, transformers and PEFT, or ARGS=quick
 	tests/versions.sh $(ARGS)
@@ -38,10 +38,11 @@ lint: $(VENV)/installed ## Check style, imports and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/demo-data ## Time the products, one layer and a training step beside the peers: JSON into $(OUT)
+bench: $(VENV)/demo-data ## Time products, a layer, a step and the host beside the peers: JSON into $(OUT)
 	rm -rf build/bench && mkdir -p build/bench $(OUT)
 	for name in ops layer group step; do \
 		$(BENCH)/test_$$name.py --benchmark-json=build/bench/$$name.json || exit 1; done
+	PYTHONPATH=. $(BIN)/python -m bench.host --check --out build/bench
 	mv build/bench/*.json $(OUT)
 
 memory: $(VENV)/installed ## Count what LLaMA decoder layers save for backward: JSON into $(OUT)

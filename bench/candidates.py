@@ -1,15 +1,19 @@
 """The layers that are compared: one frozen nn.Linear each, and what is put around it, as modules of x."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
 from multilora_fast.benchmark.layer import base_layer, candidates, multilora, peft_lora
+from multilora_fast.peft.layer import MultiLoraBranches
 
 COMPILED, LORA_FLOAT32, CONCATENATED, ADDMM, FP8 = (
     "reference loop, compiled", "PEFT LoRA, float32 adapters", "concatenated eager", "addmm_ LoRA", "ours, fp8 inputs",
 )  # fmt: skip
+LORA_COMPILED, OURS_COMPILED, OURS_TORCH = "PEFT LoRA, compiled", "ours, compiled", 'ours, backend="torch"'
 
 
 class Concatenated(FusedMultiLoRALinear):
@@ -48,8 +52,10 @@ class _Addmm(torch.autograd.Function):
         return dx, None, dH.t() @ x, dy.t() @ (x @ A.t())
 
 
-def layers(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
-    """Every candidate that runs these settings, by name."""
+def layers(
+    K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, compiled: Collection[str] = (COMPILED,)
+) -> dict[str, nn.Module]:
+    """Every candidate that runs these settings, by name; of the compiled ones those in ``compiled``."""
 
     def base():
         return base_layer(K, N, dtype, device)
@@ -60,9 +66,24 @@ def layers(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device:
         found[LORA_FLOAT32] = peft_lora(base(), n * r, p, float32=True)
     if p == 0:
         found[ADDMM] = AddmmLoRA(base(), n * r)
+    if device == "cuda":  # elsewhere it is what runs as ours
+        found[OURS_TORCH] = on_torch(multilora(FusedMultiLoRALinear, base(), n, r, p))
     if can_compile(device):
-        found[COMPILED] = torch.compile(multilora(MultiLoRALinear, base(), n, r, p))
+        eager = {
+            COMPILED: lambda: multilora(MultiLoRALinear, base(), n, r, p),
+            LORA_COMPILED: lambda: peft_lora(base(), n * r, p),
+            OURS_COMPILED: lambda: multilora(FusedMultiLoRALinear, base(), n, r, p),
+        }
+        found |= {name: torch.compile(eager[name]()) for name in eager if name in compiled}
     return found
+
+
+def on_torch(model: nn.Module) -> nn.Module:
+    """``model``, with torch matmuls in every layer of ours."""
+    for layer in model.modules():
+        if isinstance(layer, (FusedMultiLoRALinear, MultiLoraBranches)):
+            layer.backend = "torch"
+    return model
 
 
 def can_compile(device: str) -> bool:

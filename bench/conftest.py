@@ -1,5 +1,8 @@
 import gc
+import math
 import os
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,12 +16,21 @@ THREADS = 2
 def pytest_addoption(parser):
     parser.addoption("--tiny", action="store_true", help="tiny shapes: does every bench run, not how fast")
     parser.addoption(
+        "--seconds", type=float, help="begin no case later than this after the start: the JSON is written at the end"
+    )
+    parser.addoption(
         "--step-rounds", type=int, default=4, help="timed rounds of the training step, 4; more where noisy"
     )
 
 
 def pytest_configure(config):
     torch.set_num_threads(THREADS)
+    config.bench_end = time.monotonic() + (config.getoption("--seconds") or math.inf)
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() > item.config.bench_end:
+        pytest.skip("out of time (--seconds)")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
@@ -36,6 +48,12 @@ def _start_anew():
 @pytest.fixture
 def tiny(request) -> bool:
     return request.config.getoption("--tiny")
+
+
+@pytest.fixture
+def seconds_left(request) -> Callable[[], float]:
+    """The seconds that ``--seconds`` leaves."""
+    return lambda: request.config.bench_end - time.monotonic()
 
 
 @pytest.fixture

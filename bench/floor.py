@@ -57,7 +57,8 @@ def layer_work(M: int, K: int, N: int, R: int, itemsize: int, direction: str) ->
     return {"forward": forward, "backward": backward, "forward+backward": both}[direction]
 
 
-def product_work(kernel: str, M: int, D: int, R: int, itemsize: int) -> Work:
-    """shrink and reduce read (M, D) once, expand reads and writes it; each is one product with R columns."""
-    large = M * D * (2 if kernel == "expand" else 1)
+def product_work(use: str, M: int, D: int, R: int, itemsize: int) -> Work:
+    """shrink and reduce read (M, D) once, expand writes it, and reads it too where it adds; each is one product with R
+    columns. ``use`` begins with the kernel's name, and says "added" of an expand that adds."""
+    large = M * D * (2 if "added" in use else 1)
     return Work(2 * M * D * R, itemsize * (large + M * R + R * D))

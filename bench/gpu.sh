@@ -1,33 +1,59 @@
 #!/usr/bin/env bash
-# One stage of a run on a machine with a GPU, each under 9 minutes; without network, from a bare checkout.
+# A run on a machine with a GPU, in stages of less than 3 minutes; without network, from a bare checkout.
 #
-#   bench/gpu.sh tests|tune|bench [OUT]        PYTHON=python3 by default; OUT for JSON and plots
-set -euo pipefail
+#   bench/gpu.sh tests|layers|tune|steps|memory|all [OUT]      PYTHON=python3 by default; JSON goes to OUT
+set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 export PYTHONPATH=.
-out=${2:-bench/results/$($python -m bench.environment)}
-bench() {
-    $python -m pytest -q --benchmark-timer=torch.utils.benchmark.utils.timer.timer "bench/test_$1.py" \
-        --benchmark-json="$out/$1.json"
+stage=${1:-}
+status=0
+
+run() { # seconds, command: ended as by Ctrl-C, so that what was measured is still written
+    timeout --signal=INT --kill-after=15 "$@" || status=1
 }
-mkdir -p "$out"
-case ${1:-} in
-tests)
-    $python -m pytest -q tests/test_gpu.py tests/kernels/test_kernels.py tests/kernels/test_dropout.py \
-        tests/ops/test_{selfcheck,op,mask,determinism,compile}.py \
-        tests/test_long.py::test_more_than_two_to_the_31_elements_on_a_gpu
-    ;;
-tune) $python -m bench.tune --out "$out" ;;
-bench)
-    bench ops
-    bench layer
-    bench group
-    bench step
-    $python -m bench.memory_profile --out "$out" --tokens 2048
-    ;;
+bench() { # name, seconds in which cases begin, seconds in all
+    run "$3" "$python" -m pytest -q --benchmark-timer=torch.utils.benchmark.utils.timer.timer \
+        "bench/test_$1.py" --seconds "$2" --benchmark-json="$out/$1.json"
+}
+
+case $stage in
+tests | layers | tune | steps | memory | all) ;;
 *)
-    echo "bench/gpu.sh: the stage must be tests, tune or bench, not '${1:-}'." >&2
+    echo "bench/gpu.sh: the stage must be tests, layers, tune, steps, memory or all, not '$stage'." >&2
     exit 2
     ;;
 esac
+out=${2:-bench/results/$("$python" -m bench.environment)}
+mkdir -p "$out"
+
+case $stage in
+tests) # the kernels, the op and the clock on the device
+    parallel=()
+    if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6); fi
+    run 170 "$python" -m pytest -q ${parallel[@]+"${parallel[@]}"} --junitxml="$out/tests.xml" \
+        tests/test_gpu.py tests/kernels/test_{kernels,dropout,product}.py \
+        tests/ops/test_{selfcheck,op,mask,determinism,compile}.py tests/benchmark/test_clock.py \
+        tests/examples/test_cuda_graph.py tests/test_long.py::test_more_than_two_to_the_31_elements_on_a_gpu
+    "$python" -m bench.junit "$out/tests.xml" "$out/tests.json" || status=1
+    ;;
+layers) # waited for, the device's time and the host's
+    bench layer 80 115
+    bench group 35 60
+    ;;
+tune) # rows for kernels/configs.py with the timings they were chosen by, then every use of the kernels as it is
+    run 115 "$python" -m bench.tune --seconds 95 --out "$out"
+    bench ops 40 60
+    ;;
+steps) bench step 120 175 ;;
+memory)
+    run 110 "$python" -m bench.plan_check --out "$out"
+    run 65 "$python" -m bench.memory_profile --out "$out" --tokens 2048
+    ;;
+all)
+    for each in tests layers tune steps memory; do
+        bash bench/gpu.sh "$each" "$out" || status=1
+    done
+    ;;
+esac
+exit $status

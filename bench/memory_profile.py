@@ -1,11 +1,13 @@
 """Bytes alive over the time of one training step, to look at: ``python -m bench.memory_profile [--out DIR]``.
 
 Forward and backward of one LLaMA decoder layer, all seven linears adapted at one total rank, beside each other: the
-frozen layer, the reference loop, PEFT LoRA and ours. Writes memory_profile.png; on a GPU also memory_snapshot.pickle,
-for torch's memory viewer.
+frozen layer, the reference loop, PEFT LoRA and ours. Writes the peaks as memory_profile.json, where matplotlib is there
+also memory_profile.png, and on a GPU memory_snapshot.pickle, for torch's memory viewer.
 """
 
 import argparse
+import importlib.util
+import json
 from functools import partial
 from pathlib import Path
 
@@ -76,8 +78,13 @@ def main() -> None:
         f"One LLaMA-{arguments.size} decoder layer, {arguments.tokens} tokens, bfloat16, n = 5, r = 32, "
         f"dropout {arguments.dropout:g}\n{conditions()['device']}"
     )
-    plot(found, title, arguments.out / "memory_profile.png")
-    print(f"wrote {arguments.out / 'memory_profile.png'}")
+    peaks = {method: max(live for _, live in points) for method, points in found.items()}
+    settings = {"size": arguments.size, "tokens": arguments.tokens, "dropout": arguments.dropout, "n": 5, "r": 32}
+    document = {"conditions": conditions(), **settings, "peak": peaks}
+    (arguments.out / "memory_profile.json").write_text(json.dumps(document, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        plot(found, title, arguments.out / "memory_profile.png")
+    print(f"wrote {arguments.out / 'memory_profile.json'}")
 
 
 if __name__ == "__main__":

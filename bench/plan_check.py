@@ -1,12 +1,14 @@
 """Predicted against measured memory: ``python -m bench.plan_check [--out DIR] [--quick]``.
 
-A training step (forward, backward, AdamW) of SmolLM2-135M, n = 3, r = 32, adapters in the base's dtype, by all methods:
-the peak that ``plan_memory`` predicts from the config, and that of the real step, as bytes of tensors alive beyond the
-weights, the adapter and the optimizer's state. On a CPU these are torch's allocations, on a GPU its allocator's peak.
+A training step (forward, backward, AdamW) of SmolLM2-135M, on a GPU of four LLaMA-7B layers, n = 3, r = 32, adapters
+in the base's dtype, by all methods, one after the other: the peak that ``plan_memory`` predicts from the config, and
+that of the real step, as bytes of tensors alive beyond the weights, the adapter and the optimizer's state. On a CPU
+these are torch's allocations, on a GPU its allocator's peak.
 """
 
 import argparse
 import copy
+import gc
 import json
 from functools import partial
 from pathlib import Path
@@ -15,14 +17,14 @@ import torch
 from torch import nn
 
 from bench.environment import conditions
-from bench.step_models import decoder, methods
+from bench.step_models import builders, decoder
 from multilora_fast import plan_memory
 from multilora_fast.memory import peak_bytes
 from multilora_fast.memory.methods import FULL, METHODS
 from multilora_fast.memory.report import MethodPlan
 from multilora_fast.models import LINEARS
 
-SHAPES = [(4, 128), (1, 192)]
+SHAPES = [(8, 1024), (1, 1024)] if torch.cuda.is_available() else [(4, 128), (1, 192)]
 N, R = 3, 32
 
 
@@ -52,7 +54,7 @@ def rows(quick: bool, device: str):
         if checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         for p in (0.0, 0.05):
-            models = methods(copy.deepcopy(base), N, R, p)
+            build = builders(copy.deepcopy(base), N, R, p)
             for batch, length in SHAPES:
                 settings = {"batch": batch, "seq_len": length, "lora_dropout": p, "checkpointing": checkpointing}
                 plan = plan_memory(
@@ -63,7 +65,13 @@ def rows(quick: bool, device: str):
                     if method == FULL and p:
                         continue  # it has no adapter, and no dropout before one
                     predicted = beyond(plan[method])
-                    measured = measure(models[method].train(), batch, length, device)
+                    try:
+                        measured = measure(build[method]().train(), batch, length, device)
+                    except torch.OutOfMemoryError:
+                        print(f"{method} at {batch} x {length} does not fit on this GPU")
+                        continue
+                    finally:
+                        gc.collect()
                     yield {
                         "model": name, **settings, "method": method, "phase": plan[method].phase,
                         "predicted": predicted, "measured": measured, "error": predicted / measured - 1,
@@ -81,6 +89,8 @@ def main() -> None:
         f"{'batch':>9}{'dropout':>9}{'checkpointing':>15}  {'method':18}{'predicted':>11}{'measured':>11}{'error':>8}"
     )
     found = []
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
     for row in rows(arguments.quick, device):
         found.append(row)
         print(
@@ -89,11 +99,10 @@ def main() -> None:
             f"{row['error']:+8.1%}",
             flush=True,
         )
+        if arguments.out:
+            document = {"conditions": conditions(), "n": N, "r": R, "rows": found}
+            (arguments.out / "plan.json").write_text(json.dumps(document, indent=1) + "\n")
     print(f"largest error {max(abs(row['error']) for row in found):.1%}")
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        document = {"conditions": conditions(), "n": N, "r": R, "rows": found}
-        (arguments.out / "plan.json").write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

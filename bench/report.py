@@ -10,35 +10,17 @@ import re
 from pathlib import Path
 
 from bench.candidates import FP8
+from bench.tables import benches, clock_tables, conditions_line, layer_case, milliseconds, table
 from multilora_fast.benchmark.layer import FROZEN, LORA, OURS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def benches(path: Path) -> tuple[dict, list[dict]]:
-    """The machine and the benches (settings, medians, ratios) of one pytest-benchmark file."""
-    document = json.loads(path.read_text())
-    return document["machine_info"], [bench["extra_info"] for bench in document["benchmarks"]]
-
-
-def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.{2 if seconds < 5e-3 else 1}f}"
-
-
-def conditions_line(machine: dict) -> str:
-    versions = ", ".join(f"{name} {found}" for name, found in machine["versions"].items() if found)
-    return f"{machine['device']}, {machine['threads']} threads; {versions}; commit {machine['commit']}."
-
-
 def layer_tables(path: Path) -> str:
     machine, rows = benches(path)
     parts = []
+    tokens = sorted({row["settings"]["M"] for row in rows})
     for direction in ("forward+backward", "forward", "backward"):
         chosen = [row for row in rows if row["settings"]["direction"] == direction]
         if not chosen:
@@ -47,18 +29,19 @@ def layer_tables(path: Path) -> str:
         body = []
         for row in chosen:
             s = row["settings"]
-            case = f"{s['K']}→{s['N']}, n = {s['n']}, {s['dtype']}, dropout {s['dropout']:g}"
+            case = layer_case(s, tokens)
             times = [milliseconds(row["median"][n]) if n in row["median"] else "" for n in names]
             work = row["work"]
-            ours = row["median"][OURS]
+            ours = row.get("device", row["median"])[OURS]
             rate, share = f"{work['flops'] / ours / 1e12:.3f}", f"{100 * work['floor_by_frozen_layer'] / ours:.0f} %"
             body.append([case, *times, rate, share])
         header = ["layer", *names, "ours, TFLOP/s", "ours, of the floor"]
         parts.append(f"### {direction}, ms\n\n{table(header, body)}")
+        parts += clock_tables(chosen, lambda row: layer_case(row["settings"], tokens), direction)
     s = rows[0]["settings"]
     note = (
-        f"{s['M']} tokens, r = {s['r']}; medians of rounds in which all take turns. Floor: the frozen layer's time of "
-        f"the same run times the FLOPs that the branches add. {conditions_line(machine)}"
+        f"{', '.join(map(str, tokens))} tokens, r = {s['r']}; medians of rounds in which all take turns. Floor: the "
+        f"frozen layer's time of the same run times the FLOPs that the branches add. {conditions_line(machine)}"
     )
     return "\n\n".join([f"## One layer\n\n{note}", *parts])
 
@@ -69,33 +52,39 @@ def ops_table(path: Path) -> str:
     for bench in document["benchmarks"]:
         found = bench["extra_info"]
         s = found["settings"]
-        figures = [f"{1e3 * bench['stats']['median']:.3f}", f"{found['GB/s']:.1f}", f"{found['TFLOP/s']:.3f}"]
-        body.append([s["use"], str(s["n"]), f"{s['dropout']:g}", *figures, f"{100 * found['share_of_floor']:.0f} %"])
+        seconds = found.get("device_seconds", bench["stats"]["median"])
+        figures = [f"{1e3 * seconds:.3f}", f"{found['GB/s']:.1f}", f"{found['TFLOP/s']:.3f}"]
+        case = [s["use"], str(s["M"]), str(s["n"]), f"{s['dropout']:g}"]
+        body.append([*case, *figures, f"{100 * found['share_of_floor']:.0f} %"])
+    clock = "by replays of a captured graph over inputs that outgrow L2; " if "device_seconds" in found else ""
     note = (
-        f"{s['M']} tokens, {s['D']} columns, r = {s['r']}, {s['dtype']}; medians. Floor: the FLOPs and the bytes that "
+        f"{s['D']} columns, r = {s['r']}, {s['dtype']}; {clock}medians. Floor: the FLOPs and the bytes that "
         "each use must move, over the matrix rate and copy bandwidth measured in the same run. Where torch stands in "
         f"for the kernels the mask is given, not drawn. {conditions_line(document['machine_info'])}"
     )
-    header = ["product", "n", "dropout", "ms", "GB/s", "TFLOP/s", "of the floor"]
+    header = ["product", "tokens", "n", "dropout", "ms", "GB/s", "TFLOP/s", "of the floor"]
     return f"## The three products\n\n{note}\n\n{table(header, body)}"
+
+
+def group_case(s: dict, tokens: list[int]) -> str:
+    return layer_case({**s, "N": ", ".join(map(str, s["N"]))}, tokens)
 
 
 def group_table(path: Path) -> str:
     machine, rows = benches(path)
-    names = list(rows[0]["median"])
+    names = list(dict.fromkeys(name for row in rows for name in row["median"]))
+    tokens = sorted({row["settings"]["M"] for row in rows})
     body = []
     for row in rows:
-        s = row["settings"]
-        sizes = ", ".join(map(str, s["N"]))
-        case = f"{s['K']}→{sizes}, n = {s['n']}, {s['dtype']}, dropout {s['dropout']:g}"
-        times = [milliseconds(row["median"][name]) for name in names]
-        body.append([case, *times, f"{row['ratios']['alone / shared']:.2f}x"])
-    s = rows[0]["settings"]
+        times = [milliseconds(row["median"][name]) if name in row["median"] else "" for name in names]
+        body.append([group_case(row["settings"], tokens), *times, f"{row['ratios']['alone / shared']:.2f}x"])
     note = (
-        f"{s['M']} tokens, r = {s['r']}; forward + backward, ms; medians of rounds in which all take turns. "
-        f"{conditions_line(machine)}"
+        f"{', '.join(map(str, tokens))} tokens, r = {rows[0]['settings']['r']}; forward + backward, ms; medians of "
+        f"rounds in which all take turns. {conditions_line(machine)}"
     )
-    return f"## q, k and v together\n\n{note}\n\n{table(['layers', *names, 'alone / shared'], body)}"
+    first = f"## q, k and v together\n\n{note}\n\n{table(['layers', *names, 'alone / shared'], body)}"
+    more = clock_tables(rows, lambda row: group_case(row["settings"], tokens), "q, k and v, forward + backward")
+    return "\n\n".join([first, *more])
 
 
 def plan_table(path: Path) -> str:
@@ -135,23 +124,32 @@ def fp8_table(path: Path) -> str:
     )
 
 
+def step_case(s: dict) -> str:
+    return f"{s['batch']} x {s['length']} tokens, dropout {s['dropout']:g}"
+
+
 def step_table(path: Path) -> str:
     machine, rows = benches(path)
     body = []
     for row in rows:
         s = row["settings"]
         for name, seconds in row["median"].items():
-            tokens = s["batch"] * s["length"] / seconds
-            saved, peak = (f"{row['memory'][name][key] / 2**20:,.0f}" for key in ("saved", "peak"))
-            ratio = f"{seconds / row['median'][LORA]:.2f}x"
-            body.append([name, f"{s['dropout']:g}", f"{1e3 * seconds:,.0f}", ratio, f"{tokens:,.0f}", saved, peak])
+            tokens, memory = s["batch"] * s["length"] / seconds, row["memory"][name]
+            held = [f"{memory[key] / 2**20:,.0f}" if key in memory else "" for key in ("saved", "peak")]
+            ratio = f"{seconds / row['median'][LORA]:.2f}x" if LORA in row["median"] else ""
+            time = f"{1e3 * seconds:,.0f}" if seconds > 0.1 else f"{1e3 * seconds:.1f}"
+            body.append(
+                [name, f"{s['batch']} x {s['length']}", f"{s['dropout']:g}", time, ratio, f"{tokens:,.0f}", *held]
+            )
     s = rows[0]["settings"]
-    header = ["training step", "dropout", "ms", "of LoRA", "tokens/s", "saved, MiB", "peak, MiB"]
+    header = ["training step", "tokens", "dropout", "ms", "of LoRA", "tokens/s", "saved, MiB", "peak, MiB"]
+    how = "each method alone, the others freed" if any("device" in row for row in rows) else "all take turns"
     note = (
-        f"{s['model']}, {s['dtype'].removeprefix('torch.')}, batch {s['batch']} of {s['length']} tokens, n = {s['n']}, "
-        f"r = {s['r']}; forward, backward, AdamW; medians of rounds in which all take turns. {conditions_line(machine)}"
+        f"{s['model']}, {s['dtype'].removeprefix('torch.')}, n = {s['n']}, r = {s['r']}; forward, backward, AdamW; "
+        f"medians of rounds in which {how}. {conditions_line(machine)}"
     )
-    return f"## One training step\n\n{note}\n\n{table(header, body)}"
+    first = f"## One training step\n\n{note}\n\n{table(header, body)}"
+    return "\n\n".join([first, *clock_tables(rows, lambda row: step_case(row["settings"]), "a step", unit=1e3)])
 
 
 def memory_table(path: Path) -> str:
@@ -188,15 +186,19 @@ def headline(directory: Path) -> str:
     """The README's first table: what a LLaMA-7B layer saves, and the time and peak of a whole training step."""
     saved = {row["dropout"]: row["beyond"] for row in json.loads((directory / "memory.json").read_text())["rows"][:2]}
     machine, rows = benches(directory / "step.json")
-    steps = {row["settings"]["dropout"]: row for row in rows}
+    rows = sorted(rows, key=lambda row: row["settings"]["batch"] * row["settings"]["length"])
+    steps = {row["settings"]["dropout"]: row for row in rows}  # the largest of each
+    steps = {p: steps[p] for p in sorted(steps)}
     body = []
     for name in (REFERENCE, LORA, OURS, FP8):
+        if any(name not in row["median"] for row in steps.values()):
+            continue  # it did not fit
         cells = [f"{saved[p][name] / saved[p][LORA]:.2f}x" for p in saved]
         for row in steps.values():
             cells.append(f"{row['median'][name] / row['median'][LORA]:.2f}x")
             cells.append(f"{row['memory'][name]['peak'] / row['memory'][LORA]['peak']:.2f}x")
         body.append([name, *cells])
-    s = rows[0]["settings"]
+    s = rows[-1]["settings"]
     header = ["of PEFT LoRA", *(f"saved, dropout {p:g}" for p in saved)]
     header += [f"{what}, dropout {p:g}" for p in steps for what in ("step", "peak")]
     note = (
@@ -253,6 +255,11 @@ def report(directory: Path) -> dict[str, str]:
     return sections
 
 
+def reported(results: Path) -> list[Path]:
+    """The devices' folders; one that has no file of SECTIONS, but a folder with figures of another kind, has none."""
+    return sorted(p for p in results.iterdir() if any((p / f"{name}.json").exists() for name in SECTIONS))
+
+
 def fill(text: str, sections: dict[str, str]) -> str:
     """``text`` with every ``<!-- name -->`` … ``<!-- /name -->`` filled from the section of that name."""
     for name, section in sections.items():
@@ -266,7 +273,7 @@ def fill(text: str, sections: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="*", type=Path)
-    directories = parser.parse_args().directories or sorted(p for p in RESULTS.iterdir() if p.is_dir())
+    directories = parser.parse_args().directories or reported(RESULTS)
     for i, directory in enumerate(directories):
         sections = report(directory)
         print(f"wrote {directory / 'README.md'}")

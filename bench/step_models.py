@@ -1,12 +1,24 @@
 """A real decoder, and the models that its training step is taken by: each candidate on the decoder's own weights."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.candidates import COMPILED, CONCATENATED, FP8, Concatenated, can_compile
+from bench.candidates import (
+    COMPILED,
+    CONCATENATED,
+    FP8,
+    LORA_COMPILED,
+    OURS_COMPILED,
+    OURS_TORCH,
+    Concatenated,
+    can_compile,
+    on_torch,
+)
+from multilora_fast.benchmark.layer import FROZEN
 from multilora_fast.devices import choose_dtype
 from multilora_fast.memory.methods import FULL, LORA, OURS, REFERENCE, adapt, draw_scales
 from multilora_fast.models import LINEARS, load_model, shallow_copy
@@ -33,27 +45,56 @@ def decoder(tiny: bool, device: str) -> tuple[str, nn.Module]:
 
 def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
     """The candidates on the weights of ``base``, which is frozen; full fine-tuning on a copy."""
-    full = copy.deepcopy(base).requires_grad_(True)
-    base.requires_grad_(False)
+    return {name: build() for name, build in builders(base, n, r, p).items()}
+
+
+def builders(base: nn.Module, n: int, r: int, p: float) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each candidate, by name."""
 
     def adapted(method: str, **options) -> nn.Module:
-        return adapt(shallow_copy(base), method, LINEARS, r=r, lora_num=n, lora_dropout=p, **options)
+        base.requires_grad_(False)
+        model = adapt(shallow_copy(base), method, LINEARS, r=r, lora_num=n, lora_dropout=p, **options)
+        if method == REFERENCE:
+            draw_scales(model)
+        return model
 
     found = {
-        FULL: full,
-        REFERENCE: adapted(REFERENCE),
-        COMPILED: adapted(REFERENCE),
-        CONCATENATED: adapted(REFERENCE, loop=Concatenated),
-        LORA: adapted(LORA),
-        OURS: adapted(OURS),
-        FP8: adapted(OURS, save_inputs="fp8"),
+        FULL: lambda: copy.deepcopy(base).requires_grad_(True),
+        REFERENCE: lambda: adapted(REFERENCE),
+        COMPILED: lambda: _compiled_loops(adapted(REFERENCE)),
+        CONCATENATED: lambda: adapted(REFERENCE, loop=Concatenated),
+        LORA: lambda: adapted(LORA),
+        OURS: lambda: adapted(OURS),
+        FP8: lambda: adapted(OURS, save_inputs="fp8"),
     }
-    for name in (REFERENCE, COMPILED, CONCATENATED):
-        draw_scales(found[name])
     if not can_compile(base.device.type):
         del found[COMPILED]
-        return found
-    for layer in found[COMPILED].modules():
+    return found
+
+
+def builders_alone(base: nn.Module, n: int, r: int, p: float, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
+    """What is measured one at a time, those that tell most first: the frozen model, what :func:`builders` has but the
+    compiled loop, ours on torch matmuls, and LoRA's and our model compiled whole if ``compiled``."""
+    eager = builders(base, n, r, p)
+    found = {FROZEN: lambda: frozen(base), LORA: eager[LORA], OURS: eager[OURS], FP8: eager[FP8]}
+    found |= {OURS_TORCH: lambda: on_torch(eager[OURS]()), REFERENCE: eager[REFERENCE], FULL: eager[FULL]}
+    found |= {CONCATENATED: eager[CONCATENATED]}
+    if compiled:
+        found |= {LORA_COMPILED: lambda: torch.compile(eager[LORA]())}
+        found |= {OURS_COMPILED: lambda: torch.compile(eager[OURS]())}
+    return found
+
+
+def frozen(base: nn.Module) -> nn.Module:
+    """The model without adapters, whose backward goes down to the embeddings' output, and no further."""
+    base.requires_grad_(False)
+    model = shallow_copy(base)
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+    return model
+
+
+def _compiled_loops(model: nn.Module) -> nn.Module:
+    for layer in model.modules():
         if isinstance(layer, MultiLoRALinear):
             layer.compile()
-    return found
+    return model

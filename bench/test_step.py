@@ -1,8 +1,10 @@
 """One training step of a real decoder (forward, backward, AdamW), interleaved with its peers.
 
-On a CPU: SmolLM2-135M in bfloat16, or float32 where the CPU has no bfloat16; on a GPU: decoder layers of LLaMA-7B's
-size in bfloat16, random weights. Adapters on all seven linears, in the base's dtype, n·r = 96. Each size of linear
-must pass the 2× rule before anything is timed; compilation is of each adapted linear alone.
+On a CPU: SmolLM2-135M in bfloat16, or float32 where the CPU has no bfloat16, compilation of each adapted linear
+alone. On a GPU: decoder layers of LLaMA-7B's size in bfloat16, random weights; each method is built, measured and freed
+before the next, the frozen model, PEFT's LoRA and ours also as a CUDA graph of the whole step, and compilation is of
+the whole model. Adapters on all seven linears, in the base's dtype, n·r = 96. Each size of linear must pass the 2× rule
+before anything is timed.
 """
 
 from functools import partial
@@ -11,19 +13,27 @@ import pytest
 import torch
 from torch import nn
 
-from bench.step_models import decoder, methods
-from bench.timing import compare
+from bench.step_alone import Steps, measure_alone, training_step
+from bench.step_models import builders_alone, decoder, methods
+from bench.timing import add_clocks, compare
 from multilora_fast.benchmark.layer import gate
 from multilora_fast.benchmark.timing import Timed
 from multilora_fast.memory import peak_bytes, saved_bytes
 from multilora_fast.memory.methods import LORA, OURS, REFERENCE
 from multilora_fast.models import LINEARS, target_linears
 
+GPU = torch.cuda.is_available()
+# (batch, length, dropout): on a GPU those that tell most first, the first two also compiled
+CASES = [(4, 128, 0.0), (4, 128, 0.05)]
+if GPU:
+    CASES = [(batch, length, p) for p in (0.05, 0.0) for batch, length in ((8, 1024), (1, 1024), (1, 2048))]
 
-@pytest.mark.parametrize("p", [0.0, 0.05])
-def test_step(benchmark, p, tiny, device, request):
+
+@pytest.mark.parametrize(("batch", "length", "p"), CASES)
+def test_step(benchmark, batch, length, p, tiny, device, request, seconds_left):
     n, r = (2, 2) if tiny else (3, 32)
-    batch, length = (2, 8) if tiny else (8, 1024) if device == "cuda" else (4, 128)
+    compiled = (batch, length, p) in CASES[:2]
+    batch, length = (2, 8) if tiny else (batch, length)
     torch.manual_seed(0)
     try:
         name, base = decoder(tiny, device)
@@ -32,37 +42,36 @@ def test_step(benchmark, p, tiny, device, request):
     adapted = map(base.get_submodule, target_linears(base, LINEARS))
     for K, N in {(layer.in_features, layer.out_features) for layer in adapted}:
         gate(K, N, n, r, p, base.dtype, device)
-    models = methods(base, n, r, p)
     tokens = torch.randint(base.config.vocab_size, (batch, length), device=device)
-
-    def timed_step(model: nn.Module) -> Timed:
-        optimizer = torch.optim.AdamW((q for q in model.parameters() if q.requires_grad), lr=1e-5)
-
-        def step(_=None):
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return Timed(lambda: None, step)
-
-    timed = {method: timed_step(model.train()) for method, model in models.items()}
-    memory = {}
-    for method, model in models.items():
-        timed[method].run(None)
-        with saved_bytes([*model.parameters(), *model.buffers(), tokens]) as saved:
-            model(input_ids=tokens, labels=tokens)
-        memory[method] = {"saved": saved.total}
-        del saved
-        memory[method]["peak"] = peak_bytes(partial(timed[method].run, None), torch.device(device))
-    medians = compare(benchmark, timed, OURS, rounds=request.config.getoption("--step-rounds"), warmup=0)
-    benchmark.extra_info["settings"] = {
+    rounds = request.config.getoption("--step-rounds")
+    if GPU:
+        models = builders_alone(base, n, r, p, compiled)
+        found = measure_alone(benchmark, models, tokens, 2 * rounds, seconds_left)
+    else:
+        found = measure_together(benchmark, methods(base, n, r, p), tokens, rounds)
+    info, medians = benchmark.extra_info, found.median
+    info["settings"] = {
         "model": name, "batch": batch, "length": length, "n": n, "r": r, "dropout": p, "dtype": str(base.dtype),
     }  # fmt: skip
-    benchmark.extra_info["memory"] = memory
+    info |= {"memory": found.memory, **{key: value for key in ("failed", "cut") if (value := getattr(found, key))}}
     if not benchmark.disabled:
-        benchmark.extra_info["median"] = medians
-        benchmark.extra_info["ratios"] = {
-            "ours / PEFT LoRA": medians[OURS] / medians[LORA],
-            "reference / ours": medians[REFERENCE] / medians[OURS],
-            "tokens per second": batch * length / medians[OURS],
-        }
+        info["median"] = medians
+        info["ratios"] = {"tokens per second": batch * length / medians[OURS]}
+        info["ratios"] |= {"ours / PEFT LoRA": medians[OURS] / medians[LORA]} if LORA in medians else {}
+        info["ratios"] |= {"reference / ours": medians[REFERENCE] / medians[OURS]} if REFERENCE in medians else {}
+        add_clocks(info, medians, **({"device": (found.device, {})} if GPU else {}))
+
+
+def measure_together(benchmark, models: dict[str, nn.Module], tokens: torch.Tensor, rounds: int) -> Steps:
+    """All of ``models`` at once, so that a drift meets all of them."""
+    timed = {name: Timed(lambda: None, training_step(model.train(), tokens)) for name, model in models.items()}
+    found = Steps()
+    for name, model in models.items():
+        timed[name].run(None)
+        with saved_bytes([*model.parameters(), *model.buffers(), tokens]) as saved:
+            model(input_ids=tokens, labels=tokens)
+        found.memory[name] = {"saved": saved.total}
+        del saved
+        found.memory[name]["peak"] = peak_bytes(partial(timed[name].run, None), tokens.device)
+    found.median = compare(benchmark, timed, OURS, rounds=rounds, warmup=0)
+    return found

@@ -1,8 +1,17 @@
-"""Interleaved timing under pytest-benchmark."""
+"""Interleaved timing under pytest-benchmark, and on a GPU the device's and the host's part of it apart."""
 
+import gc
 import statistics
+from collections.abc import Callable
 
+import torch
+
+from bench.clock import device_time, host_time, own_costs
+from multilora_fast.benchmark.layer import FROZEN
 from multilora_fast.benchmark.timing import Timed
+from multilora_fast.memory.methods import LORA
+
+ENQUEUED_TOKENS = 16  # too few to keep a GPU busy, so that the host is what is timed
 
 
 def compare(benchmark, timed: dict[str, Timed], ours: str, rounds: int, warmup: int = 2) -> dict[str, float]:
@@ -24,3 +33,65 @@ def compare(benchmark, timed: dict[str, Timed], ours: str, rounds: int, warmup: 
     if not benchmark.disabled:
         medians[ours] = benchmark.stats.stats.median
     return medians
+
+
+def drop_failing(timed: dict[str, Timed], needed: tuple[str, ...]) -> dict[str, str]:
+    """Take out of ``timed`` each peer that does not run here, such as a compiled one, and say why. Raises what one of
+    ``needed`` raises."""
+    failed = {}
+    for name, one in list(timed.items()):
+        error = _failure(one.seconds)
+        if error is not None and name in needed:
+            raise error
+        if error is not None:
+            failed[name] = reason(error)
+            del timed[name]
+    return failed
+
+
+def _failure(call: Callable[[], object]) -> Exception | None:
+    try:
+        call()
+    except Exception as error:
+        return error
+    return None
+
+
+def device_seconds(timed: dict[str, list[Timed]], clock: Callable[..., float] = device_time) -> tuple[dict, dict]:
+    """Seconds of the GPU by candidate, each from one graph of its calls, and why one has none."""
+    return _measured(timed, lambda parts: clock([lambda one=one: one.run(one.prepare()) for one in parts]))
+
+
+def enqueue_seconds(timed: dict[str, Timed], clock: Callable[..., float] = host_time) -> tuple[dict, dict]:
+    """Seconds of the host to enqueue one call by candidate, and why one has none."""
+    return _measured(timed, lambda one: clock(lambda: one.run(one.prepare())))
+
+
+def _measured(timed: dict, microseconds: Callable) -> tuple[dict[str, float], dict[str, str]]:
+    found, failed = {}, {}
+    for name, one in timed.items():
+        try:
+            found[name] = 1e-6 * microseconds(one)
+        except Exception as error:
+            failed[name] = reason(error)
+        for part in one if isinstance(one, list) else [one]:
+            part.prepare()  # drops gradients, which a graph holds
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return found, failed
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def add_clocks(info: dict, waited: dict[str, float], **clocks: tuple[dict[str, float], dict[str, str]]) -> None:
+    """Put each clock's seconds into ``info`` under its name, why a candidate has none under "failed", and what the
+    branches cost of PEFT LoRA's, by every clock, under "own cost"; ``waited`` are those waited for."""
+    for name, (seconds, failed) in clocks.items():
+        info[name] = seconds
+        if failed:
+            info.setdefault("failed", {}).update({f"{who}, {name}": why for who, why in failed.items()})
+    every = {"waited for": waited, **{name: seconds for name, (seconds, _) in clocks.items()}}
+    info["own cost"] = {name: own_costs(seconds, FROZEN, LORA) for name, seconds in every.items()}

@@ -53,7 +53,7 @@ def test_nothing_is_timed_whose_result_is_wrong(monkeypatch):
         run(SIZES)
 
 
-def test_candidates_take_turns():
+def test_candidates_are_interleaved():
     said = []
     timed = {name: Timed(lambda name=name: f"{name} ready", said.append) for name in "ab"}
     seconds = interleaved(timed, range(3))

@@ -1,0 +1,125 @@
+"""The uses of the kernels that bench.tune times: inputs that can be rotated through, launches, results in float32."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from multilora_fast.kernels.configs import KernelConfig, cdiv
+from multilora_fast.kernels.dropout import draw, drop_threshold, dropout_mask
+from multilora_fast.kernels.expand import expand
+from multilora_fast.kernels.reduce import reduce, reduce_scaled
+from multilora_fast.kernels.shrink import shrink
+
+P = 0.05
+# As the table names them: a kernel, whether expand adds to what y holds, and whether there is a mask.
+KERNELS = (
+    "shrink", "shrink dropout", "expand", "expand add", "expand dropout", "expand add dropout", "reduce",
+    "reduce dropout",
+)  # fmt: skip
+DTYPE = torch.bfloat16
+Launch = Callable[[KernelConfig], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every use of one shape needs, drawn anew: no two have a tensor in common."""
+
+    large: torch.Tensor  # (M, D): x or dy
+    y: torch.Tensor  # (M, D), zeros
+    h: torch.Tensor  # (M, n·r)
+    a: torch.Tensor  # (n, r, D)
+    b: torch.Tensor  # (n, r, D), lora_B transposed
+    scale: torch.Tensor  # (n, D)
+    bits: torch.Tensor  # the mask of P, (M, ⌈D/32⌉)
+
+
+def draw_inputs(M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, device: str = "cuda") -> Inputs:
+    def make(*size):
+        return torch.randn(*size, device=device, dtype=dtype)
+
+    a, b = make(n, r, D) / math.sqrt(D), make(n, D, r) / math.sqrt(r)
+    bits = draw(torch.tensor([1], device=device), M, D, P)
+    y = torch.zeros(M, D, device=device, dtype=dtype)
+    return Inputs(make(M, D), y, make(M, n * r), a, b.transpose(1, 2), make(n, D), bits)
+
+
+def empty_inputs(M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, device: str = "cuda") -> Inputs:
+    """Inputs of the same kind, with nothing in them and no kernel run."""
+
+    def make(*size, dtype=dtype):
+        return torch.empty(*size, device=device, dtype=dtype)
+
+    b = make(n, D, r).transpose(1, 2)
+    bits = make(M, cdiv(D, 32), dtype=torch.int32)
+    return Inputs(make(M, D), make(M, D), make(M, n * r), make(n, r, D), b, make(n, D), bits)
+
+
+def launches(kernel: str, t: Inputs) -> dict[str, Launch]:
+    """The uses that share a row of the table, by name. Each returns its result; expand's is ``t.y`` itself, to which
+    "expand add" adds again at every launch."""
+    (n, _, _), dtype = t.a.shape, t.large.dtype
+    dropout = {"bits": t.bits, "p": P} if "dropout" in kernel else {}
+
+    def expanded(w, scale=None, dropout=dropout):
+        accumulate = "add" in kernel
+        return lambda c: (expand(t.y, t.h, w, scale, accumulate=accumulate, config=c, **dropout), t.y)[1]
+
+    match kernel:
+        case "shrink":
+            forward = lambda c: shrink(t.large, t.a, config=c)  # noqa: E731
+            return {"forward": forward, "backward": lambda c: shrink(t.large, t.b, t.scale, config=c)}
+        case "shrink dropout":
+            return {"forward": lambda c: shrink(t.large, t.a, config=c, **dropout)}
+        case "expand":
+            return {"forward": expanded(t.b, t.scale), "backward": expanded(t.a)}
+        case "expand add":
+            return {"forward": expanded(t.b, t.scale)}
+        case "expand dropout" | "expand add dropout":
+            return {"backward": expanded(t.a)}
+        case "reduce":
+            return {"forward": lambda c: reduce_scaled(t.h, t.large, t.b, t.scale, config=c)[0]}
+        case "reduce dropout":
+            return {"backward": lambda c: reduce(t.h, t.large, n, dtype, config=c, **dropout)}
+    raise ValueError(f"kernel is {kernel!r}, wanted one of {KERNELS}.")
+
+
+def truths(kernel: str, t: Inputs) -> dict[str, torch.Tensor]:
+    """What :func:`launches` must give on the same inputs, by torch in float32."""
+    (n, r, D), M = t.a.shape, t.large.shape[0]
+    large, h, a, b, scale = (x.float() for x in (t.large, t.h, t.a.flatten(0, 1), t.b, t.scale))
+    packed, keep = (scale[:, None] * b).flatten(0, 1), 1.0
+    if "dropout" in kernel:
+        seed = torch.tensor([1], device=large.device)
+        keep = dropout_mask(seed, M, D, P) * (65536 / (65536 - drop_threshold(P)))
+    match kernel.split()[0]:
+        case "shrink":
+            return {"forward": (keep * large) @ a.T, "backward": large @ packed.T}
+        case "expand":
+            return {"forward": h @ packed, "backward": keep * (h @ a)}
+        case _:
+            backward = (h.T @ (keep * large)).reshape(n, r, D)
+            return {"forward": scale[:, :, None] * backward.transpose(1, 2), "backward": backward}
+
+
+Use = tuple[str, Launch, torch.Tensor]
+
+
+def uses(kernel: str, M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, device: str = "cuda") -> list[Use]:
+    """(name, launch, result of torch in float32) for each use of a kernel on one shape; KERNELS names the kernel."""
+    t = draw_inputs(M, D, n, r, dtype, device)
+    truth = truths(kernel, t)
+    return [(name, launch, truth[name]) for name, launch in launches(kernel, t).items()]
+
+
+def correct(kernel: str, launch: Launch, config: KernelConfig, truth: torch.Tensor) -> bool:
+    """Whether one launch is within 1 % of float32; expand adds to what its target holds, which is zero then."""
+    if "add" in kernel:
+        launch(config).zero_()
+    return near(launch(config), truth)
+
+
+def near(found: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Whether ‖found − truth‖ is within 1 % of ‖truth‖."""
+    return bool((found.float() - truth).norm() <= 0.01 * truth.norm())
