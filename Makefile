@@ -42,8 +42,8 @@ bench: $(VENV)/demo-data ## Time products, a layer, a step and the host beside t
 	rm -rf build/bench && mkdir -p build/bench $(OUT)
 	for name in ops layer group step; do \
 		$(BENCH)/test_$$name.py --benchmark-json=build/bench/$$name.json || exit 1; done
-	PYTHONPATH=. $(BIN)/python -m bench.host --check --out build/bench
-	mv build/bench/*.json $(OUT)
+	PYTHONPATH=. $(BIN)/python -m bench.host --check --out build/bench; checked=$$?; \
+		mv build/bench/*.json $(OUT) && exit $$checked
 
 memory: $(VENV)/installed ## Count what LLaMA decoder layers save for backward: JSON into $(OUT)
 	PYTHONPATH=. $(BIN)/python -m bench.memory --out $(OUT)
