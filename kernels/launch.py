@@ -32,12 +32,11 @@ class Launch(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A product of the library: out += a b, or out = a b."""
+    """A product of the library: out += a b."""
 
     out: torch.Tensor
     a: torch.Tensor
     b: torch.Tensor
-    accumulate: bool
 
 
 class _Recording(threading.local):
@@ -70,15 +69,12 @@ def launch(x: torch.Tensor, kernel, grid: tuple[int, int], **arguments) -> None:
         _recording.steps.append(Launch(compiled, grid, tuple(arguments[name] for name in kernel.arg_names)))
 
 
-def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, accumulate: bool = True) -> None:
-    """out (M, N) += a (M, K) b (K, N), or out = a b, by the library's product."""
+def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """out (M, N) += a (M, K) b (K, N), by the library's product."""
     with nullcontext() if _recording.steps is None else _disable_current_modes():
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
+        out.addmm_(a, b)
     if _recording.steps is not None:
-        _recording.steps.append(Product(out, a, b, accumulate))
+        _recording.steps.append(Product(out, a, b))
 
 
 @contextmanager

@@ -38,7 +38,7 @@ class Plan:
     def __init__(self, steps: list[Launch | Product], inputs: Tensors, outputs: Tensors):
         self.device = next(t.device for t in inputs if t is not None)
         self.names: dict[str, Any] = {"device": self.device, "empty": torch.empty, "current_stream": current_stream}
-        self.names |= {"empty_like": torch.empty_like, "mm": torch.mm, "uint8": torch.uint8, "moved": _moved}
+        self.names |= {"empty_like": torch.empty_like, "uint8": torch.uint8, "moved": _moved}
         self.names |= {"current_device": current_device, "elsewhere": self._elsewhere}
         held = {f"i{k}": t for k, t in enumerate(inputs) if t is not None}
         owner = {t.data_ptr(): name for name, t in held.items()}
@@ -120,8 +120,8 @@ class Plan:
         return f"{start}, {given})"
 
     def _product(self, step: Product) -> str:
-        out, a, b = map(self._operand, step[:3])
-        return f"{out}.addmm_({a}, {b})" if step.accumulate else f"mm({a}, {b}, out={out})"
+        out, a, b = map(self._operand, step)
+        return f"{out}.addmm_({a}, {b})"
 
     def _operand(self, t: Tensor) -> str:
         """The library takes tensors: a matrix as it was, or a transpose, of what is held."""

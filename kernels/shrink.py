@@ -260,13 +260,13 @@ def shrink(
         "BLOCK_M": config.BLOCK_M, "BLOCK_D": config.BLOCK_D, "BLOCK_R": block_r, "BLOCK_R2": block_r2,
         **launch_options(config),
     }  # fmt: skip
-    if packing is None or parts > 1:
-        launch(x, shrink_kernel, (tiles, parts), **arguments)
-    else:
+    if packing is not None and parts == 1:
         count, beside = packing.arguments()
         launch(x, shrink_pack_kernel, (tiles + count, 1), **arguments, **beside, tiles=tiles)
-    if packing is not None and parts > 1:
-        packing.launch()
+    else:
+        launch(x, shrink_kernel, (tiles, parts), **arguments)
+        if packing is not None:
+            packing.launch()
     if parts > 1:
         launch(
             x, sum_parts_kernel, (cdiv(M * R, 1024), 1),

@@ -100,12 +100,9 @@ def expand(
         y.addcmul_(h @ w, mask.keep)
 
 
-def multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool = True) -> None:
-    """out (M, N) += a (M, K) b (K, N), or out = a b."""
-    if accumulate:
-        out.addmm_(a, b)
-    else:
-        torch.mm(a, b, out=out)
+def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out (M, N) += a (M, K) b (K, N)."""
+    out.addmm_(a, b)
 
 
 def linear(
@@ -115,7 +112,7 @@ def linear(
     """y (M, N) = x Wᵀ (``transposed``) or x W, plus the bias and what :func:`expand` adds."""
     if not transposed:
         expand(y, h, w, scale, scaling, mask, p, accumulate=False)
-        y.addmm_(x, weight)
+        multiply(y, x, weight)
         return
     if bias is None:
         torch.mm(x, weight.t(), out=y)
