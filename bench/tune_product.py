@@ -11,10 +11,11 @@ import torch
 
 from bench.clock import cache_bytes, cold_copies, device_time
 from bench.tune_uses import DTYPE, P, near
-from multilora_fast.kernels.dropout import draw, drop_threshold, dropout_mask
+from multilora_fast.kernels.dropout import draw, dropout_mask
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.launch import multiply
 from multilora_fast.kernels.product import product, serves
+from multilora_fast.ops.torch_backend import inverse_keep
 
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # in_features, out_features
 DIRECTIONS = ("forward", "backward")
@@ -61,7 +62,7 @@ def ways(
     seed = torch.tensor([1], device=device)
     bits, keep = draw(seed, M, outer, p), 1.0
     if p:
-        keep = dropout_mask(seed, M, outer, p) * (65536 / (65536 - drop_threshold(p)))
+        keep = dropout_mask(seed, M, outer, p) * inverse_keep(p)
     matrix = weight.t() if transposed else weight
     truth = x.float() @ matrix.float() + keep * (h.float() @ packed)
     y = torch.empty(M, outer, device=device, dtype=dtype)

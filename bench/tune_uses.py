@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from multilora_fast.kernels.configs import KernelConfig, cdiv
-from multilora_fast.kernels.dropout import draw, drop_threshold, dropout_mask
+from multilora_fast.kernels.dropout import draw, dropout_mask
 from multilora_fast.kernels.expand import expand
 from multilora_fast.kernels.reduce import reduce, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
+from multilora_fast.ops.torch_backend import inverse_keep
 
 P = 0.05
 # As the table names them: a kernel, whether expand adds to what y holds, and whether there is a mask.
@@ -92,7 +93,7 @@ def truths(kernel: str, t: Inputs) -> dict[str, torch.Tensor]:
     packed, keep = (scale[:, None] * b).flatten(0, 1), 1.0
     if "dropout" in kernel:
         seed = torch.tensor([1], device=large.device)
-        keep = dropout_mask(seed, M, D, P) * (65536 / (65536 - drop_threshold(P)))
+        keep = dropout_mask(seed, M, D, P) * inverse_keep(P)
     match kernel.split()[0]:
         case "shrink":
             return {"forward": (keep * large) @ a.T, "backward": large @ packed.T}

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from device import DEVICE
-from formulas import outputs_of_nan, within
-from product_problem import ALPHA, P, Problem, make, needs_copy_engine, packed_bits, padded
+from formulas import ALPHA, P, make, outputs_of_nan, within
+from product_problem import Problem, needs_copy_engine, packed_bits, padded
 from torch.nn import functional as F
 
 from multilora_fast.kernels import product as module

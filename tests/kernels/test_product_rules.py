@@ -3,7 +3,8 @@
 import pytest
 import torch
 from device import DEVICE
-from product_problem import P, Problem, needs_copy_engine, packed_bits
+from formulas import P
+from product_problem import Problem, needs_copy_engine, packed_bits
 from triton import knobs
 
 from multilora_fast.kernels import product as module

@@ -57,12 +57,16 @@ def within(got, formula, *inputs, dtype, factors=()):
     assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
+def make(*size, dtype):
+    return torch.randn(*size, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
 def problem(shape, dtype, params, scalar=False):
     M, K, N, n, r = shape
-    make = lambda *size, dtype=dtype: torch.randn(*size, dtype=torch.float64).to(dtype).to(DEVICE)  # noqa: E731
     scale = make(n, 1, dtype=params).expand(n, N) if scalar else make(n, N, dtype=params)
     a, b = make(n, r, K, dtype=params), make(n, N, r, dtype=params)
-    return make(M, K), make(M, N), a, b.transpose(1, 2), scale, make(M, n * r)
+    x, y, h = (make(M, size, dtype=dtype) for size in (K, N, n * r))
+    return x, y, a, b.transpose(1, 2), scale, h
 
 
 def mask_of(seed, M, D, p):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from device import DEVICE
-from formulas import within
+from formulas import ALPHA, P, make, within
 from torch.nn import functional as F
 
 from multilora_fast.kernels.configs import PRODUCT_TILES, device_of
@@ -14,12 +14,6 @@ needs_copy_engine = pytest.mark.skipif(
     DEVICE == "cuda" and device_of(torch.empty(0, device=DEVICE))[0] not in PRODUCT_TILES,
     reason="needs an architecture with a copy engine",
 )
-
-ALPHA, P = 1 / 3, 0.3
-
-
-def make(*size, dtype):
-    return torch.randn(*size, dtype=torch.float64).to(dtype).to(DEVICE)
 
 
 def padded(M, R, dtype):
