@@ -1,20 +1,25 @@
 """Launch plans: what a function of tensors launches, recorded once and replayed on other tensors of the same kind.
 
 Checks, choice of tiles, strides and Triton's own look-up take longer on the host than small kernels run. They depend on
-shapes, strides, dtypes and the alignment of addresses alone. For a caller who keeps a plan under all of these, a replay
-allocates, reads addresses and calls `CompiledKernel.run`, and gives every kernel the arguments it would have had. A
-plan is written as a Python function, `source`, in which all that is constant stands as a constant:
+shapes, strides, dtypes and the alignment of addresses alone. A caller keeps a plan under all but the last; a replay
+checks the alignments, allocates, reads addresses and calls `CompiledKernel.run`, and gives every kernel the arguments
+it would have had. A plan is written as a Python function, `source`, in which all that is constant stands as a constant:
 
     def replay(i0, i1, i2):
-        n0 = empty((8, 96), dtype=d0, device=device)
-        p0, p1, p3 = i0.data_ptr(), i1.data_ptr(), n0.data_ptr()
+        p_i0 = i0.data_ptr()
+        p_i1 = i1.data_ptr()
+        if (p_i0 | p_i1) & 15:
+            return None
+        n0 = i0.new_empty((8, 96))
+        p_n0 = n0.data_ptr()
         stream = current_stream(0)
-        run0(4, 1, 1, stream, function0, metadata0, None, None, None, p0, p1, None, p3, 8, 64, ...)
+        run0(4, 1, 1, stream, function0, metadata0, None, None, None, p_i0, p_i1, None, p_n0, 8, 64, ...)
         i2.addmm_(n0, i1.t())
         return (n0,)
 """
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,43 +38,46 @@ _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_em
 
 
 class Plan:
-    """A recorded function: `replay(*inputs)` gives what the function would."""
+    """A recorded function: `replay(*inputs)` gives what the function would, or None where an input is aligned in
+    another way than the recorded one."""
 
     def __init__(self, steps: list[Launch | Product], inputs: Tensors, outputs: Tensors):
         self.device = next(t.device for t in inputs if t is not None)
-        self.names: dict[str, Any] = {"device": self.device, "empty": torch.empty, "current_stream": current_stream}
-        self.names |= {"empty_like": torch.empty_like, "uint8": torch.uint8, "moved": _moved}
-        self.names |= {"current_device": current_device, "elsewhere": self._elsewhere}
+        self.names: dict[str, Any] = {"empty_like": torch.empty_like, "uint8": torch.uint8, "moved": _moved}
+        self.names |= {"current_stream": current_stream, "current_device": current_device, "elsewhere": self._elsewhere}
         held = {f"i{k}": t for k, t in enumerate(inputs) if t is not None}
-        owner = {t.data_ptr(): name for name, t in held.items()}
-        new = {f"n{k}": t for k, t in enumerate(t for t in outputs if t is not None and t.data_ptr() not in owner)}
-        owner |= {t.data_ptr(): name for name, t in new.items()}
+        self.owner = {t.data_ptr(): name for name, t in held.items()}
+        new = {f"n{k}": t for k, t in enumerate(t for t in outputs if t is not None and t.data_ptr() not in self.owner)}
+        self.owner |= {t.data_ptr(): name for name, t in new.items()}
         allocations = [f"{name} = {self._allocation(t, held)}" for name, t in new.items()]
-        self.held, self.owner = held | new, owner
-        self.used: dict[str, str] = {}  # name of an address: how it is read
+        self.held = held | new
+        self.storages = {t.untyped_storage().data_ptr(): name for name, t in self.held.items()}
+        self.used: set[str] = set()  # of what is held, that of which an address is read
         self.temporary = 0
         self.starts: dict[int, int] = {}  # of temporaries, by the address of their storage
         lines = [self._launch(k, s) if isinstance(s, Launch) else self._product(s) for k, s in enumerate(steps)]
         if self.temporary:
-            allocations.append(f"memory = empty({self.temporary}, dtype=uint8, device=device)")
-            allocations.append("temporary = memory.data_ptr()")
-        returned = ", ".join("None" if t is None else owner[t.data_ptr()] for t in outputs)
+            allocations.append(f"temporary = {next(iter(held))}.new_empty({self.temporary}, dtype=uint8)")
+            allocations.append("p_t = temporary.data_ptr()")
+        returned = ", ".join("None" if t is None else self.owner[t.data_ptr()] for t in outputs)
         arguments = ", ".join(f"i{k}" for k in range(len(inputs)))
         body = [
             f"if current_device() != {self.device.index}:",
             f"    return elsewhere({arguments})",
+            *[f"p_{name} = {name}.data_ptr()" for name in held if name in self.used],
+            *self._alignment_checks(),
             *allocations,
-            *[f"{name} = {read}" for name, read in self.used.items()],
+            *[f"p_{name} = {name}.data_ptr()" for name in new if name in self.used],
             f"stream = current_stream({self.device.index})",
             *lines,
             f"return ({returned}{',' if outputs else ''})",
         ]
         self.source = f"def replay({arguments}):\n" + "".join(f"    {line}\n" for line in body)
         exec(self.source, self.names)
-        self.replay: Callable[..., tuple] = self.names["replay"]
-        del self.held, self.owner, self.used, self.starts
+        self.replay: Callable[..., tuple | None] = self.names["replay"]
+        del self.held, self.owner, self.storages, self.used, self.starts
 
-    def _elsewhere(self, *inputs: Tensor | None) -> tuple:
+    def _elsewhere(self, *inputs: Tensor | None) -> tuple | None:
         """The replay on a device that is not the current one."""
         with torch.cuda.device(self.device):
             return self.replay(*inputs)
@@ -81,26 +89,40 @@ class Plan:
         return name
 
     def _allocation(self, t: Tensor, held: dict[str, Tensor]) -> str:
-        """Like an input of the same shape where there is one, which takes half the time."""
+        """Like an input of the same shape where there is one, which takes two thirds of the time."""
         for name, other in held.items():
             if (other.shape, other.dtype, other.stride()) == (t.shape, t.dtype, t.stride()):
                 return f"empty_like({name})"
-        return f"empty({tuple(t.shape)}, dtype={self._constant(t.dtype, 'dtype')}, device=device)"
+        alike = next((name for name, other in held.items() if other.dtype == t.dtype), None)
+        if alike is not None:
+            return f"{alike}.new_empty({tuple(t.shape)})"
+        return f"{next(iter(held))}.new_empty({tuple(t.shape)}, dtype={self._constant(t.dtype, 'dtype')})"
+
+    def _alignment_checks(self) -> list[str]:
+        """Triton compiles in which addresses are multiples of 16."""
+        names: dict[int, list[str]] = {}
+        for name in self.used:
+            if name[0] == "i":
+                names.setdefault(self.held[name].data_ptr() % 16, []).append(f"p_{name}")
+        return [
+            line
+            for rest, alike in names.items()
+            for group in ([alike] if rest == 0 else [[one] for one in alike])
+            for line in (f"if ({' | '.join(group)}) & 15 != {rest}:", "    return None")
+        ]
 
     def _address(self, t: Tensor) -> str:
-        """The name of t's address in a replay: that of an input or output, or a place in the temporary memory."""
-        address = t.data_ptr()
-        if address in self.owner:
-            name = self.owner[address]
-            self.used[f"p_{name}"] = f"{name}.data_ptr()"
-            return f"p_{name}"
-        storage = t.untyped_storage()
+        """t's address in a replay: that of an input or output, a place in one, or in the temporary memory."""
+        address, storage = t.data_ptr(), t.untyped_storage()
+        name = self.owner.get(address) or self.storages.get(storage.data_ptr())
+        if name is not None:
+            self.used.add(name)
+            offset = address - self.held[name].data_ptr()
+            return f"p_{name} + {offset}" if offset else f"p_{name}"
         if storage.data_ptr() not in self.starts:
             self.starts[storage.data_ptr()] = self.temporary
             self.temporary += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
-        offset = self.starts[storage.data_ptr()] + address - storage.data_ptr()
-        self.used[f"t{offset}"] = f"temporary + {offset}"
-        return f"t{offset}"
+        return f"p_t + {self.starts[storage.data_ptr()] + address - storage.data_ptr()}"
 
     def _argument(self, value: object) -> str:
         if isinstance(value, Tensor):
@@ -142,12 +164,26 @@ def record(function: Callable[..., Tensors], inputs: Tensors, *options) -> tuple
     """
     with _Operations() as operations, recording() as steps:
         outputs = function(*inputs, *options)
-    addresses = [t.data_ptr() for t in inputs if t is not None]
-    distinct = len(set(addresses)) == len(addresses) and 0 not in addresses
     launches = [step for step in steps if isinstance(step, Launch)]
-    if why_not() or operations.others or not distinct or not launches or not all(map(replayable, launches)):
+    if why_not() or operations.others or not launches or not all(map(replayable, launches)):
+        return outputs, None
+    if not _tellable(inputs, launches):
         return outputs, None
     return outputs, Plan(steps, inputs, outputs)
+
+
+def _tellable(inputs: Tensors, launches: Sequence[Launch]) -> bool:
+    """Whether every address is known to be of one input, or to be new."""
+    given = [t for t in inputs if t is not None]
+    addresses, storages = {t.data_ptr() for t in given}, Counter(t.untyped_storage().data_ptr() for t in given)
+    read = [t for step in launches for t in map(base_of, step.arguments) if isinstance(t, Tensor)]
+    inside = [storages[t.untyped_storage().data_ptr()] for t in read if t.data_ptr() not in addresses]
+    return len(addresses) == len(given) and 0 not in addresses and max(inside, default=0) <= 1
+
+
+def base_of(argument: object) -> object:
+    """The tensor behind a descriptor."""
+    return argument.base if isinstance(argument, TensorDescriptor) else argument
 
 
 class _Operations(TorchDispatchMode):

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from multilora_fast.layers.shared_input import Base, SharedInput, hooked, parameter
-from multilora_fast.ops.functional import multilora_linear
+from multilora_fast.layers.shared_input import Base, SharedInput, branches_of, hooked, options_of, parameter
+from multilora_fast.ops.functional import apply
 from multilora_fast.reference import MultiLoRALinear
 
 
@@ -25,19 +25,9 @@ class FusedMultiLoRALinear(MultiLoRALinear):
         taken = None if self.shared is None else self.shared.take(self, x)
         if taken is not None:
             return taken
-        return multilora_linear(
-            x,
-            self.weight.t() if self.fan_in_fan_out else self.weight,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.lora_scaling,
-            scaling_factor=self.scaling_factor,
-            dropout_p=self.lora_dropout.p,
-            training=self.lora_dropout.training,
-            backend=self.backend,
-            save_inputs=self.save_inputs,
-            exact_base=self.exact_base,
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
+        return apply(
+            x, None, weight.t() if self.fan_in_fan_out else weight, bias, *branches_of(self), None, options_of(self)
         )
 
     def base(self, x: Tensor) -> Base | None:

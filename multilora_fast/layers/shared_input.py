@@ -5,15 +5,15 @@ each of the others takes its own. Backward makes all their dÃ in one pass over 
 mask. This is for training: in evaluation every layer is on its own, and its bits do not depend on its neighbours.
 """
 
+import weakref
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
 
-from multilora_fast.ops.autograd import GroupFunction
+from multilora_fast.ops.autograd import apply_group
 from multilora_fast.ops.call import Call, find
 from multilora_fast.ops.equations import GroupSettings
 from multilora_fast.ops.functional import Weight, autocast_dtype, checked, seed_for
@@ -76,7 +76,7 @@ class SharedInput:
         if self._stopped or not member.training or x.is_inference():
             return None
         members = [*self.members.values()]
-        bases, branches = [other.base(x) for other in members], [_branches(other) for other in members]
+        bases, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
         if None in bases or not any(other is member for other in members):  # a replica is none of them
             return None
         call = self._call(members, x, bases, branches)
@@ -86,9 +86,9 @@ class SharedInput:
         ended: list[bool] = []
         kinds = (*zip(*bases, strict=True),)[:2], zip(*branches, strict=True)
         seed = seed_for(call.settings.each[0], None, x)
-        outs = GroupFunction.apply(x, seed, call, ended, *chain(*chain(*kinds)))
+        outs = apply_group(x, seed, call, ended, *chain(*chain(*kinds)))
         outputs = {id(m): (out, *_values(m, *own)) for m, out, own in zip(members, outs, branches, strict=True)}
-        self._waiting = Waiting(TensorWeakRef(x), _state(x), ended, outputs)
+        self._waiting = Waiting(weakref.ref(x), _state(x), ended, outputs)
         return outputs.pop(id(member))[0]
 
     def finished(self, member: Layer, x: Tensor) -> Tensor | None:
@@ -97,7 +97,7 @@ class SharedInput:
         if waiting is None or waiting.x() is not x or waiting.state != _state(x) or waiting.ended:
             return None
         out, *values = waiting.outputs.get(id(member), (None,))
-        if out is None or not member.training or values != _values(member, *_branches(member)):
+        if out is None or not member.training or values != _values(member, *branches_of(member)):
             return None
         del waiting.outputs[id(member)]
         if not waiting.outputs:
@@ -106,7 +106,7 @@ class SharedInput:
 
     def _call(self, members: list[Layer], x: Tensor, bases: list, branches: list) -> Call:
         """The members' call; without settings where they cannot share x."""
-        options = tuple([_options(m) for m in members])
+        options = tuple([options_of(m) for m in members])
         dense = bases[0].compute_dtype
 
         def check() -> GroupSettings | None:
@@ -154,7 +154,7 @@ class Waiting(NamedTuple):
     """Outputs for members that are still to come: x and what else must agree, whether a backward has ended their graph,
     and by the id of each member its output and what it was computed with."""
 
-    x: TensorWeakRef
+    x: weakref.ref[Tensor]
     state: tuple
     ended: list[bool]
     outputs: dict[int, tuple]
@@ -172,11 +172,13 @@ def parameter(module: nn.Module, name: str) -> Any:
     return own[name] if name in own else getattr(module, name)
 
 
-def _branches(member: Layer) -> tuple[Tensor, Tensor, Tensor]:
+def branches_of(member: Layer) -> tuple[Tensor, Tensor, Tensor]:
+    """lora_A, lora_B and lora_scaling, as the op takes them."""
     return parameter(member, "lora_A"), parameter(member, "lora_B"), parameter(member, "lora_scaling")
 
 
-def _options(member: Layer) -> tuple:
+def options_of(member: Layer) -> tuple:
+    """The op's options."""
     dropout = member._modules["lora_dropout"]
     p, training = dropout.p, dropout.training
     return member.scaling_factor, p, training, member.backend, member.save_inputs, member.exact_base

@@ -12,15 +12,24 @@ from multilora_fast.ops import equations
 from multilora_fast.ops.call import Call, no_autocast
 from multilora_fast.ops.checks import check_base
 from multilora_fast.ops.equations import GroupSettings, Needs, OpSettings, by_kind
-from multilora_fast.ops.saved_input import as_tokens, cast, restore, save_input
+from multilora_fast.ops.saved_input import as_tokens, cast, cast_all, restore, save_input
+
+transforming = torch._C._are_functorch_transforms_active
+is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def once_differentiable(backward):
-    """torch's, which is asked for nothing, and takes three microseconds, where no graph of the backward is made."""
+    """torch's, which is called, and takes three microseconds, only where a graph of the backward is made.
+    A batch of gradients is refused."""
     refusing = function.once_differentiable(backward)
 
     @wraps(backward)
     def wrapped(ctx, *grads):
+        if transforming() or [True for grad in grads if grad is not None and is_batched(grad)]:
+            raise RuntimeError(
+                "The backward of multilora_fast takes one gradient, not a batch as is_grads_batched=True and "
+                "torch.func.vmap give it: take them one by one, or call the layer itself under torch.func."
+            )
         return refusing(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
 
     return wrapped
@@ -50,12 +59,16 @@ class MultiLoRAFunction(torch.autograd.Function):
 
 def forward(
     x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call: Call, new: int | None = 0
-) -> tuple[Tensor, Tensor]:
+) -> Sequence[Tensor]:
     """The output (..., N), a tensor of its own, and H (M, R). ``new`` as in :meth:`Call.run`."""
-    out, tokens, base, bias = _prepared(x, y, weight, bias, lora_B, call.settings)
-    inputs = (tokens, as_tokens(out, out.dtype), base, bias, lora_A, lora_B, lora_scaling, seed)
-    (H,) = call.run(equations.forward, inputs, new=new)
-    return out, H
+    dtype = call.settings.dtype
+    if y is not None:
+        y, weight, bias = y.clone(memory_format=torch.contiguous_format), None, None
+    else:
+        weight = cast(weight, dtype) if isinstance(weight, Tensor) else _dense(weight, dtype, x, bias, lora_B.shape[1])
+        bias = None if bias is None else cast(bias, dtype)
+    inputs = (as_tokens(x, dtype), y, weight, bias, lora_A, lora_B, lora_scaling, seed)
+    return call.run(equations.forward, inputs, x.shape, new=new)
 
 
 def backward(
@@ -65,11 +78,9 @@ def backward(
     dtype = call.settings.dtype
     tokens = as_tokens(dy, dtype)
     known = restore(x, scale, dtype) if needs.lora_A or needs.weight else None
-    dx = dy.new_empty(*dy.shape[:-1], lora_A.shape[2], dtype=dtype) if needs.x else None
-    base = None if weight is None or dx is None else cast(weight, dtype)
-    target = None if dx is None else as_tokens(dx, dtype)
-    inputs = (tokens, known if needs.lora_A else None, H, base, lora_A, lora_B, lora_scaling, seed, target)
-    dA, dB, ds = call.run(equations.backward, inputs, needs, new=new)
+    base = cast(weight, dtype) if needs.x and weight is not None else None
+    inputs = (tokens, known if needs.lora_A else None, H, base, lora_A, lora_B, lora_scaling, seed)
+    dx, dA, dB, ds = call.run(equations.backward, inputs, needs, dy.shape, new=new)
     dw, db = _base_gradients(tokens, known, needs)
     return [dx, dw, db, dA, dB if needs.lora_B else None, _scale_gradient(ds, lora_scaling, needs)]
 
@@ -86,27 +97,19 @@ class GroupFunction(torch.autograd.Function):
         ctx.needs, ctx.any_needs = group_needs(ctx.needs_input_grad)
         ctx.call, ctx.ended, ctx.new = call, ended, new_in_backward()
         ctx.dense = None if isinstance(weights[0], Tensor) else weights
-        leading = x.shape[:-1]
-        outs = [x.new_empty((*leading, B.shape[1]), dtype=dtype) for B in lora_Bs]
         if ctx.dense:
-            kept = [None] * len(outs)
+            kept = [None] * len(weights)
             bases = [
-                partial(_dense, weight, dtype, x, bias, out.shape[-1])
-                for weight, bias, out in zip(weights, biases, outs, strict=True)
+                partial(_dense, weight, dtype, x, bias, B.shape[1])
+                for weight, bias, B in zip(weights, biases, lora_Bs, strict=True)
             ]
         else:
-            kept, bases = weights, [cast(weight, dtype) for weight in weights]
-        tokens = as_tokens(x, dtype)
-        sizes = [n * r for n, r in zip(settings.counts, settings.ranks, strict=True)]
-        Hs = tokens.new_empty((len(tokens), sum(sizes))).split_with_sizes(sizes, 1)
-        inputs = (
-            tokens, _below(lora_As, settings.ranks), seed, *[as_tokens(out, dtype) for out in outs], *Hs, *bases,
-            *[None if bias is None else cast(bias, dtype) for bias in biases], *lora_Bs, *scales,
-        )  # fmt: skip
-        _run(ctx, equations.group_forward, inputs, new=0)
-        known, scale, _ = saved(x, None, settings, ctx.any_needs)
-        Hs = [H if need.lora_B or need.lora_scaling else None for H, need in zip(Hs, ctx.needs, strict=True)]
-        ctx.save_for_backward(known, scale, seed, *Hs, *kept, *lora_As, *lora_Bs, *scales)
+            kept, bases = weights, cast_all(weights, dtype)
+        below = _below(lora_As, settings.ranks)
+        inputs = (as_tokens(x, dtype), below, seed, *bases, *cast_all(biases, dtype), *lora_Bs, *scales)
+        *outs, H = _run(ctx, equations.group_forward, inputs, x.shape, new=0)
+        known, scale, H = saved(x, H, settings, ctx.any_needs)
+        ctx.save_for_backward(known, scale, seed, H, *kept, *lora_As, *lora_Bs, *scales)
         return tuple(outs)
 
     @staticmethod
@@ -122,30 +125,38 @@ class GroupFunction(torch.autograd.Function):
         return dx, None, None, None, *chain(*kinds)
 
 
+def _direct(function: type[torch.autograd.Function]) -> Callable:
+    """``function.apply`` without its wrapper, which is for functorch and takes five microseconds."""
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return lambda *inputs: function.apply(*inputs) if transforming() else apply(*inputs)
+
+
+apply_op, apply_group = _direct(MultiLoRAFunction), _direct(GroupFunction)
+
+
 def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
     """dx, and the gradients of the layers that are ``present``, kind by kind."""
-    x, scale, seed, *tensors = ctx.saved_tensors
+    x, scale, seed, H, *tensors = ctx.saved_tensors
     needs, any_needs, settings = ctx.needs, ctx.any_needs, ctx.call.settings
     counts, ranks, dtype = settings.counts, settings.ranks, settings.dtype
-    Hs, weights, lora_As, lora_Bs, scales = kinds = by_kind(tensors, 5)
+    weights, lora_As, lora_Bs, scales = by_kind(tensors, 4)
     if len(present) < len(dys):
         dys, needs, counts, ranks = (tuple([t[i] for i in present]) for t in (dys, needs, counts, ranks))
-        Hs, weights, lora_As, lora_Bs, scales = ([kind[i] for i in present] for kind in kinds)
+        weights, lora_As, lora_Bs, scales = ([kind[i] for i in present] for kind in (weights, lora_As, lora_Bs, scales))
         any_needs = union(needs)
-    tokens, K = [as_tokens(dy, dtype) for dy in dys], lora_As[0].shape[2]
+    tokens = [as_tokens(dy, dtype) for dy in dys]
     known = restore(x, scale, dtype) if any_needs.lora_A or any_needs.weight else None
-    dx = dys[0].new_empty((*dys[0].shape[:-1], K), dtype=dtype) if any_needs.x else None
-    if dx is None:
+    if not any_needs.x:
         weights = [None] * len(present)
     elif ctx.dense:
         weights = [partial(_dense, ctx.dense[i], dtype) for i in present]
     else:
-        weights = [cast(weight, dtype) for weight in weights]
+        weights = cast_all(weights, dtype)
     inputs = (
-        *tokens, known if any_needs.lora_A else None, _below(lora_As, ranks), seed,
-        None if dx is None else as_tokens(dx, dtype), *Hs, *weights, *lora_Bs, *scales,
+        *tokens, known if any_needs.lora_A else None, _below(lora_As, ranks), seed, H, *weights, *lora_Bs, *scales,
     )  # fmt: skip
-    dA, *others = _run(ctx, equations.group_backward, inputs, present, needs, new=ctx.new and len(present))
+    shape, new = dys[0].shape, ctx.new and len(present)
+    dx, dA, *others = _run(ctx, equations.group_backward, inputs, present, needs, shape, new=new)
     dBs, dss = by_kind(others, 2)
     dAs: Sequence[Tensor | None] = [None] * len(present)
     if dA is not None and _one_rank(ranks):
@@ -203,17 +214,6 @@ def saved(x: Tensor, H: Tensor | None, settings: OpSettings | GroupSettings, nee
     if settings.save_inputs == "exact" or needs.weight:
         return wanted_x, None, wanted_H
     return *save_input(wanted_x, settings.save_inputs), wanted_H
-
-
-def _prepared(x, y, weight, bias, lora_B, settings: OpSettings) -> tuple:
-    """The output to be written, x as (M, K), W and b, in the dtype of the products."""
-    dtype = settings.dtype
-    if y is not None:
-        return y.clone(memory_format=torch.contiguous_format), as_tokens(x, dtype), None, None
-    N = lora_B.shape[1]
-    weight = cast(weight, dtype) if isinstance(weight, Tensor) else _dense(weight, dtype, x, bias, N)
-    out = x.new_empty(*x.shape[:-1], N, dtype=dtype)
-    return out, as_tokens(x, dtype), weight, None if bias is None else cast(bias, dtype)
 
 
 def _dense(weight: Callable[[], Tensor], dtype: torch.dtype, *base) -> Tensor:

@@ -1,7 +1,7 @@
 """What a call of the op is found to be at its first occurrence: checked settings, and the launch plans of its halves.
 
-Eager calls on a GPU that agree in everything that checks, kernels and Triton look at are one call: the shapes, strides,
-dtypes, devices and alignments of all tensors, the settings, and autocast.
+Eager calls on a GPU that agree in everything that checks and launchers look at are one call: the shapes, strides,
+dtypes and devices of all tensors, the settings, and autocast.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -20,7 +20,8 @@ _ALONE = nullcontext()
 
 
 class Call:
-    """``settings``, and in ``plans`` what was recorded of each half: a plan, or False where none can be replayed.
+    """``settings``, and in ``plans`` what was recorded of each half: for every alignment of its inputs a plan, or False
+    where none can be replayed, and beside them the plan that was used last.
 
     Layers that cannot share this input have a call without settings.
     """
@@ -35,28 +36,37 @@ class Call:
         self, function: Callable, inputs: Sequence[Tensor | None], *options: Hashable, new: int | None = None
     ) -> Sequence:
         """``function(*inputs, settings, *options)``, replayed where it was recorded before. ``new`` says that only so
-        many of the first inputs can be of another kind than in an earlier run of this call, None that all can; what was
-        saved may have moved, though."""
+        many of the first inputs can be of another kind than in an earlier run of this call, None that all can."""
         x: Any = inputs[0]
         if self.settings.backend != "triton" or not is_cached(x):
             return self.run_once(function, inputs, *options)
-        if new is None:
-            key: Hashable = (function, options, signature(inputs))
-        elif new == 0:
-            key = function
-        else:
-            key = (function, options, signature(inputs[:new]), alignments(inputs[new:]))
-        plan = self.plans.get(key)
+        key: Hashable = function
+        if new != 0:
+            key = function, options, signature(inputs[:new])
         planning = _planning()
+        plan = self.plans.get(key)
+        if plan is not None and not planning.hooked():
+            outputs = plan.replay(*inputs)
+            if outputs is not None:
+                return outputs
+        return self._replay_or_record(key, planning, function, inputs, options)
+
+    def _replay_or_record(self, key: Hashable, planning, function: Callable, inputs: Sequence, options) -> Sequence:
+        """The same, of inputs that are aligned in another way than in the last run of this ``key``."""
+        aligned = key, alignments(inputs)
+        plan = self.plans.get(aligned)
         if plan is None:
             outputs, plan = planning.record(function, inputs, self.settings, *options)
             if len(self.plans) >= KEPT:
                 self.plans.clear()
-            self.plans[key] = plan or False
-            return outputs
-        if not plan or planning.hooked():
+            self.plans[aligned] = plan or False
+        elif not plan or planning.hooked():
             return function(*inputs, self.settings, *options)
-        return plan.replay(*inputs)
+        else:
+            outputs = plan.replay(*inputs)
+        if plan:
+            self.plans[key] = plan
+        return outputs
 
     def run_once(self, function: Callable, inputs: Sequence, *options: Hashable) -> Sequence:
         """The same, of which nothing is recorded: not all ``inputs`` need to be tensors."""
@@ -89,14 +99,12 @@ def is_cached(x: Any) -> bool:
 
 
 def signature(tensors: Sequence[Tensor | None]) -> tuple:
-    """What kernels and checks see of each tensor but its values."""
-    return tuple([
-        None if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.get_device(), t.data_ptr() & 15)
-        for t in tensors
-    ])  # fmt: skip
+    """What checks and launchers see of each tensor."""
+    return tuple([None if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.device) for t in tensors])
 
 
 def alignments(tensors: Sequence[Tensor | None]) -> tuple:
+    """What Triton compiles in of each address."""
     return tuple([None if t is None else t.data_ptr() & 15 for t in tensors])
 
 

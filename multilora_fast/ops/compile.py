@@ -3,8 +3,10 @@
 A library call costs more than the eager Function, so only compilation takes this way.
 """
 
+import math
 from collections.abc import Sequence
 from functools import cache
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -31,14 +33,15 @@ def compiled(
     exact_base: bool = False,
 ) -> tuple[Tensor, Tensor]:
     call = _call(scaling_factor, dropout_p, dtype, backend, exact_base)
-    return forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call, new=None)
+    out, H = forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call, new=None)
+    return out, H
 
 
 @compiled.register_fake
 def _(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend, exact_base=False):
     n, r, _ = lora_A.shape
     out = x.new_empty(*x.shape[:-1], lora_B.shape[1], dtype=dtype if y is None else y.dtype)
-    return out, x.new_empty(x.shape[:-1].numel(), n * r, dtype=dtype)
+    return out, x.new_empty(math.prod(x.shape[:-1]), n * r, dtype=dtype)
 
 
 @torch.library.custom_op("multilora_fast::multilora_backward", mutates_args=())
@@ -59,8 +62,8 @@ def compiled_backward(
     exact_base: bool = False,
 ) -> list[Tensor]:
     call = _call(scaling_factor, dropout_p, dtype, backend, exact_base)
-    grads = backward(dy, x, None, H, weight, lora_A, lora_B, lora_scaling, seed, call, Needs(*needs))
-    return [grad for grad in grads if grad is not None]
+    grads = backward(dy, x, None, H, weight, lora_A, lora_B, lora_scaling, seed, call, _needs(tuple(needs)))
+    return list(compress(grads, needs))  # type: ignore[arg-type]
 
 
 @compiled_backward.register_fake
@@ -74,7 +77,7 @@ def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend
         lora_B=torch.empty_like(lora_B, memory_format=torch.contiguous_format),
         lora_scaling=torch.empty_like(lora_scaling, memory_format=torch.contiguous_format),
     )
-    return [grad for grad, needed in zip(grads, needs, strict=True) if needed]
+    return list(compress(grads, needs))
 
 
 def _setup(ctx, inputs, output):
@@ -94,6 +97,11 @@ def _compiled_backward(ctx, dy, _):
 
 
 compiled.register_autograd(_compiled_backward, setup_context=_setup)
+
+
+@cache
+def _needs(flags: tuple[bool, ...]) -> Needs:
+    return Needs(*flags)
 
 
 @cache

@@ -10,8 +10,8 @@ the branches' A below each other, B̃ (N, R) the branches' c·sᵢ ⊙ Bᵢ besi
 
 Layers that share an input run as one: with all their Ã below each other, and all their H and dH beside each other,
 shrink and reduce read x once for all of them, and dx is written once and added to in place. Here x is (M, K), dy
-(M, N), both in the dtype of the products, as are W and b. Every function writes the large tensors that it is given,
-returns the small ones, and calls nothing but products: its launches can be recorded.
+(M, N), both in the dtype of the products, as are W and b; the ``shape`` they had gives y and dx theirs. The functions
+do nothing but allocate, make views and call products: what they launch can be recorded.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from multilora_fast.ops import selfcheck
 from multilora_fast.ops.backends import Backend, load
+from multilora_fast.ops.saved_input import as_tokens
 
 
 class OpSettings(NamedTuple):
@@ -43,6 +44,10 @@ class GroupSettings(NamedTuple):
     backend: str
     save_inputs: str
 
+    def columns(self, H: Tensor) -> Sequence[Tensor]:
+        """H of each layer, (M, R), in that of all."""
+        return H.split([n * r for n, r in zip(self.counts, self.ranks, strict=True)], dim=1)
+
 
 class Needs(NamedTuple):
     """Which inputs want a gradient."""
@@ -57,7 +62,7 @@ class Needs(NamedTuple):
 
 def forward(
     x: Tensor,
-    out: Tensor,
+    y: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     lora_A: Tensor,
@@ -65,16 +70,20 @@ def forward(
     lora_scaling: Tensor,
     seed: Tensor | None,
     settings: OpSettings,
-) -> tuple[Tensor]:
-    """Writes the output, or adds the branches to ``out`` where there is no weight, and returns H (M, R)."""
-    if weight is not None:
-        c, p, w = settings.scaling_factor, settings.dropout_p, lora_B.transpose(1, 2)
-        ops, scale = _products("forward", x, lora_A, settings), _per_column(lora_scaling, w)
-        mask = ops.draw(seed, *x.shape, p, settings.dtype)
-        return (ops.layer(out, x, weight, bias, lora_A, w, scale, c, mask, p, exact=settings.exact_base),)
-    H = _shrink(x, lora_A, seed, settings)
-    _expand(out, x, None, None, H, lora_B, lora_scaling, settings)
-    return (H,)
+    shape: torch.Size,
+) -> tuple[Tensor, Tensor]:
+    """The output (..., N), or ``y`` with the branches added in place where it is given, and H (M, R)."""
+    if y is not None:
+        H = _shrink(x, lora_A, seed, settings)
+        _expand(as_tokens(y, y.dtype), x, None, None, H, lora_B, lora_scaling, settings)
+        return y, H
+    c, p, w = settings.scaling_factor, settings.dropout_p, lora_B.transpose(1, 2)
+    ops, scale = _products("forward", x, lora_A, settings), _per_column(lora_scaling, w)
+    mask = ops.draw(seed, *x.shape, p, settings.dtype)
+    out = _new(x, shape, lora_B.shape[1])
+    tokens = as_tokens(out, settings.dtype)
+    H = ops.layer(tokens, x, weight, bias, lora_A, w, scale, c, mask, p, exact=settings.exact_base)
+    return out, H
 
 
 def backward(
@@ -86,11 +95,11 @@ def backward(
     lora_B: Tensor,
     lora_scaling: Tensor,
     seed: Tensor | None,
-    dx: Tensor | None,
     settings: OpSettings,
     needs: Needs,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Writes ``dx`` (M, K), and returns dÃ as (n, r, K), dB and ds (n, N), None where ``needs`` says so.
+    shape: torch.Size,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dx (..., K), dÃ as (n, r, K), dB and ds (n, N), None where ``needs`` says so.
 
     The reduces come last: the product hides their launches.
     """
@@ -98,81 +107,90 @@ def backward(
     n, _, K = lora_A.shape
     w = lora_B.transpose(1, 2)
     ops, scale = _products("backward", dy, w, settings), _per_column(lora_scaling, w)
-    dA = dB = ds = dH = mask = None
+    dx = dA = dB = ds = dH = mask = None
     if needs.x or needs.lora_A:
         dH = ops.shrink(dy, w, scale, c)
         mask = ops.draw(seed, dy.shape[0], K, p, dtype)
-    if dx is not None and weight is None:
-        ops.expand(dx, dH, lora_A, None, 1.0, mask, p, accumulate=False)
-    elif dx is not None:
-        exact = settings.exact_base
-        ops.linear(dx, dy, weight, None, dH, lora_A, None, 1.0, mask, p, transposed=False, exact=exact)
+    if needs.x:
+        dx = _new(dy, shape, K)
+        target, exact = as_tokens(dx, dtype), settings.exact_base
+        if weight is None:
+            ops.expand(target, dH, lora_A, None, 1.0, mask, p, accumulate=False)
+        else:
+            ops.linear(target, dy, weight, None, dH, lora_A, None, 1.0, mask, p, transposed=False, exact=exact)
     if needs.lora_A and (needs.lora_B or needs.lora_scaling):
         dB, ds, dA = ops.reduce_all(H, dy, w, scale, c, dH, x, lora_A.dtype, mask, p)
     elif needs.lora_A:
         dA = ops.reduce(dH, x, n, lora_A.dtype, mask, p)
     elif needs.lora_B or needs.lora_scaling:
         dB, ds = ops.reduce_scaled(H, dy, w, scale, c)
-    return dA, dB, ds
+    return dx, dA, dB, ds
 
 
-def group_forward(x: Tensor, lora_A: Tensor, seed: Tensor | None, *rest: Any) -> tuple[()]:
-    """Writes the outputs of layers that share x, and their H beside each other.
+def group_forward(x: Tensor, lora_A: Tensor, seed: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """The outputs of layers that share x, and last their H beside each other, (M, ΣR).
 
     ``lora_A`` (Σn, r, K), or (1, ΣR, K) where they have several r, is theirs below each other. ``rest`` are the
-    outputs, the H as slices of one (M, ΣR), the weights, the biases, the lora_B and the lora_scaling of all layers, and
-    last a :class:`GroupSettings`. A weight may be a function that returns it.
+    weights, the biases, the lora_B and the lora_scaling of all layers, a :class:`GroupSettings`, and x's shape. A
+    weight may be a function that returns it.
     """
-    *tensors, settings = rest
-    outs, Hs, weights, biases, lora_Bs, scales = by_kind(tensors, 6)
-    R = lora_A.shape[0] * lora_A.shape[1]
-    _shrink(x, lora_A, seed, settings.each[0], Hs[0].as_strided((len(x), R), (R, 1)))
-    for out, H, weight, bias, lora_B, lora_scaling, one in zip(
-        outs, Hs, weights, biases, lora_Bs, scales, settings.each, strict=True
+    *tensors, settings, shape = rest
+    weights, biases, lora_Bs, scales = by_kind(tensors, 4)
+    H = x.new_empty(len(x), lora_A.shape[0] * lora_A.shape[1])
+    _shrink(x, lora_A, seed, settings.each[0], H)
+    outs = [_new(x, shape, lora_B.shape[1]) for lora_B in lora_Bs]
+    for out, part, weight, bias, lora_B, lora_scaling, one in zip(
+        outs, settings.columns(H), weights, biases, lora_Bs, scales, settings.each, strict=True
     ):
-        _expand(out, x, weight() if callable(weight) else weight, bias, H, lora_B, lora_scaling, one)
-    return ()
+        weight = weight() if callable(weight) else weight
+        _expand(as_tokens(out, settings.dtype), x, weight, bias, part, lora_B, lora_scaling, one)
+    return *outs, H
 
 
 def group_backward(*inputs: Any) -> tuple[Tensor | None, ...]:
-    """Writes ``dx`` (M, K) once and adds to it in place, and returns dÃ, every dB and every ds.
+    """dx (..., K), written once and added to in place, dÃ, every dB and every ds.
 
-    ``inputs`` are the dy (M, N) of the layers that have one, x, their ``lora_A`` as forward, the seed and dx, then
-    their H, weights, lora_B and lora_scaling, the group's settings, which layers these are, and their needs.
+    ``inputs`` are the dy (M, N) of the layers that have one, x, their ``lora_A`` as forward, the seed, the H of all
+    layers beside each other, then their weights, lora_B and lora_scaling, the group's settings, which layers these are,
+    their needs, and the shape of dy.
     """
-    *tensors, settings, present, needs = inputs
+    *tensors, settings, present, needs, shape = inputs
     m = len(present)
-    dys, (x, lora_A, seed, dx) = tensors[:m], tensors[m : m + 4]
-    Hs, weights, lora_Bs, scales = by_kind(tensors[m + 4 :], 4)
+    dys, (x, lora_A, seed, H) = tensors[:m], tensors[m : m + 4]
+    weights, lora_Bs, scales = by_kind(tensors[m + 4 :], 3)
     each = [settings.each[i] for i in present]
     p, dtype, (n, r, K) = each[0].dropout_p, each[0].dtype, lora_A.shape
     ws = [lora_B.transpose(1, 2) for lora_B in lora_Bs]
     scales = [_per_column(lora_scaling, w) for lora_scaling, w in zip(scales, ws, strict=True)]
     for dy, w, one in zip(dys, ws, each, strict=True):
         ops = _products("backward", dy, w, one)
-    dA = dH = mask = None
+    dx = dA = dH = mask = None
     wants_A = any(need.lora_A for need in needs)
-    if dx is not None or wants_A:
+    wants_x = any(need.x for need in needs)
+    if wants_x or wants_A:
         dH = dys[0].new_empty(len(dys[0]), n * r)
         slices = dH.split([w.shape[0] * w.shape[1] for w in ws], dim=1)
         for dy, w, scale, one, out in zip(dys, ws, scales, each, slices, strict=True):
             ops.shrink(dy, w, scale, one.scaling_factor, out=out)
         mask = ops.draw(seed, len(dH), K, p, dtype)
-    if dx is not None:
+    if wants_x:
+        dx = _new(dys[0], shape, K)
+        target = as_tokens(dx, dtype)
         for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
             weight = weight() if callable(weight) else weight
             if i == 0:
                 exact = each[0].exact_base
-                ops.linear(dx, dy, weight, None, dH, lora_A, None, 1.0, mask, p, transposed=False, exact=exact)
+                ops.linear(target, dy, weight, None, dH, lora_A, None, 1.0, mask, p, transposed=False, exact=exact)
             else:
-                ops.multiply(dx, dy, weight)
+                ops.multiply(target, dy, weight)
     if wants_A:
         dA = ops.reduce(dH, x, n, lora_A.dtype, mask, p)
+    Hs = [None] * m if H is None else [settings.columns(H)[i] for i in present]
     pairs = [
-        ops.reduce_scaled(H, dy, w, scale, one.scaling_factor) if need.lora_B or need.lora_scaling else (None, None)
-        for H, dy, w, scale, one, need in zip(Hs, dys, ws, scales, each, needs, strict=True)
+        ops.reduce_scaled(part, dy, w, scale, one.scaling_factor) if need.lora_B or need.lora_scaling else (None, None)
+        for part, dy, w, scale, one, need in zip(Hs, dys, ws, scales, each, needs, strict=True)
     ]
-    return dA, *(dB for dB, _ in pairs), *(ds for _, ds in pairs)
+    return dx, dA, *(dB for dB, _ in pairs), *(ds for _, ds in pairs)
 
 
 def by_kind(tensors: Sequence, kinds: int) -> list[Sequence]:
@@ -197,6 +215,10 @@ def _expand(
         ops.expand(out, H, w, scale, c)
     else:
         ops.linear(out, x, weight, bias, H, w, scale, c, None, 0.0, transposed=True, exact=settings.exact_base)
+
+
+def _new(tokens: Tensor, shape: torch.Size, width: int) -> Tensor:
+    return tokens.new_empty((*shape[:-1], width))
 
 
 def _products(direction: str, tokens: Tensor, w: Tensor, settings: OpSettings) -> Backend:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from multilora_fast.ops.autograd import MultiLoRAFunction
+from multilora_fast.ops.autograd import apply_op
 from multilora_fast.ops.backends import choose, load
 from multilora_fast.ops.call import Call, find
 from multilora_fast.ops.checks import check_base, check_base_output, check_branches
@@ -66,7 +66,7 @@ def multilora_linear(
             finite, a backend that cannot run.
     """
     options = (scaling_factor, dropout_p, training, backend, save_inputs, exact_base)
-    return _apply(x, None, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
+    return apply(x, None, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
 
 
 def multilora_add(
@@ -89,7 +89,7 @@ def multilora_add(
     :func:`multilora_linear`.
     """
     options = (scaling_factor, dropout_p, training, backend, save_inputs, True)
-    return _apply(x, y, None, None, lora_A, lora_B, lora_scaling, seed, options)
+    return apply(x, y, None, None, lora_A, lora_B, lora_scaling, seed, options)
 
 
 def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str | None = None) -> Tensor:
@@ -149,6 +149,8 @@ def checked(x, y, weight, bias, lora_A, lora_B, lora_scaling, options: tuple) ->
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast chooses for x's products, or None; it leaves float64 alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = x.device.type
     if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
@@ -175,12 +177,14 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     return seed.reshape(1)
 
 
-def _apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
+def apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options: tuple) -> Tensor:
+    """:func:`multilora_linear`, or :func:`multilora_add` where ``y`` is given, with the ``options`` of
+    :func:`prepare`."""
     if torch.compiler.is_compiling():
         return _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
     call = find_call(x, y, weight, bias, lora_A, lora_B, lora_scaling, options)
     seed = seed_for(call.settings, seed, x)
-    return MultiLoRAFunction.apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call)
+    return apply_op(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call)
 
 
 def _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):

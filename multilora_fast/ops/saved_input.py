@@ -3,6 +3,7 @@
 Only dÃ = dHᵀ x̂ reads x again, so rounding it touches no other gradient: dx, dB and ds stay exact.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,10 @@ def restore(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``t.to(dtype)``, which takes a microsecond also where there is nothing to do."""
     return t if t.dtype is dtype else t.to(dtype)
+
+
+def cast_all(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
 def as_tokens(t: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.adapters.branches import Branches, as_lora
-from multilora_fast.layers.shared_input import Base, SharedInput, hooked, parameter
-from multilora_fast.ops.functional import multilora_add, multilora_linear
+from multilora_fast.layers.shared_input import Base, SharedInput, branches_of, hooked, options_of, parameter
+from multilora_fast.ops.functional import apply
 from multilora_fast.peft.quantization import base_weight, compute_as, dense_4bit, is_4bit, resolve_quantization_backend
 
 _DENSE = (nn.Parameter, Tensor, FakeTensor)  # weights that are what their layer multiplies by
@@ -69,16 +69,7 @@ class MultiLoraBranches(nn.Module):
         taken = self.shared.take(self, x) if self.shared is not None and y is None and not alone else None
         if taken is not None:
             return taken
-        branches = (self.lora_A, self.lora_B, self.lora_scaling)
-        options: dict[str, Any] = {
-            "scaling_factor": self.scaling_factor,
-            "dropout_p": self.lora_dropout.p,
-            "training": self.lora_dropout.training,
-            "save_inputs": self.save_inputs,
-        }
-        if y is None:
-            return multilora_linear(x, weight, bias, *branches, exact_base=self.exact_base, **options)
-        return multilora_add(y, x, *branches, **options)
+        return apply(x, y, weight, bias, *branches_of(self), None, options_of(self))
 
     def base(self, x: Tensor) -> Base | None:
         """What the group needs of the base layer, None where the layer would not run as this adapter's fused op."""

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
 from multilora_fast import MultiLoRALinear, fuse
+from multilora_fast.layers import shared_input
 from multilora_fast.ops import functional
-from multilora_fast.ops.autograd import GroupFunction
 
 K = 24
 SIZES = {"q_proj": 16, "k_proj": 20, "v_proj": 12}
@@ -27,8 +27,8 @@ def one_seed(monkeypatch):
 @pytest.fixture
 def groups(monkeypatch):
     """How many layers each call of a group served."""
-    served, apply = [], GroupFunction.apply
-    monkeypatch.setattr(GroupFunction, "apply", lambda *args: served.append((len(args) - 4) // 5) or apply(*args))
+    served, apply = [], shared_input.apply_group
+    monkeypatch.setattr(shared_input, "apply_group", lambda *args: served.append((len(args) - 4) // 5) or apply(*args))
     return served
 
 

@@ -10,9 +10,9 @@ from tiny import IDS, branches, config, layers, llama, logits, two_adapters
 from torch import nn
 
 from multilora_fast import MultiLoRALinear, fuse
+from multilora_fast.layers import shared_input
 from multilora_fast.memory import saved_bytes
 from multilora_fast.ops import functional
-from multilora_fast.ops.autograd import GroupFunction
 
 EVERYTHING = "all-linear"
 
@@ -26,8 +26,10 @@ def one_seed(monkeypatch):
 @pytest.fixture
 def projections(monkeypatch):
     """How many layers each call of a group served."""
-    served, project = [], GroupFunction.apply
-    monkeypatch.setattr(GroupFunction, "apply", lambda *args: served.append((len(args) - 4) // 5) or project(*args))
+    served, project = [], shared_input.apply_group
+    monkeypatch.setattr(
+        shared_input, "apply_group", lambda *args: served.append((len(args) - 4) // 5) or project(*args)
+    )
     return served
 
 

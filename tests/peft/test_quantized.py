@@ -6,8 +6,8 @@ from peft import PeftModel, get_peft_model
 from tiny import ATTENTION, IDS, assert_differ, config, llama, logits
 from torch import nn
 
+from multilora_fast.layers import shared_input
 from multilora_fast.memory import saved_bytes
-from multilora_fast.ops.autograd import GroupFunction
 from multilora_fast.peft import MultiLoraConfig, MultiLoraLinear
 from multilora_fast.peft.quantization import base_weight
 from multilora_fast.testing import random_case, two_times_rule
@@ -152,8 +152,8 @@ def test_unmerge_goes_back_as_far_as_quantization_lets_it(bits, step):
 
 def test_4bit_layers_share_their_input(monkeypatch):
     """As dense layers do: one op for q, k and v, and the gradients of layers alone."""
-    served, apply = [], GroupFunction.apply
-    monkeypatch.setattr(GroupFunction, "apply", lambda *args: served.append((len(args) - 4) // 5) or apply(*args))
+    served, apply = [], shared_input.apply_group
+    monkeypatch.setattr(shared_input, "apply_group", lambda *args: served.append((len(args) - 4) // 5) or apply(*args))
     found = []
     for share in (False, True):
         torch.manual_seed(0)
