@@ -50,7 +50,7 @@ class MultiLoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(new(lora_num, r, self.in_features))
         self.lora_B = nn.Parameter(new(lora_num, self.out_features, r))
         self.lora_scaling = nn.Parameter(new(lora_num, self.out_features if scaling == "vector" else 1))
-        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.lora_dropout = nn.Dropout(lora_dropout or 0)  # Dynamo compiles in the integers of a module, and no floats
         self.train(base.training)
         self.reset_branches()
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from multilora_fast.ops.autograd import apply_group
 from multilora_fast.ops.call import Call, find
+from multilora_fast.ops.composite import is_seen_through
 from multilora_fast.ops.equations import GroupSettings
 from multilora_fast.ops.functional import Weight, autocast_dtype, checked, seed_for
 
@@ -67,7 +68,7 @@ class SharedInput:
 
     def take(self, member: Layer, x: Tensor) -> Tensor | None:
         """The output of ``member``; None where nothing can be shared, and the layer is on its own."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_seen_through():
             return None
         finished = self.finished(member, x)
         if finished is not None:

@@ -10,6 +10,7 @@ from multilora_fast.ops.backends import choose, load
 from multilora_fast.ops.call import Call, find
 from multilora_fast.ops.checks import check_base, check_base_output, check_branches
 from multilora_fast.ops.compile import compiled
+from multilora_fast.ops.composite import composite, is_seen_through
 from multilora_fast.ops.equations import OpSettings
 from multilora_fast.validation import (
     check_dropout,
@@ -59,7 +60,8 @@ def multilora_linear(
             layer's bits. Otherwise a GPU for which it was measured to be faster runs one kernel for the product and the
             branches, whose sums are rounded in another order.
 
-    Returns: (..., N), in x's dtype or autocast's. Its backward can be taken once: no double backward.
+    Returns: (..., N), in x's dtype or autocast's. Its backward can be taken once: no double backward. Under
+    torch.func's transforms and torch.jit.trace the op is made of PyTorch's own operations instead.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree, dropout_p outside [0, 1), a scaling_factor that is not
@@ -116,11 +118,16 @@ def prepare(
 ) -> OpSettings:
     """The settings of a call, after every check that does not concern the base layer."""
     check_branches(x, lora_A, lora_B, lora_scaling)
-    check_scaling_factor(scaling_factor)
+    return settings_for(x, scaling_factor, dropout_p, training, backend, save_inputs, exact_base)
+
+
+def settings_for(x, scaling_factor, dropout_p, training, backend, save_inputs, exact_base) -> OpSettings:
+    if not torch.compiler.is_compiling():  # comparing it would compile in its value
+        check_scaling_factor(scaling_factor)
     check_dropout("dropout_p", dropout_p)
     check_save_inputs(save_inputs)
     check_switch("exact_base", exact_base)
-    p = float(dropout_p) if training else 0.0
+    p = float(dropout_p) if training and dropout_p else 0.0
     dtype = autocast_dtype(x) or x.dtype
     return OpSettings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype), save_inputs, exact_base)
 
@@ -182,9 +189,18 @@ def apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options: tuple
     :func:`prepare`."""
     if torch.compiler.is_compiling():
         return _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
+    if is_seen_through():
+        return _seen_through(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
     call = find_call(x, y, weight, bias, lora_A, lora_B, lora_scaling, options)
     seed = seed_for(call.settings, seed, x)
     return apply_op(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call)
+
+
+def _seen_through(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
+    tensors = (x, y, weight, bias, lora_A, lora_B, lora_scaling)
+    tracing = torch.jit.is_tracing()  # where sizes are tensors, which no check can compare
+    settings = settings_for(x, *options) if tracing else checked(*tensors, options)
+    return composite(*tensors, None if seed is None else seed_for(settings, seed, x), settings)
 
 
 def _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
@@ -195,4 +211,5 @@ def _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
         raise ValueError(f'save_inputs="{settings.save_inputs}" cannot be compiled: use "exact" under torch.compile.')
     c, p, dtype, backend, _, exact_base = settings
     seed = seed_for(settings, seed, x)
-    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend, exact_base)[0]
+    lora_scaling = lora_scaling * c  # a factor that Dynamo may hold as a symbol, which an op could not take
+    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, 1.0, p, dtype, backend, exact_base)[0]

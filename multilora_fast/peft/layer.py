@@ -52,7 +52,7 @@ class MultiLoraBranches(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(lora_num, r, in_features))
         self.lora_B = nn.Parameter(torch.empty(lora_num, out_features, r))
         self.lora_scaling = nn.Parameter(torch.empty(lora_num, out_features if scaling == "vector" else 1))
-        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.lora_dropout = nn.Dropout(lora_dropout or 0)  # Dynamo compiles in the integers of a module, and no floats
         self.scaling_factor = self.initial_factor = lora_alpha / r
         for branch in (*self.lora_A, *self.lora_B):
             nn.init.kaiming_uniform_(branch, a=math.sqrt(5))

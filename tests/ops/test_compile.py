@@ -5,10 +5,12 @@ from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from multilora_fast import FusedMultiLoRALinear, multilora_add, multilora_linear
+from multilora_fast import FusedMultiLoRALinear, MultiLoraConfig, multilora_add, multilora_linear
 from multilora_fast.ops.compile import compiled, compiled_backward
 from multilora_fast.testing import assert_two_times_rule, random_case
 
@@ -128,6 +130,26 @@ def test_a_weight_from_a_function_runs_outside_the_graph(device):
     torch.compiler.reset()
     with pytest.raises((torch._dynamo.exc.Unsupported, ValueError)):
         torch.compile(op, fullgraph=True)(case.x, **case.parameters)
+
+
+@pytest.mark.parametrize(("dynamic", "autocast", "p"), [(None, False, 0.0), (True, False, 0.0), (True, True, 0.1)])
+def test_token_counts_cost_no_more_graphs_than_with_lora(dynamic, autocast, p):
+    def graphs(model) -> int:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled_model = torch.compile(model, backend=counter, dynamic=dynamic)
+        for tokens in (3, 4, 5, 7):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                compiled_model(torch.randn(2, tokens, 8)).sum().backward()
+        return counter.frame_count
+
+    def adapted(config):
+        return get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), config)
+
+    options = {"r": 2, "target_modules": ["0", "2"], "lora_dropout": p}
+    lora = graphs(adapted(LoraConfig(**options)))
+    assert graphs(adapted(MultiLoraConfig(**options))) <= lora
+    assert graphs(FusedMultiLoRALinear(nn.Linear(8, 8), r=2, lora_num=2, lora_dropout=p)) <= lora
 
 
 def test_double_backward_is_refused(device):
