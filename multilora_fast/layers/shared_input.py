@@ -5,8 +5,10 @@ each of the others takes its own. Backward makes all their dÃ in one pass over 
 mask. This is for training: in evaluation every layer is on its own, and its bits do not depend on its neighbours.
 """
 
+import operator
+import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -60,11 +62,14 @@ class SharedInput:
         self.members = members
         self.disabled_reason: str | None = None
         self._stopped = self._recomputed = False
-        self._waiting: Waiting | None = None
         self._abandoned = 0
+        self._thread = _Thread()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_waiting": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, _thread=_Thread())
 
     def take(self, member: Layer, x: Tensor) -> Tensor | None:
         """The output of ``member``; None where nothing can be shared, and the layer is on its own."""
@@ -73,36 +78,44 @@ class SharedInput:
         finished = self.finished(member, x)
         if finished is not None:
             return finished
-        waiting, self._waiting = self._waiting, None
-        if self._stopped or not member.training or x.is_inference():
+        waiting, self._thread.waiting = self._thread.waiting, None
+        if not member.training or x.is_inference():
+            return None
+        if self._stopped:
+            self._watch(member, x)
             return None
         members = [*self.members.values()]
         bases, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
         if None in bases or not any(other is member for other in members):  # a replica is none of them
             return None
+        if any("ds_id" in t.__dict__ for own in branches for t in own):  # gathered by ZeRO, for one layer at a time
+            return None
         call = self._call(members, x, bases, branches)
         if call.settings is None or self._stops(id(member), waiting):
             return None
-        del waiting  # with the outputs in it
-        ended: list[bool] = []
+        outputs: dict[int, tuple] = {}
+        waiting = self._thread.waiting = Waiting(x, outputs)
         kinds = (*zip(*bases, strict=True),)[:2], zip(*branches, strict=True)
         seed = seed_for(call.settings.each[0], None, x)
-        outs = apply_group(x, seed, call, ended, *chain(*chain(*kinds)))
-        outputs = {id(m): (out, *_values(m, *own)) for m, out, own in zip(members, outs, branches, strict=True)}
-        self._waiting = Waiting(weakref.ref(x), _state(x), ended, outputs)
+        outs = apply_group(x, seed, call, weakref.ref(waiting), *chain(*chain(*kinds)))
+        for other, out, base, own in zip(members, outs, bases, branches, strict=True):
+            outputs[id(other)] = out, other.scaling_factor, base, own, _versions(base, own)
         return outputs.pop(id(member))[0]
 
     def finished(self, member: Layer, x: Tensor) -> Tensor | None:
         """The output of ``member`` where another one's call has computed it."""
-        waiting = self._waiting
-        if waiting is None or waiting.x() is not x or waiting.state != _state(x) or waiting.ended:
+        waiting = self._thread.waiting
+        if waiting is None or waiting.x() is not x or waiting.state != _state(x):
             return None
-        out, *values = waiting.outputs.get(id(member), (None,))
-        if out is None or not member.training or values != _values(member, *branches_of(member)):
+        out, factor, base, branches, versions = waiting.outputs.get(id(member), (None,) * 5)
+        if out is None or not member.training or factor != member.scaling_factor:
             return None
-        del waiting.outputs[id(member)]
+        own = branches_of(member)
+        if versions != _versions(base, own) or False in map(operator.is_, own, branches):
+            return None
+        waiting.outputs.pop(id(member), None)
         if not waiting.outputs:
-            self._waiting, self._abandoned = None, 0
+            self._thread.waiting, self._abandoned = None, 0
         return out
 
     def _call(self, members: list[Layer], x: Tensor, bases: list, branches: list) -> Call:
@@ -120,7 +133,7 @@ class SharedInput:
             alike = {
                 (one._replace(scaling_factor=1.0, exact_base=False), A.dtype) for one, A in zip(each, As, strict=True)
             }
-            if len(alike) > 1 or any(hasattr(A, "ds_id") for A in As):  # gathered by ZeRO, for one layer at a time
+            if len(alike) > 1:
                 return None
             counts, ranks = zip(*[A.shape[:2] for A in As], strict=True)
             return GroupSettings(each, counts, ranks, each[0].dtype, each[0].backend, each[0].save_inputs)
@@ -150,15 +163,37 @@ class SharedInput:
         self._stopped = not recomputing and (self._recomputed or hooks is None)
         return self._stopped
 
+    def _watch(self, member: Layer, x: Tensor) -> None:
+        """Let the group share again, from the next forward on, after one in which every layer was given the same x: it
+        may have stopped because forwards failed in its midst."""
+        recomputing = torch._C._current_graph_task_id() != -1
+        if not recomputing and self._thread.readers(member, x) == len(self.members):
+            self.disabled_reason, self._abandoned = None, 0
+            self._stopped = self._recomputed = False
 
-class Waiting(NamedTuple):
-    """Outputs for members that are still to come: x and what else must agree, whether a backward has ended their graph,
-    and by the id of each member its output and what it was computed with."""
 
-    x: weakref.ref[Tensor]
-    state: tuple
-    ended: list[bool]
-    outputs: dict[int, tuple]
+class Waiting:
+    """Outputs for members that are still to come: x and what else must agree, and by the id of each member its output
+    and what it was computed with. The end of x, or of a backward, is theirs too."""
+
+    __slots__ = ("__weakref__", "outputs", "state", "x")
+
+    def __init__(self, x: Tensor, outputs: dict[int, tuple]):
+        self.x, self.state, self.outputs = weakref.ref(x, lambda _: outputs.clear()), _state(x), outputs
+
+
+class _Thread(threading.local):
+    """What one thread's forward has come to."""
+
+    waiting: Waiting | None = None
+    last: weakref.ref[Tensor] | None = None
+
+    def readers(self, member: Layer, x: Tensor) -> int:
+        """How many members were given x, one after the other, ``member`` last."""
+        if self.last is None or self.last() is not x:
+            self.last, self.seen = weakref.ref(x), set()
+        self.seen.add(id(member))
+        return len(self.seen)
 
 
 def hooked(module: nn.Module) -> bool:
@@ -185,9 +220,9 @@ def options_of(member: Layer) -> tuple:
     return member.scaling_factor, p, training, member.backend, member.save_inputs, member.exact_base
 
 
-def _values(member: Layer, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tensor) -> list:
+def _versions(base: Base, branches: Sequence[Tensor]) -> list[int]:
     """What changes when the member does, between the call that computes its output and its own."""
-    return [lora_A._version, lora_B._version, lora_scaling._version, member.scaling_factor]
+    return [t._version for t in (base.weight, base.bias, *branches) if isinstance(t, Tensor)]
 
 
 def _state(x: Tensor) -> tuple:

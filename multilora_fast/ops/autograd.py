@@ -87,15 +87,16 @@ def backward(
 
 class GroupFunction(torch.autograd.Function):
     """The outputs of layers that read one x. ``tensors`` are the weights, biases, lora_A, lora_B and lora_scaling of
-    all of them; the weights may all be functions that return the dense weight. A backward notes itself in ``ended``."""
+    all of them; the weights may all be functions that return the dense weight. ``waiting`` refers weakly to what holds
+    the ``outputs`` for layers that are still to come: a backward takes them back."""
 
     @staticmethod
-    def forward(ctx, x, seed, call, ended, *tensors):
+    def forward(ctx, x, seed, call, waiting, *tensors):
         ctx.set_materialize_grads(False)
         weights, biases, lora_As, lora_Bs, scales = by_kind(tensors, 5)
         settings, dtype = call.settings, call.settings.dtype
         ctx.needs, ctx.any_needs = group_needs(ctx.needs_input_grad)
-        ctx.call, ctx.ended, ctx.new = call, ended, new_in_backward()
+        ctx.call, ctx.waiting, ctx.new = call, waiting, new_in_backward()
         ctx.dense = None if isinstance(weights[0], Tensor) else weights
         if ctx.dense:
             kept = [None] * len(weights)
@@ -115,7 +116,9 @@ class GroupFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *dys):
-        ctx.ended.append(True)
+        waiting = ctx.waiting()
+        if waiting is not None:
+            waiting.outputs.clear()
         present = tuple([i for i, dy in enumerate(dys) if dy is not None and True in ctx.needs[i]])
         if not present:
             return (None,) * (4 + 5 * len(dys))

@@ -204,12 +204,12 @@ def test_an_output_whose_graph_is_gone_is_not_served():
 def test_what_waits_for_members_that_do_not_come_is_dropped():
     _, model = pair()
     model.q_proj(x_of())
-    first = model.q_proj.shared._waiting
+    first = model.q_proj.shared._thread.waiting
     model.q_proj(x_of(1))
-    assert model.q_proj.shared._waiting is not first
+    assert model.q_proj.shared._thread.waiting is not first
     model.eval()
     model.q_proj(x_of())
-    assert model.q_proj.shared._waiting is None
+    assert model.q_proj.shared._thread.waiting is None
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_copies_and_pickles_are_groups_of_their_own(projections):
 def test_nothing_waits_after_a_step():
     model = model_of()
     gradients(model)
-    assert all(b.shared is None or b.shared._waiting is None for b in branches(model))
+    assert all(b.shared is None or b.shared._thread.waiting is None for b in branches(model))
 
 
 def test_autocast(one_seed):

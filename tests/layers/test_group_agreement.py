@@ -1,0 +1,196 @@
+"""When layers share an input: what must be the same for all of them, and when what waits for the others goes."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import T5Config, T5ForConditionalGeneration
+
+from multilora_fast import MultiLoRALinear, fuse
+from multilora_fast.layers import shared_input
+from multilora_fast.peft import MultiLoraConfig
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """How many layers each call of a group served."""
+    found, apply = [], shared_input.apply_group
+    monkeypatch.setattr(shared_input, "apply_group", lambda *args: found.append((len(args) - 4) // 5) or apply(*args))
+    return found
+
+
+def projections(p=0.0) -> nn.ModuleDict:
+    model = nn.ModuleDict({name: MultiLoRALinear(nn.Linear(8, 8), r=2, lora_num=2, lora_dropout=p) for name in NAMES})
+    for layer in model.values():
+        nn.init.normal_(layer.lora_scaling)
+    fuse(model)
+    return model
+
+
+def group_of(model: nn.ModuleDict) -> shared_input.SharedInput:
+    return model["q_proj"].shared
+
+
+def alone(layer, x):
+    shared, layer.shared = layer.shared, None
+    out = layer(x)
+    layer.shared = shared
+    return out
+
+
+def forward(model, x):
+    return sum(layer(x) for layer in model.values())
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B", "lora_scaling"])
+def test_a_parameter_that_changed_since_is_used_as_it_is(name, grad):
+    model, x = projections(), torch.randn(3, 8)
+    with torch.set_grad_enabled(grad):
+        model["q_proj"](x)
+        with torch.no_grad():
+            getattr(model["k_proj"], name).add_(1.0)
+        assert torch.equal(model["k_proj"](x), alone(model["k_proj"], x))
+
+
+def test_a_parameter_that_was_replaced_since_is_used_as_it_is():
+    model, x = projections(), torch.randn(3, 8)
+    model["q_proj"](x)
+    model["k_proj"].lora_B = nn.Parameter(torch.randn(2, 8, 2))
+    assert torch.equal(model["k_proj"](x), alone(model["k_proj"], x))
+
+
+def test_two_autocast_dtypes_for_one_x():
+    model, x = projections(), torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model["q_proj"](x).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert model["k_proj"](x).dtype == torch.float16
+    assert model["v_proj"](x).dtype == torch.float32
+
+
+def test_with_and_without_a_graph_for_one_x():
+    model, x = projections(), torch.randn(3, 8)
+    with torch.no_grad():
+        assert not model["q_proj"](x).requires_grad
+    assert model["k_proj"](x).requires_grad
+
+
+def test_tensors_of_inference_are_not_shared(served):
+    model = projections()
+    with torch.inference_mode():
+        forward(model, torch.randn(3, 8))
+    assert not served
+
+
+def test_layers_that_save_their_input_in_two_ways_do_not_share(served):
+    model, x = projections(), torch.randn(3, 8)
+    model["k_proj"].save_inputs = "fp8"
+    forward(model, x)
+    assert not served
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_output_that_nobody_took_keeps_nothing_alive(grad):
+    model, x = projections(), torch.randn(3, 8, requires_grad=True)
+    with torch.set_grad_enabled(grad):
+        out = model["q_proj"](x).sum()
+    waiting = [weakref.ref(out) for out, *_ in group_of(model)._thread.waiting.outputs.values()]
+    if grad:
+        out.backward()
+    here = weakref.ref(x)
+    del x, out
+    gc.collect()
+    assert here() is None
+    assert len(waiting) == 2
+    assert all(left() is None for left in waiting)
+
+
+def test_an_unused_layer_has_no_gradient_and_not_a_zero_one():
+    model, x = projections(), torch.randn(3, 8)
+    outs = [layer(x) for layer in model.values()]
+    (outs[0] + outs[2]).sum().backward()
+    assert model["k_proj"].lora_A.grad is None
+    assert model["k_proj"].lora_B.grad is None
+    assert model["k_proj"].lora_scaling.grad is None
+    assert model["v_proj"].lora_A.grad is not None
+
+
+def test_threads_that_share_a_model_do_not_meet(served):
+    model, errors = projections(), []
+    wanted = forward(model, torch.ones(3, 8))
+
+    def work():
+        try:
+            for _ in range(30):
+                torch.testing.assert_close(forward(model, torch.ones(3, 8)), wanted)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert served == [3] * 121
+    assert group_of(model).disabled_reason is None
+
+
+def test_a_group_returns_after_forwards_that_failed(served):
+    model = projections()
+    for _ in range(5):
+        model["q_proj"](torch.randn(3, 8))
+    assert group_of(model).disabled_reason
+    served.clear()
+    forward(model, torch.randn(3, 8)).sum().backward()
+    assert not served
+    forward(model, torch.randn(3, 8)).sum().backward()
+    assert served == [3]
+    assert group_of(model).disabled_reason is None
+
+
+def test_a_forward_now_and_then_that_fails_does_not_end_a_group(served):
+    model = projections()
+    for _ in range(4):
+        model["q_proj"](torch.randn(3, 8))
+        forward(model, torch.randn(3, 8)).sum().backward()
+    assert group_of(model).disabled_reason is None
+    assert served == [3] * 8
+
+
+def test_a_layer_that_is_never_called_ends_the_group_for_good(served):
+    model = projections()
+    for _ in range(5):
+        x = torch.randn(3, 8)
+        (model["q_proj"](x) + model["v_proj"](x)).sum().backward()
+    assert group_of(model).disabled_reason
+    assert len(served) == 2
+
+
+def test_parameters_that_zero_gathers_are_not_shared(served):
+    model = projections()
+    forward(model, torch.randn(3, 8))
+    assert served == [3]
+    model["v_proj"].lora_B.ds_id = 7
+    forward(model, torch.randn(3, 8))
+    assert served == [3]
+
+
+@pytest.mark.parametrize("reentrant", [False, True, None])
+def test_an_encoder_decoder_trains_from_its_first_step(reentrant):
+    from peft import get_peft_model
+
+    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+    model = get_peft_model(base, MultiLoraConfig(r=2, lora_num=2, target_modules=["q", "k", "v"])).train()
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    for _ in range(3):
+        model(input_ids=torch.randint(1, 99, (2, 5)), labels=torch.randint(1, 99, (2, 4))).loss.backward()
