@@ -1,5 +1,6 @@
 """What commands read and write: checked before anything slow happens, and written whole or not at all."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -10,8 +11,17 @@ from pathlib import Path
 UNFINISHED = ".unfinished"  # how names begin of what is not yet in its place
 
 
-def check_folder(name: str, folder: Path) -> None:
+def as_path(name: str, value: str | os.PathLike) -> Path:
+    """``value``, that of the argument ``name``, as a path. A Path makes the current directory of an empty text, which
+    is a ValueError here: a shell passes one for a variable that is not set."""
+    if not os.fspath(value):
+        raise ValueError(f"{name} is an empty text; give a path.")
+    return Path(value)
+
+
+def check_folder(name: str, folder: str | os.PathLike) -> None:
     """Raise ValueError if ``folder``, the value of the argument ``name``, can be no directory to write to."""
+    folder = as_path(name, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{name} {folder} is a file; give a directory.")
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -49,20 +59,44 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(folder: Path, last: str | None = None) -> Iterator[Path]:
-    """A directory to write in. If the block ends well, its files move into ``folder``, which is made where missing, one
-    by one and the one named ``last`` at the end; else nothing has changed."""
+    """A directory to write in. If the block ends well, its files move into ``folder``, which is made where missing;
+    else nothing has changed.
+
+    What they replace is set aside before, and put back if a move fails. The file named ``last`` goes first and comes
+    last: where it is there, so are all others, of the same write.
+    """
     with made(folder):
         stage = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}-", dir=folder))
+        aside = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}-", dir=folder))
         try:
             yield stage
-            for path in sorted(stage.rglob("*"), key=lambda path: (path.name == last, path)):
-                target = folder / path.relative_to(stage)
-                if path.is_dir():
-                    target.mkdir(exist_ok=True)
-                else:
-                    os.replace(path, target)
+            _replace(stage, aside, folder, last)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(stage: Path, aside: Path, folder: Path, last: str | None) -> None:
+    paths = [path.relative_to(stage) for path in stage.rglob("*")]
+    files = sorted((path for path in paths if not (stage / path).is_dir()), key=lambda path: (path.name == last, path))
+    for path in files:
+        if (folder / path).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(folder / path))
+    for path in sorted(path for path in paths if (stage / path).is_dir()):
+        (aside / path).mkdir()
+        (folder / path).mkdir(exist_ok=True)
+    moves = [(folder / path, aside / path) for path in reversed(files) if os.path.lexists(folder / path)]
+    moves += [(stage / path, folder / path) for path in files]
+    done = []
+    try:
+        for source, target in moves:
+            done.append((source, target))
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(done):
+            if not os.path.lexists(source):
+                os.replace(target, source)
+        raise
 
 
 def remove_unfinished(folder: Path) -> None:
