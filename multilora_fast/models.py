@@ -100,15 +100,18 @@ def pretrained(auto: Any, model: str, **options: Any) -> Any:
         raise ValueError(f"--model {model} could not be loaded: {reason}") from error
 
 
-def load_model(name: str | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The causal LM at a directory or hub id, on ``device``, in eval mode; the packaged one for None.
+def load_model(
+    name: str | None, dtype: torch.dtype, device: torch.device, auto: str = "AutoModelForCausalLM", **options: Any
+) -> nn.Module:
+    """The causal LM, or what else the auto class ``auto`` of transformers makes with ``options``, at a directory or hub
+    id, on ``device``, in eval mode; the packaged one for None.
 
     Raises:
         ValueError: it cannot be loaded.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model = _quietly(AutoModelForCausalLM, name, dtype=dtype)
+    model = _quietly(getattr(transformers, auto), name, dtype=dtype, **options)
     model.config.use_cache = False
     return model.to(device).eval()
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from multilora_fast.adapters.branches import Branches, as_lora, collect
+from multilora_fast.adapters.branches import Branches, as_lora, clean, collect
 from multilora_fast.adapters.files import parse_multilora, read_files
 from multilora_fast.adapters.merge import parse_lora
 from multilora_fast.console import progress
@@ -171,7 +171,7 @@ def _of_model(model: Any, adapter_name: str | None) -> dict[str, Factors]:
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # of PEFT's LoRA layers
             factors = _of_lora_layer(path, module, adapter_name)
             if factors is not None:
-                found[path.removeprefix("_orig_mod.").replace("._orig_mod", "")] = factors
+                found[clean(path)] = factors
     if not found:
         wanted = "" if adapter_name is None else f" called {adapter_name!r}"
         raise ValueError(f"model holds no MultiLoRA or LoRA adapter{wanted}.")
@@ -197,9 +197,10 @@ def _of_lora_layer(path: str, layer: Any, adapter_name: str | None) -> Factors |
 def _of_directory(directory: str | os.PathLike) -> dict[str, Factors]:
     config, tensors = read_files(directory, "MultiLoRA or LoRA")
     if config.get("peft_type") == "LORA":
-        return {name: Factors(A, B) for name, (A, B) in parse_lora(os.fspath(directory), config, tensors)[1].items()}
-    modules = parse_multilora(directory, config, tensors)[1]
-    return {name: Factors(*as_lora(branches)) for name, branches in modules.items()}
+        lora = parse_lora(os.fspath(directory), config, tensors)
+        return {name: Factors(A, B) for name, (A, B) in lora.modules.items()}
+    adapter = parse_multilora(directory, config, tensors)
+    return {name: Factors(*as_lora(branches)) for name, branches in adapter.modules.items()}
 
 
 def _differences(base: nn.Module, tuned: Source) -> dict[str, Difference]:

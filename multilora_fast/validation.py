@@ -31,7 +31,12 @@ def check_scaling_factor(factor: float) -> None:
 
 
 def _is_finite_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and -math.inf < float(value) < math.inf
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond float64
+        return False
 
 
 def check_integer(name: str, value: int, *, least: int) -> None:
@@ -57,7 +62,7 @@ def check_config(config: Mapping) -> None:
 def check_expression(field: str, expression: str) -> None:
     try:
         re.compile(expression)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"{field} holds {expression!r}, which is no regular expression: {error}.") from None
 
 
@@ -69,3 +74,13 @@ def check_save_inputs(choice: str) -> None:
 def check_switch(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be True or False, not {value!r}.")
+
+
+def check_names(name: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, (list, tuple, set)) and all(isinstance(v, str) for v in value)):
+        raise ValueError(f"{name} must be a list of names or None, not {value!r}.")
+
+
+def check_text(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} must be a text or None, not {value!r}.")

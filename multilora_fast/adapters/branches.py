@@ -13,6 +13,7 @@ from multilora_fast.reference import MultiLoRALinear
 
 NAMES = ("lora_A", "lora_B", "lora_scaling")
 CONTAINER = "multilora_branches"  # of the PEFT layer: one module per adapter
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # each holds a module of the model
 
 
 class Branches(NamedTuple):
@@ -37,10 +38,17 @@ class Branches(NamedTuple):
         return cls(module.lora_A.detach(), module.lora_B.detach(), module.lora_scaling.detach(), module.scaling_factor)
 
 
+def clean(name: str) -> str:
+    """The path of a module without the names that torch's wrappers, such as torch.compile's, put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def as_lora(branches: Branches) -> tuple[Tensor, Tensor]:
-    """The same update as one LoRA of rank R: Ã (R, K) and B̃ (N, R), with B̃ Ã x what the branches add to the output."""
+    """The same update as one LoRA of rank R: Ã (R, K) and B̃ (N, R), with B̃ Ã x what the branches add to the output.
+    The product B̃ is taken, and given, in float32 at least."""
     A, B, s, c = branches
-    B = B * (c * s).unsqueeze(2)
+    dtype = torch.promote_types(torch.promote_types(B.dtype, s.dtype), torch.float32)
+    B = B.to(dtype) * (c * s.to(dtype)).unsqueeze(2)
     return A.flatten(0, 1), B.transpose(0, 1).flatten(1)
 
 
@@ -69,7 +77,7 @@ def collect(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: dict[str, nn.Module] = {}
     for path, module in base.named_modules():
-        name = path.removeprefix("_orig_mod.").replace("._orig_mod", "")  # a compiled model holds the model under this
+        name = clean(path)
         if isinstance(module, MultiLoRALinear):
             found[name] = module
         elif CONTAINER in module._modules:

@@ -5,6 +5,25 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from multilora_fast.adapters.branches import Branches
+from multilora_fast.validation import check_config, check_names, check_switch, check_text
+
+_TEXTS = ("base_model_name_or_path", "base_model_type", "revision", "task_type", "bias")
+_SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "use_qalora", "use_bdlora")
+
+
+def check_fields(config: Mapping) -> None:
+    """Raise ValueError naming the first field of an adapter's config, MultiLoRA's or LoRA's, that is of another kind
+    than its name says. A text such as "false" is no switch: it would count as true."""
+    for field in _TEXTS:
+        check_text(field, config.get(field))
+    for field in _SWITCHES:
+        if config.get(field) is not None:
+            check_switch(field, config[field])
+    check_names("modules_to_save", config.get("modules_to_save"))
+    for field in ("target_modules", "exclude_modules", "target_parameters"):
+        if not isinstance(config.get(field), str):
+            check_names(field, config.get(field))
+    check_config(config)
 
 
 def pattern_value(pattern: Mapping[str, object] | None, name: str, default):

@@ -7,27 +7,38 @@ PeftModel.from_pretrained, and what a PeftModel saved loads here, on nn.Linear m
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from multilora_fast.adapters.branches import CONTAINER, NAMES, Branches, collect
-from multilora_fast.adapters.config import describe, shape_options, targets
-from multilora_fast.files import atomic_dir, check_folder
+from multilora_fast.adapters.branches import CONTAINER, NAMES, Branches, clean, collect
+from multilora_fast.adapters.config import check_fields, describe, shape_options, targets
+from multilora_fast.files import as_path, atomic_dir, check_folder
 from multilora_fast.layers.fused import FusedMultiLoRALinear
 from multilora_fast.reference import MultiLoRALinear
-from multilora_fast.validation import check_config, check_hyperparameters
+from multilora_fast.validation import check_hyperparameters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "train.json"  # in the directory of a training run, of what it is the output
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PREFIX = "base_model.model."
 MADE_BY = "multilora_fast"  # in the metadata of the weights that a command made of others
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SUFFIX = f".{CONTAINER}."
+
+
+class Adapter(NamedTuple):
+    """What the files of a MultiLoRA adapter hold: the config, the branches by module path, and what PEFT keeps whole
+    beside them (heads, embeddings, biases) by the parameters' names in the adapted model."""
+
+    config: dict
+    modules: dict[str, Branches]
+    whole: dict[str, Tensor]
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -49,7 +60,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
             raise ValueError(f"model must have one lora_dropout and kind of scale in all layers, but {name} differs.")
     modules = {name: Branches.of(layer) for name, layer in layers.items()}
     chosen = targets(layers, [name for name, _ in model.named_modules()])
-    write_multilora(directory, modules, {**first, "target_modules": chosen})
+    config = {**first, "target_modules": chosen, "base_model_type": model_type(model)}
+    write_multilora(directory, Adapter(config, modules, {}))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
@@ -60,7 +72,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     Raises:
         ValueError: a file that is missing, damaged or foreign, or that does not fit this model.
     """
-    config, modules = read_multilora(directory)
+    config, modules, whole = read_multilora(directory)
+    places = {_parameter(model, directory, name, tensor): tensor for name, tensor in whole.items()}
     layers: dict[str, FusedMultiLoRALinear] = {}
     for name, branches in modules.items():
         try:
@@ -69,38 +82,52 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             raise ValueError(f"{directory} adapts {name}, which the model does not have.") from None
         if not isinstance(base, nn.Linear) or isinstance(base, MultiLoRALinear):
             raise ValueError(f"{directory} adapts {name}, which is a {type(base).__name__}, not an nn.Linear.")
-        _check_shapes(directory, config, name, branches, base.in_features, base.out_features)
-        options = {k: config[k] for k in ("lora_dropout", "scaling")}
+        shapes = {"r": branches.r, "lora_num": branches.lora_num, "scaling": config["scaling"]}
+        _check_shapes(directory, name, branches, base.in_features, base.out_features, **shapes)
         with torch.device("meta"):
             bare = nn.Linear(base.in_features, base.out_features)
-            layer = FusedMultiLoRALinear(bare, **shape_options(config, name), **options)
+            layer = FusedMultiLoRALinear(bare, lora_dropout=config["lora_dropout"], **shapes)
+        layer.scaling_factor = branches.scaling_factor
         for key in NAMES:
             setattr(layer, key, nn.Parameter(getattr(branches, key).to(base.weight.device)))
         layer.weight = base.weight
         layer.register_parameter("bias", base.bias)
         layers[name] = layer.train(base.training)
+    with torch.no_grad():
+        for parameter, tensor in places.items():
+            parameter.copy_(tensor)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return list(layers)
 
 
-def write_multilora(
-    directory: str | os.PathLike, modules: Mapping[str, Branches], config: dict, made_by: str | None = None
-) -> None:
-    """An adapter with the branches of ``modules``, by module path; ``config`` holds what the branches do not say."""
+def _parameter(model: nn.Module, directory, name: str, tensor: Tensor) -> nn.Parameter:
+    """The parameter of a model without adapters that ``tensor``, which an adapter keeps whole, is the value of."""
+    try:
+        parameter = model.get_parameter(name.replace(".base_layer.", "."))
+    except AttributeError:
+        raise ValueError(f"{directory} holds {name}, which the model does not have.") from None
+    if parameter.shape != tensor.shape:
+        shapes = f"{tuple(tensor.shape)}, where the model has {tuple(parameter.shape)}"
+        raise ValueError(f"{directory} holds {name} of shape {shapes}.")
+    return parameter
+
+
+def write_multilora(directory: str | os.PathLike, adapter: Adapter, made_by: str | None = None) -> None:
+    """An adapter, whose config holds what its branches do not say."""
+    config, modules, whole = adapter
     tensors = {f"{PREFIX}{name}{_SUFFIX}{key}": getattr(b, key) for name, b in modules.items() for key in NAMES}
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
     write_files(directory, {"peft_type": "MULTILORA", **describe(modules), **config}, tensors, made_by)
 
 
-def read_multilora(directory: str | os.PathLike) -> tuple[dict, dict[str, Branches]]:
-    """The config, and the branches by module path."""
+def read_multilora(directory: str | os.PathLike) -> Adapter:
+    """The adapter in ``directory``."""
     return parse_multilora(directory, *read_files(directory, "MultiLoRA"))
 
 
-def parse_multilora(
-    directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]
-) -> tuple[dict, dict[str, Branches]]:
-    """The config, and the branches by module path, of what was read in ``directory``."""
+def parse_multilora(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter that was read in ``directory``."""
     directory = Path(directory)
     if config.get("peft_type") != "MULTILORA":
         raise ValueError(f"{directory / CONFIG} does not describe a MultiLoRA adapter.")
@@ -108,18 +135,21 @@ def parse_multilora(
     if missing:
         raise ValueError(f"{directory / CONFIG} lacks {', '.join(sorted(missing))}.")
     try:
-        check_config(config)
+        check_fields(config)
         check_hyperparameters(**{k: config[k] for k in ("r", "lora_num", "lora_dropout", "scaling")})
     except ValueError as error:
         raise ValueError(f"{directory / CONFIG} is wrong: {error}") from None
     found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name, suffix, branch = key.removeprefix(PREFIX).rpartition(_SUFFIX)
-        if branch.partition(".")[2] in NAMES:  # PEFT before 0.20 puts a model's other adapters here too, by name
-            continue
-        if not key.startswith(PREFIX) or not suffix or branch not in NAMES:
+        if key.startswith(PREFIX) and suffix and branch in NAMES:
+            found.setdefault(name, {})[branch] = tensor
+        elif branch.partition(".")[2] not in NAMES:  # PEFT before 0.20 puts a model's other adapters here too, by name
+            others[key] = tensor
+    for key in others:
+        if not is_whole(key, config, found):
             raise ValueError(f"{directory / WEIGHTS} holds {key}, which is no MultiLoRA tensor.")
-        found.setdefault(name, {})[branch] = tensor
     if not found:
         raise ValueError(f"{directory / WEIGHTS} holds no MultiLoRA tensor.")
     modules = {}
@@ -127,26 +157,42 @@ def parse_multilora(
         lacking = sorted(set(NAMES) - set(branches))
         if lacking:
             raise ValueError(f"{directory / WEIGHTS} lacks {', '.join(lacking)} of {name}.")
-        options = shape_options(config, name)
-        modules[name] = Branches(**branches, scaling_factor=options["lora_alpha"] / options["r"])
-        K, N = ((*t.shape, 0, 0, 0)[axis] for t, axis in ((branches["lora_A"], 2), (branches["lora_B"], 1)))
-        _check_shapes(directory, config, name, modules[name], K, N)
-    return config, modules
+        r, lora_num, alpha = shape_options(config, name).values()
+        modules[clean(name)] = one = Branches(**branches, scaling_factor=alpha / r)
+        K, N = ((*t.shape, 0, 0, 0)[axis] for t, axis in ((one.lora_A, 2), (one.lora_B, 1)))
+        _check_shapes(directory, name, one, K, N, r=r, lora_num=lora_num, scaling=config["scaling"])
+    return Adapter(config, modules, {clean(key).removeprefix(PREFIX): tensor for key, tensor in others.items()})
+
+
+def is_whole(key: str, config: Mapping, adapted: Collection[str]) -> bool:
+    """Whether ``key`` names what PEFT keeps whole in an adapter's file: of modules_to_save, a trained bias, or of an
+    embedding, because it is adapted itself or its vocabulary was resized. Of the modules that are ``adapted`` it is
+    their base layer's."""
+    module, _, name = key.removeprefix(PREFIX).rpartition(".")
+    if not key.startswith(PREFIX) or CONTAINER in key or ".lora_" in key:
+        return False
+    if any(f".{saved}." in f".{module}." for saved in config.get("modules_to_save") or ()):
+        return True
+    base = module.removesuffix(".base_layer")
+    return name in ("weight", "bias") and (base in adapted) == (base != module)
 
 
 def read_files(directory: str | os.PathLike, kind: str) -> tuple[dict, dict[str, Tensor]]:
     """The config and the tensors of an adapter of any method. Only safetensors are read: a pickle can run code."""
-    directory = Path(directory)
+    directory = as_path(f"the {kind} adapter's directory", directory)
     try:
         if not directory.is_dir():
             raise ValueError("it is a file" if directory.exists() else "no such directory")
+        for path in (directory / CONFIG, directory / WEIGHTS):
+            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+                raise ValueError(f"its {path.name} is no file")
         config = json.loads((directory / CONFIG).read_text())
         if not (directory / WEIGHTS).exists():
             pickled = [path.name for path in sorted(directory.iterdir()) if path.suffix in PICKLED]
             if pickled:
                 raise ValueError(f"{pickled[0]} is pickled, which could run code, and there is no {WEIGHTS}")
         tensors = load_file(directory / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"{directory} is no readable {kind} adapter: {' '.join(str(error).split())}.") from error
     if not isinstance(config, dict):
         raise ValueError(f"{directory / CONFIG} does not describe a {kind} adapter.")
@@ -159,6 +205,9 @@ def check_values(where: object, tensors: Mapping[str, Tensor]) -> None:
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{where} holds {key} of {tensor.dtype}, not of a floating-point dtype.")
+        if tensor.dtype not in DTYPES:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"{where} holds {key} of {tensor.dtype}, not of one of {wanted}.")
         if not tensor.isfinite().all():
             raise ValueError(f"{where} holds values that are not finite, in {key}.")
 
@@ -166,8 +215,8 @@ def check_values(where: object, tensors: Mapping[str, Tensor]) -> None:
 def check_new_adapter(directory: str | os.PathLike, made_by: str) -> None:
     """Raise ValueError unless ``directory`` may take what the command ``made_by`` makes: it holds no model, training
     run or adapter, but for one that this command made and nobody trained since."""
-    directory = Path(directory)
     check_folder("the output", directory)
+    directory = Path(directory)
     for pattern, what in (("config.json", "model"), (RECORD, "training run"), ("checkpoint-*", "training run")):
         if any(directory.glob(pattern)):
             raise ValueError(f"the output {directory} holds a {what} ({pattern}): give another directory.")
@@ -179,6 +228,8 @@ def check_new_adapter(directory: str | os.PathLike, made_by: str) -> None:
 
 def _made_by(weights: Path) -> str | None:
     """The command that made the adapter. Who trains it and saves it writes the file without that."""
+    if not weights.is_file():
+        return None
     try:
         with safe_open(weights, "pt") as file:
             return (file.metadata() or {}).get(MADE_BY)
@@ -210,8 +261,8 @@ def write_files(
         ValueError: ``directory`` can be none, or a tensor is not finite.
         OSError: the files cannot be written, on a full disk say.
     """
-    directory = Path(directory)
     check_folder("the output", directory)
+    directory = Path(directory)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     check_values("the adapter", tensors)
     with atomic_dir(directory, last=CONFIG) as stage:
@@ -227,10 +278,15 @@ def write_files(
             verify(stage)
 
 
-def _check_shapes(directory, config: dict, name: str, branches: Branches, K: int, N: int) -> None:
-    options = shape_options(config, name)
-    n, r = options["lora_num"], options["r"]
-    shapes = ((n, r, K), (n, N, r), (n, N if config["scaling"] == "vector" else 1))
+def model_type(model: nn.Module) -> str | None:
+    """What transformers calls the architecture of ``model``, None for a model that is not its."""
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _check_shapes(
+    directory, name: str, branches: Branches, K: int, N: int, *, r: int, lora_num: int, scaling: str
+) -> None:
+    shapes = ((lora_num, r, K), (lora_num, N, r), (lora_num, N if scaling == "vector" else 1))
     for key, tensor, wanted in zip(NAMES, branches[:3], shapes, strict=True):
         if tuple(tensor.shape) != wanted:
             raise ValueError(

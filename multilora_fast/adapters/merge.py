@@ -5,23 +5,33 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from multilora_fast.adapters.branches import Branches, stack
-from multilora_fast.adapters.config import pattern_value
-from multilora_fast.adapters.files import PREFIX, check_new_adapter, read_files, write_multilora
-from multilora_fast.validation import check_config, check_hyperparameters
+from multilora_fast.adapters.branches import Branches, clean, stack
+from multilora_fast.adapters.config import check_fields, pattern_value
+from multilora_fast.adapters.files import PREFIX, Adapter, check_new_adapter, is_whole, read_files, write_multilora
+from multilora_fast.files import as_path
+from multilora_fast.validation import check_hyperparameters
 
 # Fields of a LoRA config that change what the adapter computes beyond B A x, or hold tensors outside of A and B.
 _NOT_PLAIN = (
-    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "modules_to_save", "trainable_token_indices",
-    "layer_replication", "target_parameters", "alora_invocation_tokens", "arrow_config", "velora_config",
-    "monteclora_config", "kasa_config", "megatron_config",
+    "use_dora", "lora_bias", "use_qalora", "use_bdlora", "trainable_token_indices", "layer_replication",
+    "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config", "kasa_config", "megatron_config",
 )  # fmt: skip
 # Initialisations that change the base weight too, so that the adapter alone says nothing about the original model.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+class Lora(NamedTuple):
+    """What the files of a LoRA adapter hold: the config, A (r, K) and B (N, r) by module path, in float32 and with
+    alpha / r folded into B, and what PEFT keeps whole beside them, by the parameters' names in the adapted model."""
+
+    config: dict
+    modules: dict[str, tuple[Tensor, Tensor]]
+    whole: dict[str, Tensor]
 
 
 def from_loras(
@@ -68,65 +78,78 @@ def from_loras(
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"weights must be finite, not {weights}.")
     check_hyperparameters(r=1, lora_num=1, lora_dropout=lora_dropout, scaling=scaling)
-    overwritten = [directory for directory in directories if Path(directory).resolve() == Path(out_dir).resolve()]
+    out = as_path("the output", out_dir)
+    overwritten = [directory for directory in directories if Path(directory).resolve() == out.resolve()]
     if overwritten:
-        raise ValueError(f"the output {out_dir} holds one of the LoRA adapters, which would be overwritten.")
-    check_new_adapter(out_dir, "merge")
+        raise ValueError(f"the output {out} holds one of the LoRA adapters, which would be overwritten.")
+    check_new_adapter(out, "merge")
     loras = [read_lora(directory) for directory in directories]
+    for directory, lora in zip(directories, loras, strict=True):
+        if lora.config.get("modules_to_save"):
+            saved = lora.config["modules_to_save"]
+            raise ValueError(f"{directory} has modules_to_save={saved!r}, which MultiLoRA branches cannot hold.")
     generator = torch.Generator().manual_seed(seed)
     modules = {}
-    for name in dict.fromkeys(name for _, lora in loras for name in lora):
+    for name in dict.fromkeys(name for lora in loras for name in lora.modules):
         _check_shapes(name, directories, loras)
-        K, N = next((A.shape[1], B.shape[0]) for A, B in (lora[name] for _, lora in loras if name in lora))
+        K, N = next((A.shape[1], B.shape[0]) for A, B in (lora.modules[name] for lora in loras if name in lora.modules))
         width = N if scaling == "vector" else 1
-        r = max(lora[name][0].shape[0] for _, lora in loras if name in lora)
+        r = max(lora.modules[name][0].shape[0] for lora in loras if name in lora.modules)
         parts = []
-        for (_, lora), weight in zip(loras, weights, strict=True):
-            if name in lora:
-                A, B = lora[name]
+        for lora, weight in zip(loras, weights, strict=True):
+            if name in lora.modules:
+                A, B = lora.modules[name]
                 parts.append(Branches(A[None], B[None], torch.full((1, width), weight)))
             else:
                 A = torch.empty(1, r, K).uniform_(-(K**-0.5), K**-0.5, generator=generator)
                 B = torch.empty(1, N, r).uniform_(-(r**-0.5), r**-0.5, generator=generator)
                 parts.append(Branches(A, B, torch.zeros(1, width)))
         modules[name] = stack(parts, generator)
-    config = _config([config for config, _ in loras], scaling, lora_dropout, sorted(modules))
-    write_multilora(out_dir, modules, config, made_by="merge")
-    return Path(out_dir)
+    config = _config([lora.config for lora in loras], scaling, lora_dropout, sorted(modules))
+    write_multilora(out, Adapter(config, modules, _whole(directories, loras)), made_by="merge")
+    return out
 
 
-def read_lora(directory: str | os.PathLike) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
-    """The config, and A (r, K) and B (N, r) by module path, in float32, with alpha / r folded into B."""
+def read_lora(directory: str | os.PathLike) -> Lora:
+    """The LoRA adapter in ``directory``."""
     return parse_lora(directory, *read_files(directory, "LoRA"))
 
 
-def parse_lora(
-    directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]
-) -> tuple[dict, dict[str, tuple[Tensor, Tensor]]]:
-    """As :func:`read_lora`, of what was read in ``directory``."""
+def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> Lora:
+    """The LoRA adapter that was read in ``directory``."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter, not a LoRA adapter.")
+    try:
+        check_fields(config)
+    except ValueError as error:
+        raise ValueError(f"{directory} has a config that is wrong: {error}") from None
     for field in _NOT_PLAIN:
         if config.get(field):
             raise ValueError(f"{directory} has {field}={config[field]!r}, which MultiLoRA branches cannot hold.")
     missing = {"r", "lora_alpha"} - {field for field, value in config.items() if value is not None}
     if missing:
         raise ValueError(f"{directory} has a config that lacks {', '.join(sorted(missing))}.")
-    if config.get("bias", "none") != "none":
+    if (config.get("bias") or "none") != "none":
         raise ValueError(f"{directory} has bias={config['bias']!r}, which MultiLoRA branches cannot hold.")
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_CHANGES_BASE):
         raise ValueError(f"{directory} was made with init_lora_weights={init!r}, which changes the base weights too.")
-    try:
-        check_config(config)
-    except ValueError as error:
-        raise ValueError(f"{directory} has a config that is wrong: {error}") from None
     found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name, dot, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if not key.startswith(PREFIX) or not dot or which not in ("lora_A", "lora_B") or tensor.dim() != 2:
+        if key.startswith(PREFIX) and dot and which in ("lora_A", "lora_B") and tensor.dim() == 2:
+            found.setdefault(name, {})[which] = tensor.float()
+        else:
+            others[key] = tensor
+    for key, tensor in others.items():
+        if not is_whole(key, config, found):
             raise ValueError(f"{directory} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear layer.")
-        found.setdefault(name, {})[which] = tensor.float()
+    parameters = config.get("target_parameters") or ()
+    if set(parameters) - {f"{name}.weight" for name in found}:  # those that are, are linear layers under another name
+        raise ValueError(
+            f"{directory} has target_parameters={config['target_parameters']!r}, which MultiLoRA branches cannot hold."
+        )
     if not found:
         raise ValueError(f"{directory} holds no tensors.")
     lora = {}
@@ -135,18 +158,31 @@ def parse_lora(
             raise ValueError(f"{directory} holds {next(iter(pair))} of {name}, but not the other half.")
         r = pattern_value(config.get("rank_pattern"), name, config.get("r"))
         alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
+        if alpha is None:
+            raise ValueError(f"{directory} has a config without lora_alpha for {name}.")
         if not pair["lora_A"].shape[0] == pair["lora_B"].shape[1] == r:
             shapes = f"{tuple(pair['lora_A'].shape)} and {tuple(pair['lora_B'].shape)}"
             raise ValueError(f"{directory} holds A and B of shapes {shapes} for {name}, which its config gives r={r}.")
-        lora[name] = pair["lora_A"], pair["lora_B"] * (alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-    return config, lora
+        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        lora[clean(name)] = pair["lora_A"], pair["lora_B"] * scale
+    return Lora(config, lora, {clean(key).removeprefix(PREFIX): tensor for key, tensor in others.items()})
 
 
-def _check_shapes(name: str, directories: Sequence[str | os.PathLike], loras: Sequence[tuple[dict, dict]]) -> None:
+def _whole(directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> dict[str, Tensor]:
+    """What the LoRAs keep whole: embeddings, in which all that hold them must agree."""
+    whole: dict[str, Tensor] = {}
+    for directory, lora in zip(directories, loras, strict=True):
+        for name, tensor in lora.whole.items():
+            if not torch.equal(whole.setdefault(name, tensor), tensor):
+                raise ValueError(f"{directory} holds another {name} than the LoRA adapters before it.")
+    return whole
+
+
+def _check_shapes(name: str, directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> None:
     shapes = {
-        directory: (lora[name][0].shape[1], lora[name][1].shape[0])
-        for directory, (_, lora) in zip(directories, loras, strict=True)
-        if name in lora
+        directory: (lora.modules[name][0].shape[1], lora.modules[name][1].shape[0])
+        for directory, lora in zip(directories, loras, strict=True)
+        if name in lora.modules
     }
     first = next(iter(shapes))
     for directory, (K, N) in shapes.items():
@@ -165,6 +201,7 @@ def _config(configs: Sequence[dict], scaling: str, lora_dropout: float, names: l
         warnings.warn(f"the LoRA adapters name different base models: {', '.join(bases)}.", stacklevel=3)
     return {
         "base_model_name_or_path": bases[0] if len(bases) == 1 else None,
+        "revision": common("revision"),
         "task_type": common("task_type"),
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs),
         "scaling": scaling,

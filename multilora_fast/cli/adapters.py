@@ -7,10 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
+from multilora_fast.cli.paths import given_path
+
+_AUTO: dict[str | None, str] = {  # transformers' class for each task of PEFT's but CAUSAL_LM
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Directory of a MultiLoRA adapter.")],
-    out: Annotated[Path, typer.Argument(help="Directory for the LoRA adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="Directory of a MultiLoRA adapter.", parser=given_path)],
+    out: Annotated[Path, typer.Argument(help="Directory for the LoRA adapter.", parser=given_path)],
     model: Annotated[
         str | None,
         typer.Option(help="Base model, as a directory or hub id, to compare logits with.", show_default="no check"),
@@ -38,7 +48,7 @@ def export(
 
     if model is not None:
         model_source("--model", model)
-    report = write_lora(adapter, out, verify=None if model is None else compare)
+    report = write_lora(adapter, out, base_model=model, verify=None if model is None else compare)
     if as_json:
         _print_json({"output": str(out), **asdict(report), **compared})
     else:
@@ -46,8 +56,10 @@ def export(
 
 
 def merge(
-    lora_dirs: Annotated[list[Path], typer.Argument(help="Directories of LoRA adapters of one base model.")],
-    output: Annotated[Path, typer.Option(help="Directory for the MultiLoRA adapter.")],
+    lora_dirs: Annotated[
+        list[Path], typer.Argument(help="Directories of LoRA adapters of one base model.", parser=given_path)
+    ],
+    output: Annotated[Path, typer.Option(help="Directory for the MultiLoRA adapter.", parser=given_path)],
     weights: Annotated[
         str | None, typer.Option(help="One number per adapter, with commas.", show_default="1 for each")
     ] = None,
@@ -80,22 +92,70 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def _compare(model: str, adapter: Path, lora: Path) -> tuple[float, float]:
     """The largest difference between the logits under both adapters on random tokens in float32, and the largest
-    logit."""
+    logit. Where the LoRA's B is stored in half precision, the source's is rounded as it is."""
     import torch
     from peft import PeftModel
 
     import multilora_fast.peft  # noqa: F401  (registers the method)
-    from multilora_fast.models import load_model
 
     outputs = []
     for directory in (adapter, lora):
-        base: Any = load_model(model, torch.float32, torch.device("cpu"))
+        base = _load_base(model, adapter)
         try:
-            adapted = PeftModel.from_pretrained(base, str(directory)).eval()
+            adapted: Any = PeftModel.from_pretrained(base, str(directory)).eval()
         except RuntimeError as error:
             raise ValueError(f"{directory} does not fit {model}: {' '.join(str(error).split())[:300]}") from error
-        ids = torch.randint(base.config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+        if directory is adapter:
+            _round_as(lora, adapted)
+        config = base.config.get_text_config()
+        length = min(32, (getattr(config, "max_position_embeddings", None) or 32) - 2)
+        ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+        decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
         with torch.no_grad():
-            outputs.append(adapted(ids).logits)
+            outputs.append(adapted(input_ids=ids, **decoder)[0])
     source, exported = outputs
     return (source - exported).abs().max().item(), source.abs().max().item()
+
+
+def _load_base(model: str, adapter: Path) -> Any:
+    """The model that the adapter is for: of its task, with its head's number of labels and its vocabulary."""
+    import torch
+
+    from multilora_fast.adapters.files import read_multilora
+    from multilora_fast.models import load_model
+
+    config, _, whole = read_multilora(adapter)
+    auto = _AUTO.get(config.get("task_type"), "AutoModelForCausalLM")
+    heads = config.get("modules_to_save") or []
+    labels = [t.shape[0] for name, t in whole.items() if t.dim() == 2 and set(heads) & set(name.split("."))]
+    options = {"num_labels": min(labels)} if labels else {}
+    base: Any = load_model(model, torch.float32, torch.device("cpu"), auto, **options)
+    if base.config.get_text_config().pad_token_id is None:  # by which classifiers find a sequence's last token
+        base.config.get_text_config().pad_token_id = 0
+    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    for name, layer in base.named_modules():
+        if any(layer is embedding for embedding in layers):
+            kept = whole.get(f"{name}.weight", whole.get(f"{name}.base_layer.weight"))
+            if kept is not None and len(kept) != len(layer.weight):
+                base.resize_token_embeddings(len(kept), mean_resizing=False)
+    return base
+
+
+def _round_as(lora: Path, adapted: Any) -> None:
+    """Let a model's MultiLoRA adapter compute with its B as the LoRA stores it, where that is in half precision."""
+    import torch
+    from safetensors.torch import load_file
+
+    from multilora_fast.adapters.branches import Branches, as_lora, collect
+    from multilora_fast.adapters.files import PREFIX, WEIGHTS
+
+    stored = load_file(lora / WEIGHTS)
+    for name, module in collect(adapted).items():
+        dtype = stored[f"{PREFIX}{name}.lora_B.weight"].dtype
+        if dtype not in (torch.float32, torch.float64):
+            branches: Any = module
+            n, _, r = branches.lora_B.shape
+            rounded = as_lora(Branches.of(module))[1].to(dtype).unflatten(1, (n, r)).transpose(0, 1)
+            branches.lora_B.data.copy_(rounded)
+            branches.lora_scaling.data.fill_(1.0)
+            branches.scaling_factor = 1.0

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from multilora_fast.cli.paths import given_path
+
 
 def demo(
     model: Annotated[
@@ -33,9 +35,9 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the items drawn, their order and the branches.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    output: Annotated[Path, typer.Option(help="Directory for the adapter, metrics.json and comparison.png.")] = Path(
-        "demo-output"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Directory for the adapter, metrics.json and comparison.png.", parser=given_path)
+    ] = Path("demo-output"),
     compare: Annotated[bool, typer.Option(help="Compare with naive MultiLoRA and PEFT LoRA.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="A run of a minute or two that claims no accuracy.")] = False,
 ) -> None:

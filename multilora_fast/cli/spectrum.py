@@ -9,13 +9,16 @@ from typing import Annotated
 
 import typer
 
+from multilora_fast.cli.paths import given_path
 from multilora_fast.files import check_file
 
 
 def spectrum(
     adapters: Annotated[
         list[Path],
-        typer.Argument(help="Directories of MultiLoRA or LoRA adapters; with --base, also of fine-tuned models."),
+        typer.Argument(
+            help="Directories of MultiLoRA or LoRA adapters; with --base, also of fine-tuned models.", parser=given_path
+        ),
     ],
     base: Annotated[
         str | None, typer.Option(help="The model that fine-tuned models came from, as a directory or hub id.")

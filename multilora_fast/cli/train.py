@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
+from multilora_fast.cli.paths import given_path
+
 
 def train(
     model: Annotated[str, typer.Option(help="Directory or hub id of a causal LM.")],
-    output: Annotated[Path, typer.Option(help="Directory for the adapter and the checkpoints, new or empty.")],
+    output: Annotated[
+        Path, typer.Option(help="Directory for the adapter and the checkpoints, new or empty.", parser=given_path)
+    ],
     files: Annotated[
         list[Path] | None,
         typer.Argument(

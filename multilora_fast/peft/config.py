@@ -12,6 +12,7 @@ from multilora_fast.validation import (
     check_config,
     check_expression,
     check_hyperparameters,
+    check_names,
     check_save_inputs,
     check_switch,
 )
@@ -45,6 +46,8 @@ class MultiLoraConfig(PeftConfig):
             same but for rounding, and with dropout one mask serves all of them.
         exact_base: keep the base layer's product the library's, so that scales of zero leave the base model's bits. By
             default a GPU for which it was measured to be faster computes it together with the branches.
+        base_model_type: what transformers calls the base model's architecture. Found out from the model, and kept for
+            exports.
         rank_pattern, lora_num_pattern, alpha_pattern: r, lora_num and lora_alpha of modules whose name ends in a
             match of the key.
 
@@ -68,6 +71,7 @@ class MultiLoraConfig(PeftConfig):
     save_inputs: Literal["exact", "fp8"] = "exact"
     share_inputs: bool = True
     exact_base: bool = False
+    base_model_type: str | None = None
     rank_pattern: dict | None = field(default_factory=dict)
     alpha_pattern: dict | None = field(default_factory=dict)
     lora_num_pattern: dict | None = field(default_factory=dict)
@@ -86,10 +90,9 @@ class MultiLoraConfig(PeftConfig):
         check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
         check_config(vars(self))
         check_save_inputs(self.save_inputs)
-        for name in ("init_weights", "share_inputs", "exact_base"):
+        for name in ("init_weights", "share_inputs", "exact_base", "fan_in_fan_out", "inference_mode"):
             check_switch(name, getattr(self, name))
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save must be a list of names, not {self.modules_to_save!r}.")
+        check_names("modules_to_save", self.modules_to_save)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 check_expression(name, getattr(self, name))

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.adapters.branches import CONTAINER, NAMES, Branches, stack
 from multilora_fast.adapters.config import describe, pattern_value, shape_options, targets
+from multilora_fast.adapters.files import model_type
 from multilora_fast.layers.shared_input import assign_groups
 from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraLinear
@@ -41,6 +42,7 @@ class MultiLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        config.base_model_type = model_type(model)
         if not isinstance(config.target_modules, str):
             names = [f".{name}" for name, _ in model.named_modules()]
             idle = [key for key in config.target_modules if not any(name.endswith(f".{key}") for name in names)]

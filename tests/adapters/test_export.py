@@ -1,20 +1,18 @@
 """Exports: the LoRA that servers load computes what the MultiLoRA adapter does."""
 
 import json
+import os
 
 import pytest
 import torch
-import typer
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import ATTENTION, assert_differ, assert_same_logits, config, gpt2, llama, logits
+from tiny import assert_differ, assert_same_logits, config, gpt2, llama, logits
 from torch import nn
-from typer.testing import CliRunner
 
 from multilora_fast import MultiLoRALinear, export_lora, fuse
 from multilora_fast.adapters import save_adapter
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
-from multilora_fast.cli.adapters import export
 
 MIXED = {"rank_pattern": {"q_proj|c_attn": 6}, "lora_num_pattern": {"v_proj|c_fc": 1}, "alpha_pattern": {"k_proj": 9}}
 
@@ -188,42 +186,57 @@ def test_a_write_that_fails_changes_nothing(tmp_path, monkeypatch):
         path.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("multilora_fast.adapters.files.save_file", fail)
-    for out in ("out", "new"):
-        with pytest.raises(OSError, match="disk full"):
-            export_lora(model, tmp_path / out)
+    with monkeypatch.context() as patch:
+        patch.setattr("multilora_fast.adapters.files.save_file", fail)
+        for out in ("out", "new"):
+            with pytest.raises(OSError, match="disk full"):
+                export_lora(model, tmp_path / out)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert not (tmp_path / "new").exists()
 
 
-# The command
+@pytest.mark.parametrize("nth", range(4))
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_move_that_fails_leaves_both_files_as_they_were(nth, error, tmp_path, monkeypatch):
+    """Two files are set aside and two take their places: whichever of these moves fails."""
+    export_lora(get_peft_model(llama(), config()), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    moves = []
+    replace = os.replace
+
+    def fail(source, target):
+        moves.append(target)
+        if len(moves) == nth + 1:
+            raise error
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(error):
+            export_lora(get_peft_model(llama(), config(r=2)), tmp_path)
+    assert len(moves) > nth
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    export_lora(get_peft_model(llama(), config(r=2)), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 6
 
 
-def run(*arguments):
-    app = typer.Typer()
-    app.command()(export)
-    return CliRunner().invoke(app, [str(a) for a in arguments])
+def test_what_is_read_meanwhile_is_never_of_two_exports(tmp_path, monkeypatch):
+    """At every moment that the config is there, it is there with the weights that it describes."""
+    export_lora(get_peft_model(llama(), config()), tmp_path)
+    seen = []
+    replace = os.replace
 
+    def look(source, target):
+        replace(source, target)
+        if (tmp_path / CONFIG).exists():
+            r = json.loads((tmp_path / CONFIG).read_text())["r"]
+            tensors = load_file(tmp_path / WEIGHTS)
+            seen.append({tensor.shape[0] for key, tensor in tensors.items() if "lora_A" in key} == {r})
 
-def test_the_command_compares_logits_and_names_the_rank(tmp_path):
-    llama().save_pretrained(tmp_path / "base")
-    get_peft_model(llama(), config(target_modules=ATTENTION)).save_pretrained(tmp_path / "source")
-    result = run(tmp_path / "source", tmp_path / "out", "--model", tmp_path / "base")
-    assert result.exit_code == 0, result.output
-    assert "logits differ by" in result.output
-    assert "--max-lora-rank 16" in result.output
-    assert (tmp_path / "out" / WEIGHTS).exists()
-
-
-def test_the_command_writes_nothing_when_the_check_fails(tmp_path, monkeypatch):
-    get_peft_model(llama(), config()).save_pretrained(tmp_path / "source")
-    result = run(tmp_path / "source", tmp_path / "out", "--model", tmp_path / "nowhere")
-    assert isinstance(result.exception, ValueError)
-    assert "no such directory" in str(result.exception)
-    monkeypatch.setattr("multilora_fast.cli.adapters._compare", lambda *_: (0.1, 1.0))
-    result = run(tmp_path / "source", tmp_path / "out", "--model", "any")
-    assert "differ from the source's by 0.1, of at most 1" in str(result.exception)
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(os, "replace", look)
+    export_lora(get_peft_model(llama(), config(r=2)), tmp_path)
+    assert seen
+    assert all(seen)
 
 
 def test_saving_over_an_export_is_allowed(tmp_path):

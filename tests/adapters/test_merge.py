@@ -141,7 +141,27 @@ REFUSED = {
     "lora_bias": (edit_config(lora_bias=True), "lora_bias=True"),
     "modules_to_save": (edit_config(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
     "parameters": (edit_config(target_parameters=["experts.up"]), "target_parameters="),
-    "changed base": (edit_config(init_lora_weights="pissa_niter_4"), "changes the base weights too"),
+    **{
+        f"base changed by {init}": (
+            edit_config(init_lora_weights=init),
+            f"init_lora_weights='{init}', which changes the",
+        )
+        for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica")
+    },
+    **{
+        field: (edit_config(**{field: [1]}), rf"{field}=\[1\], which MultiLoRA branches cannot hold")
+        for field in (
+            "trainable_token_indices",
+            "layer_replication",
+            "alora_invocation_tokens",
+            "arrow_config",
+            "velora_config",
+            "monteclora_config",
+            "kasa_config",
+            "megatron_config",
+        )
+    },
+    **{field: (edit_config(**{field: True}), f"{field}=True, which") for field in ("use_qalora", "use_bdlora")},
     "another method": (edit_config(peft_type="IA3"), "holds a IA3 adapter, not a LoRA adapter"),
     "an embedding": (
         edit_tensors(lambda t: t.update({Q + "lora_embedding_A": t.pop(Q + "lora_A.weight")})),

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -38,7 +39,7 @@ def everything(root: Path) -> dict[Path, bytes | None]:
 
 
 def command(words: str, monkeypatch) -> int:
-    monkeypatch.setattr(sys, "argv", ["multilora-fast", *words.split()])
+    monkeypatch.setattr(sys, "argv", ["multilora-fast", *shlex.split(words)])
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # to whatever might be asked
     with pytest.raises(SystemExit) as exit:
         cli.main()

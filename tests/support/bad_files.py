@@ -74,6 +74,26 @@ def text(path: str, content: str):
     return lambda: Path(path).write_text(content)
 
 
+def directory(path: str):
+    """A directory in place of the file."""
+
+    def edit():
+        Path(path).unlink()
+        Path(path).mkdir()
+
+    return edit
+
+
+def pipe(path: str):
+    """A pipe in place of the file, that nobody writes to."""
+
+    def edit():
+        Path(path).unlink()
+        os.mkfifo(path)
+
+    return edit
+
+
 def without(path: str):
     return lambda: Path(path).unlink()
 
