@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 
 from multilora_fast.peft.register import peft_type
 from multilora_fast.validation import (
@@ -37,7 +38,8 @@ class MultiLoraConfig(PeftConfig):
         scaling: whether a branch's learned scale is a "vector" of out_features values, or a "scalar".
         init_weights: True starts the scales at zero, so that the model answers as before; False draws them, for tests.
         fan_in_fan_out: whether the weights are stored as (in, out). Found out from the modules, and kept for exports.
-        bias: always "none".
+        bias: which biases of the base model are trained too: "none", "all", or "lora_only", the adapted modules'. Only
+            one adapter of a model can train biases.
         modules_to_save: modules to train and save whole.
         layers_to_transform, layers_pattern: indices of the layers to adapt, and the name of the list they are in.
         save_inputs: "exact", or "fp8" to keep the layers' inputs for backward in 8 bits where nothing else keeps them;
@@ -64,7 +66,7 @@ class MultiLoraConfig(PeftConfig):
     scaling: Literal["vector", "scalar"] = "vector"
     init_weights: bool = True
     fan_in_fan_out: bool = False
-    bias: Literal["none"] = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -96,8 +98,10 @@ class MultiLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 check_expression(name, getattr(self, name))
-        if self.bias != "none":
-            raise ValueError(f'bias must be "none", not {self.bias!r}: train whole modules with modules_to_save.')
+        if self.bias not in ("none", "all", "lora_only"):
+            raise ValueError(f'bias must be "none", "all" or "lora_only", not {self.bias!r}.')
+        if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):
+            raise ValueError(f"bias={self.bias!r} needs PEFT 0.21, which saves the biases of every method.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform.")
         expression = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"

@@ -148,7 +148,7 @@ class MultiLoraModel(BaseTuner):
 
         Raises:
             ValueError: names that do not exist or are taken, as many weights as adapters not given, a
-                ``combination_type`` other than "cat", adapters with modules_to_save.
+                ``combination_type`` other than "cat", adapters with modules_to_save or trained biases.
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         if not adapters or unknown:
@@ -159,8 +159,8 @@ class MultiLoraModel(BaseTuner):
             raise ValueError(f"adapter_name must be new, but {adapter_name!r} exists.")
         if combination_type != "cat":
             raise ValueError(f'combination_type must be "cat", which is exact, not {combination_type!r}.')
-        if any(self.peft_config[name].modules_to_save for name in adapters):
-            raise ValueError("adapters with modules_to_save cannot be summed.")
+        if any(self.peft_config[name].modules_to_save or self.peft_config[name].bias != "none" for name in adapters):
+            raise ValueError("adapters with modules_to_save or trained biases cannot be summed.")
         parts = {}
         for path, layer in _layers(self.model):
             here = [(layer.multilora_branches[a], w) for a, w in zip(adapters, weights, strict=True)
