@@ -9,6 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import IDS, assert_differ, assert_same_logits, config, llama, logits
+from tiny_training import PROMPTS, make_tokenizer, write
 from torch import nn
 from transformers import (
     BertConfig,
@@ -21,6 +22,9 @@ from transformers import (
 from multilora_fast import export_lora, from_loras, singular_values
 from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
+from multilora_fast.training.checkpoint import last_checkpoint
+from multilora_fast.training.config import TrainSettings
+from multilora_fast.training.run import run
 
 
 def classifier():
@@ -209,3 +213,18 @@ def test_a_head_that_does_not_fit_leaves_the_model_alone(tmp_path):
         with pytest.raises(ValueError, match=message):
             load_adapter(other, tmp_path)
         assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_a_run_that_adapts_the_head_is_resumed(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    files = (write(tmp_path / "sky.jsonl", PROMPTS),)
+    options = {"r": 2, "target_modules": ("lm_head",), "dtype": "float32", "eval_fraction": 0.0, "save_steps": 1}
+    for steps in (1, 2):
+        settings = TrainSettings(
+            str(tmp_path / "base"), tmp_path / "run", files, max_steps=steps, resume=steps > 1, **options
+        )
+        run(settings)
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+    export_lora(tmp_path / "run", tmp_path / "lora")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "lora" / WEIGHTS)
