@@ -21,6 +21,7 @@ from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraLinear
 from multilora_fast.peft.precision import warn_of_half_scales
 from multilora_fast.peft.quantization import get_quantization_kwargs, resolve_quantization_backend
+from multilora_fast.peft.targets import check_mamba, choose_all_linear, in_attention, is_all_linear, warn_of_experts
 
 
 class MultiLoraModel(BaseTuner):
@@ -40,14 +41,19 @@ class MultiLoraModel(BaseTuner):
         self._checked_scales = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        all_linear = is_all_linear(config)
+        if all_linear:
+            choose_all_linear(config, model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.base_model_type = model_type(model)
         if not isinstance(config.target_modules, str):
             names = [f".{name}" for name, _ in model.named_modules()]
             idle = [key for key in config.target_modules if not any(name.endswith(f".{key}") for name in names)]
             if idle:
                 warnings.warn(f"target_modules {', '.join(sorted(idle))} match no module of the model.", stacklevel=2)
+        if not config.inference_mode:
+            warn_of_experts(config, model, everything=all_linear)
         adapted = [name for name, layer in _layers(model) if adapter_name in layer.multilora_branches]
         idle = [
             k for k in config.lora_num_pattern if not any(pattern_value({k: True}, name, False) for name in adapted)
@@ -95,10 +101,13 @@ class MultiLoraModel(BaseTuner):
         # branches that are still on the meta device.
         setattr(parent, child_name, new_module)
 
+    def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
+        check_mamba(model, target_name)
+
     def _check_base(self, name: str, base: nn.Module, quantization: dict) -> None:
         if (getattr(self.model, "_tp_size", None) or 1) > 1:
             raise ValueError("MultiLoRA does not support tensor parallelism: load the model without a tp_plan.")
-        if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        if in_attention(base):
             raise ValueError(
                 f"Target module {name} belongs to an nn.MultiheadAttention, which reads its weight and not its output: "
                 "leave it out with exclude_modules."
