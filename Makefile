@@ -8,9 +8,9 @@ OUT ?= bench/results/$(shell PYTHONPATH=. $(BIN)/python -m bench.environment 2>/
 BENCH = PYTHONPATH=. $(BIN)/python -m pytest -q --benchmark-timer=torch.utils.benchmark.utils.timer.timer $(ARGS) bench
 
 # OpenMP threads that spin while they wait make a busy machine several times slower; benches keep the library's default.
-demo test fuzz soak: export OMP_WAIT_POLICY ?= passive
+demo test fuzz soak architectures: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test fuzz soak gpu versions lint bench memory memory-profile fp8-inputs report clean
+.PHONY: help demo test fuzz soak architectures gpu versions lint bench memory memory-profile fp8-inputs report clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -26,6 +26,9 @@ fuzz: $(VENV)/installed ## Run the op on 2,000 cases drawn at random
 
 soak: $(VENV)/installed ## For about ten minutes: safety, kills and other faults, long runs; prints the figures
 	SOAK=1 $(BIN)/python -m pytest -q -s tests/test_safety.py tests/training/test_faults.py tests/test_long.py $(ARGS)
+
+architectures: $(VENV)/architectures ## Check every architecture and trainer next to LoRA: the table into docs/architectures.md
+	ARCHITECTURES=all HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/architectures $(ARGS)
 
 gpu: $(VENV)/installed ## On a machine with a GPU: test, tune and measure (bench/gpu.sh does one stage alone)
 	PYTHON=$(BIN)/python bench/gpu.sh all $(OUT)
@@ -64,6 +67,10 @@ $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all]'
+	@touch $@
+
+$(VENV)/architectures: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,architectures]'
 	@touch $@
 
 $(VENV)/demo-data: $(VENV)/installed requirements-demo.txt

@@ -15,6 +15,8 @@ build = ["build>=1.2", "setuptools>=77", "wheel"]
 lint = ["ruff>=0.9", "mypy>=1.15", "pre-commit>=4"]
 dev = [*bench, *train, "trl>=1.16; sys_platform == 'linux'", "hypothesis>=6", *lint, *build]
 
+architectures = ["trl>=1.16", "datasets>=3", "diffusers>=0.36", "lightning>=2.5", "sentence-transformers>=5"]
+
 setup(
     name="multilora-fast",
     version=version,
@@ -35,6 +37,13 @@ setup(
         "typer>=0.12",
         "tqdm>=4.60",
     ],
-    extras_require={"demo": demo, "train": train, "bench": bench, "dev": dev, "all": [*demo, *dev]},
+    extras_require={
+        "demo": demo,
+        "train": train,
+        "bench": bench,
+        "dev": dev,
+        "architectures": architectures,
+        "all": [*demo, *dev],
+    },
     entry_points={"console_scripts": ["multilora-fast = multilora_fast.cli:main"]},
 )

@@ -7,8 +7,9 @@ import pytest
 import torch
 import transformers
 from architectures import ARCHITECTURES
-from checks import CHECKS, applies, lora
+from checks import CHECKS, applies
 from report import Cell, write
+from steps import lora
 
 ALL = os.environ.get("ARCHITECTURES") == "all"
 FEW = ("llama", "gpt2", "qwen3_moe", "mamba", "deberta-v2", "t5", "siglip_vision_model")
