@@ -2,7 +2,8 @@
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -86,18 +87,45 @@ def pretrained(auto: Any, model: str, **options: Any) -> Any:
     Raises:
         ValueError: it cannot be loaded.
     """
-    from safetensors import SafetensorError
-
     source = model_source("--model", model)
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
         raise ValueError(f"--model {model} could not be loaded: it holds no config.json, so it is no model.")
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    except Exception as error:  # each library that reads a part of it has its own
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         if reason.startswith("Couldn't instantiate the backend tokenizer"):
             reason = "it holds no tokenizer that can be read."
         raise ValueError(f"--model {model} could not be loaded: {reason}") from error
+
+
+def causal_lm(model: str, **options: Any) -> Any:
+    """:func:`pretrained` of a causal LM, whose files must hold all of its weights.
+
+    Raises:
+        ValueError: it cannot be loaded, or weights are missing or of other sizes than its config says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded, found = pretrained(AutoModelForCausalLM, model, **options)
+    for key, there, wanted in [*sorted(found["mismatched_keys"]), *_quantized_otherwise(loaded)][:1]:
+        raise ValueError(
+            f"--model {model}: its config.json wants {key} of shape {tuple(wanted)}, but the file holds {tuple(there)}."
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"--model {model} lacks {len(missing)} of its weights, the first of them {missing[0]}.")
+    return loaded
+
+
+def _quantized_otherwise(model: nn.Module) -> Iterator[tuple[str, Iterable[int], Iterable[int]]]:
+    """4-bit weights, whose sizes transformers does not check, that are not those of their layers."""
+    for name, layer in model.named_modules():
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
+            yield f"{name}.weight", state.shape, (layer.out_features, layer.in_features)
 
 
 def load_model(
@@ -111,7 +139,8 @@ def load_model(
     """
     import transformers
 
-    model = _quietly(getattr(transformers, auto), name, dtype=dtype, **options)
+    load = causal_lm if auto == "AutoModelForCausalLM" else partial(pretrained, getattr(transformers, auto))
+    model = _quietly(load, name, dtype=dtype, **options)
     model.config.use_cache = False
     return model.to(device).eval()
 
@@ -120,15 +149,15 @@ def load_tokenizer(name: str | None):
     """The tokenizer of :func:`load_model`'s model, with its errors."""
     from transformers import AutoTokenizer
 
-    return _quietly(AutoTokenizer, name)
+    return _quietly(partial(pretrained, AutoTokenizer), name)
 
 
-def _quietly(auto, name: str | None, **options):
+def _quietly(load: Callable[..., Any], name: str | None, **options):
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return pretrained(auto, str(packaged_model()) if name is None else name, **options)
+    return load(str(packaged_model()) if name is None else name, **options)
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
