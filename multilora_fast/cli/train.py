@@ -16,16 +16,28 @@ def train(
         Path, typer.Option(help="Directory for the adapter and the checkpoints, new or empty.", parser=given_path)
     ],
     files: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Argument(
-            help="JSONL files, each a task of the file's name, or a mixture whose rows have a task field. A row holds "
-            "prompt and completion, or messages, or text.",
+            help="JSONL or .parquet files or hf://OWNER/NAME[/CONFIG][:SPLIT], each a task of the file's name, or a "
+            "mixture whose rows have a task field. A row holds prompt and completion, or messages, or text.",
             show_default=False,
         ),
     ] = None,
     task: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE, a task and its name. Repeatable.", show_default=False)
     ] = None,
+    eval_file: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=FILE, rows to evaluate, in place of a share of the task NAME or as a task of its own. "
+            "Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file in place of the tokenizer's template.", show_default="the model's")
+    ] = None,
+    learn: Annotated[str, typer.Option(help="answers, or all for prompts and other messages too.")] = "answers",
     dtype: Annotated[
         str, typer.Option(help="Of the base: float32, bfloat16, or auto for bfloat16 where it is native.")
     ] = "auto",
@@ -37,7 +49,9 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
     lora_num: Annotated[int, typer.Option(help="Parallel branches per layer, n.")] = 3,
-    r: Annotated[int, typer.Option(help="Rank of each branch.")] = 32,
+    r: Annotated[
+        int, typer.Option("--r", "--rank", help="Rank of each branch; launchers of processes let only --rank pass.")
+    ] = 32,
     lora_alpha: Annotated[
         float | None, typer.Option(help="Branches are scaled by alpha / r.", show_default="r")
     ] = None,
@@ -46,6 +60,9 @@ def train(
     target_modules: Annotated[
         str, typer.Option(help="Names of the linear layers to adapt, with commas, or all-linear.")
     ] = "all-linear",
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Names of layers to leave alone, with commas.", show_default="none")
+    ] = None,
     epochs: Annotated[
         float, typer.Option(help="Times through the data, each with an evaluation and a checkpoint at its end.")
     ] = 1.0,
@@ -56,9 +73,16 @@ def train(
         float,
         typer.Option(help="Peak learning rate of AdamW; the scales start at zero, so take 3 to 10 times LoRA's."),
     ] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Rows per process and backward.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Rows, or bins, per process and backward.")] = 4,
     gradient_accumulation: Annotated[int, typer.Option(help="Backwards per step.")] = 1,
     max_length: Annotated[int, typer.Option(help="Longest row in tokens; longer ones are cut at the end.")] = 1024,
+    packing: Annotated[
+        bool, typer.Option("--packing", help="Put whole rows into bins of --max-length tokens instead of padding them.")
+    ] = False,
+    liger: Annotated[bool, typer.Option("--liger", help="Run the base with Liger's kernels.")] = False,
+    report_to: Annotated[
+        str | None, typer.Option(help="Trackers such as tensorboard or wandb, with commas.", show_default="none")
+    ] = None,
     eval_fraction: Annotated[
         float,
         typer.Option(
@@ -77,32 +101,22 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the rows held out, their order and the branches.")] = 0,
 ) -> None:
     """Fine-tune a causal LM on one or more tasks with transformers' Trainer."""
+    given = {name: value for name, value in locals().items() if name not in ("task", "eval_file")}
+    if not output:
+        raise ValueError("--output must name a directory, not ''.")
     from multilora_fast.training.config import TrainSettings
 
     settings = TrainSettings(
-        model=model,
-        output=output,
-        files=tuple(files or ()),
-        named=_named(task or []),
-        dtype=dtype,
-        quantization=quantization,
-        gradient_checkpointing=gradient_checkpointing,
-        resume=resume,
-        lora_num=lora_num,
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        scaling=scaling,
-        target_modules=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
-        epochs=epochs,
-        max_steps=max_steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        gradient_accumulation=gradient_accumulation,
-        max_length=max_length,
-        eval_fraction=eval_fraction,
-        save_steps=save_steps,
-        seed=seed,
+        **given
+        | {
+            "output": Path(output),
+            "files": tuple(files or ()),
+            "named": _named("--task", task or []),
+            "eval_files": _named("--eval-file", eval_file or []),
+            "target_modules": _listed(target_modules),
+            "exclude_modules": exclude_modules and _listed(exclude_modules),
+            "report_to": report_to and _listed(report_to),
+        }
     )
     settings.check()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
@@ -119,13 +133,17 @@ def train(
         raise typer.Abort(str(stop)) from stop
 
 
-def _named(tasks: list[str]) -> dict[str, Path]:
-    named: dict[str, Path] = {}
-    for text in tasks:
+def _named(option: str, values: list[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
+    for text in values:
         name, _, path = text.partition("=")
         if not name or not path:
-            raise ValueError(f"--task must be NAME=FILE, not {text!r}.")
+            raise ValueError(f"{option} must be NAME=FILE, not {text!r}.")
         if name in named:
-            raise ValueError(f"--task {name} is given twice.")
-        named[name] = Path(path)
+            raise ValueError(f"{option} {name} is given twice.")
+        named[name] = path
     return named
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -14,15 +14,20 @@ from multilora_fast.devices import choose_dtype
 from multilora_fast.files import UNFINISHED, check_folder
 from multilora_fast.validation import check_alpha, check_hyperparameters
 
-FREE = ("output", "resume", "epochs", "max_steps", "save_steps")  # what may change when a run is resumed
+FREE = ("output", "resume", "epochs", "max_steps", "save_steps", "report_to")  # what may change when a run is resumed
+
+FILES = ("files", "named", "eval_files")  # of which the rows count
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     model: str
     output: Path
-    files: tuple[Path, ...] = ()
-    named: dict[str, Path] = field(default_factory=dict)
+    files: tuple[Path | str, ...] = ()
+    named: dict[str, Path | str] = field(default_factory=dict)
+    eval_files: dict[str, Path | str] = field(default_factory=dict)
+    chat_template: Path | None = None
+    learn: str = "answers"
     dtype: str = "auto"
     quantization: str | None = None
     gradient_checkpointing: bool = False
@@ -33,12 +38,16 @@ class TrainSettings:
     lora_dropout: float = 0.0
     scaling: str = "vector"
     target_modules: tuple[str, ...] = ("all-linear",)
+    exclude_modules: tuple[str, ...] | None = None
     epochs: float = 1.0
     max_steps: int | None = None
     learning_rate: float = 1e-3
     batch_size: int = 4
     gradient_accumulation: int = 1
     max_length: int = 1024
+    packing: bool = False
+    liger: bool = False
+    report_to: tuple[str, ...] | None = None
     eval_fraction: float = 0.05
     save_steps: int | None = None
     seed: int = 0
@@ -53,9 +62,13 @@ class TrainSettings:
         if self.quantization not in (None, "4bit"):
             raise ValueError(f"--quantization must be 4bit, not {self.quantization!r}.")
         choose_dtype(self.dtype, torch.device("cpu"))
+        if self.learn not in ("answers", "all"):
+            raise ValueError(f"--learn must be answers or all, not {self.learn!r}.")
         needed = {"accelerate": "train"} | ({"bitsandbytes": "--quantization 4bit"} if self.quantization else {})
-        for package, what in needed.items():
-            if find_spec(package) is None:
+        needed |= {"liger_kernel": "--liger"} if self.liger else {}
+        for module, what in needed.items():
+            if find_spec(module) is None:
+                package = module.replace("_", "-")
                 raise ValueError(f"{what} needs {package}: run pip install {package}")
         if not self.target_modules:
             raise ValueError("--target-modules must name a module or be all-linear.")
@@ -69,6 +82,7 @@ class TrainSettings:
             raise ValueError(f"--seed must be from 0 to 4294967295, not {self.seed}.")
         if not 0.0 <= self.eval_fraction < 1.0:
             raise ValueError(f"--eval-fraction must be in [0, 1), not {self.eval_fraction}.")
+        self.template()
         self._check_output()
 
     def _check_output(self) -> None:
@@ -81,11 +95,29 @@ class TrainSettings:
         if self.resume and not (folder / RECORD).is_file():
             raise ValueError(f"--resume: {folder} holds no earlier run of multilora-fast train.")
 
+    def template(self) -> str | None:
+        """The text of the chat template that was asked for. Raises ValueError if it cannot be read or is empty."""
+        if self.chat_template is None:
+            return None
+        try:
+            text = self.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise ValueError(f"--chat-template {self.chat_template} cannot be read: {reason}.") from error
+        if not text.strip():
+            raise ValueError(f"--chat-template {self.chat_template} is empty.")
+        return text
+
     def record(self, rows: Iterable[object]) -> dict:
         """What must stay the same for a resumed run to be the same run, as JSON holds it."""
-        fixed = {key: value for key, value in asdict(self).items() if key not in (*FREE, "files", "named")}
-        data = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
-        return json.loads(json.dumps({**fixed, "data": data}))
+        fixed = {key: value for key, value in asdict(self).items() if key not in (*FREE, *FILES)}
+        template = self.template()
+        fixed["chat_template"] = template and _digest(template)  # what it says, wherever it lies
+        return json.loads(json.dumps({**fixed, "data": _digest("\n".join(map(repr, rows)))}))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _is_record(path: Path) -> bool:

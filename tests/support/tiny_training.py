@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from tiny import ATTENTION, llama
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, Tra
 from multilora_fast import MultiLoRALinear
 from multilora_fast.adapters.branches import NAMES
 from multilora_fast.peft import MultiLoraConfig, MultiLoraLinear
+from multilora_fast.training.config import TrainSettings
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(48)[:, None] % 2 * 5 + torch.arange(12) * 7) % 61]
 PROMPTS = [{"prompt": f"the sky is w{i} ?", "completion": "blue"} for i in range(20)]
@@ -94,3 +95,16 @@ def write(path: Path, rows: list[dict]) -> Path:
     """Rows as JSON Lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def settings(model, data, folder, **options) -> TrainSettings:
+    """Of a short run of the command in ``folder``."""
+    defaults = {
+        "dtype": "float32", "r": 4, "learning_rate": 3e-2, "max_steps": 8, "save_steps": 4, "eval_fraction": 0.2,
+    }  # fmt: skip
+    return TrainSettings(model=model, output=folder, files=data, **{**defaults, **options})
+
+
+def adapter(folder) -> dict[str, torch.Tensor]:
+    loaded = PeftModel.from_pretrained(llama(), folder)
+    return {name: p for name, p in loaded.named_parameters() if "multilora" in name}

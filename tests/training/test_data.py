@@ -3,54 +3,13 @@
 import json
 
 import pytest
-from tiny_training import CHATS, PROMPTS, make_tokenizer, write
+from tiny_training import CHATS, PROMPTS, write
 
-from multilora_fast.training.data import IGNORED, Row, collate, encode, read_tasks, split
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
+from multilora_fast.training.data import IGNORED, Row, collate, read_tasks, split
 
 
 def row(**fields) -> Row:
     return Row("task", fields, "rows.jsonl, line 1")
-
-
-def test_only_answers_have_labels(tokenizer):
-    def learnt(encoded):
-        return tokenizer.decode([label for label in encoded["labels"] if label != IGNORED])
-
-    encoded = encode(row(prompt="the sky is", completion="blue ?"), tokenizer, 10)
-    assert tokenizer.decode(encoded["input_ids"]) == "the sky is blue ? [EOS]"
-    assert learnt(encoded) == "blue ? [EOS]"
-    assert learnt(encode(row(text="the sky is"), tokenizer, 10)) == "the sky is [EOS]"
-    turns = [("user", "sky ?"), ("assistant", "blue"), ("user", "grass ?"), ("assistant", "green")]
-    encoded = encode(row(messages=[{"role": role, "content": text} for role, text in turns]), tokenizer, 100)
-    assert tokenizer.decode(encoded["input_ids"]) == (
-        "[user] sky ? [EOS] [assistant] blue [EOS] [user] grass ? [EOS] [assistant] green [EOS]"
-    )
-    assert learnt(encoded) == "blue [EOS] green [EOS]"
-
-
-def test_long_rows_are_cut_and_left_out_where_no_answer_is_left(tokenizer):
-    long = row(prompt="the sky is", completion="blue ?")
-    assert encode(long, tokenizer, 4)["labels"] == [IGNORED] * 3 + tokenizer.convert_tokens_to_ids(["blue"])
-    assert encode(long, tokenizer, 3) is None
-
-
-def test_a_template_that_rewrites_the_past_is_refused():
-    changed = make_tokenizer()
-    changed.chat_template = "{% for m in messages %}{{ m.role }}{{ m.content if loop.last else '' }}{% endfor %}"
-    turns = [{"role": "assistant", "content": "blue"}, {"role": "assistant", "content": "green"}]
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 1: .* give each answer a row of its own"):
-        encode(row(messages=turns), changed, 10)
-    changed.chat_template = None
-    with pytest.raises(ValueError, match=r"rows.jsonl, line 1 holds messages, but .* no chat template"):
-        encode(row(messages=turns), changed, 10)
-    changed.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match=r"line 1: the model's chat template refuses .*roles must alternate"):
-        encode(row(messages=turns), changed, 10)
 
 
 def test_collate_fills_up_on_the_right():

@@ -3,22 +3,20 @@ not been. ``make test`` kills it 3 times, ``make soak`` 20 times."""
 
 import json
 import math
-import os
 import random
-import socket
 import time
 from contextlib import suppress
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from disk import disk_of
 from peft import PeftModel
+from processes import FORKS, TIMEOUT, finished, pair, start, work
 from soak import SOAK, amount
 from tiny import llama
-from tiny_training import CHATS, PROMPTS, make_tokenizer, write
+from tiny_training import CHATS, PROMPTS, write
 
 from multilora_fast.adapters.files import WEIGHTS
 from multilora_fast.training.checkpoint import STATE, last_checkpoint
@@ -26,46 +24,8 @@ from multilora_fast.training.config import RECORD, TrainSettings
 
 KILLS = amount(3, 20)
 STEPS = amount(12, 40)
-TIMEOUT = 120  # seconds; more is a hang
-FORKS = get_context("forkserver")  # loads the libraries once, and forks each run from them
-FORKS.set_forkserver_preload(["multilora_fast.training.run"])
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="trains in processes on a CPU")
-
-
-def work(settings: TrainSettings, environment: dict[str, str]) -> None:
-    """A run in a process of its own, which says nothing."""
-    os.environ.update(environment)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
-    torch.set_num_threads(1)
-    from multilora_fast.training.run import run
-
-    run(settings)
-
-
-def start(settings: TrainSettings, **environment: str):
-    process = FORKS.Process(target=work, args=(settings, environment))
-    process.start()
-    return process
-
-
-def finished(process) -> int:
-    """The exit code."""
-    process.join(TIMEOUT)
-    hangs = process.is_alive()
-    process.kill()
-    assert not hangs, f"the run hangs: it did not end in {TIMEOUT} s"
-    return process.exitcode
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    llama().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture
@@ -190,15 +150,6 @@ def test_a_full_disk_ends_it_and_it_goes_on_once_there_is_space(settings):
     assert assert_loads(one.output) is None
     assert finished(start(settings("out"))) == 0
     assert outcome(one.output) == outcome(settings("whole").output)
-
-
-def pair(settings: TrainSettings) -> list:
-    """Two processes that train together over gloo."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    return [start(settings, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")

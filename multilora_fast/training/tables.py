@@ -1,0 +1,51 @@
+"""Rows from Parquet files and from data sets on the Hugging Face hub, read by ``datasets``."""
+
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HUB = re.compile(r"hf:/+(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^:]+))?(:(?P<split>.+))?$")  # Path makes one / of two
+
+
+def is_table(path: Path | str) -> bool:
+    return str(path).startswith("hf:/") or Path(path).suffix == ".parquet"
+
+
+def table_rows(path: Path | str) -> Iterator[tuple[str, object]]:
+    """The rows of FILE.parquet or of hf://OWNER/NAME[/CONFIG][:SPLIT], of which the split is train unless named, each
+    with where it stands. What a table fills in, nulls in the objects of other rows, is taken out again.
+
+    Raises:
+        ValueError: ``datasets`` is missing or cannot read it.
+    """
+    if find_spec("datasets") is None:
+        raise ValueError(f"{path} needs datasets: run pip install datasets")
+    import datasets
+
+    hub = HUB.match(str(path))
+    if hub is None and str(path).startswith("hf:/"):
+        raise ValueError(f"{path} must be hf://OWNER/NAME, hf://OWNER/NAME/CONFIG or either with :SPLIT.")
+    if hub is None and not Path(path).is_file():
+        raise ValueError(f"{path} cannot be read: No such file or directory.")
+    try:
+        if hub is None:
+            table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        else:
+            table = datasets.load_dataset(hub["name"], hub["config"], split=hub["split"] or "train", streaming=True)
+        for number, row in enumerate(table, 1):
+            yield (
+                f"{path}, row {number}",
+                {key: _without_nulls(value) for key, value in row.items() if value is not None},
+            )
+    except Exception as error:  # whatever its readers raise
+        raise ValueError(
+            f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}"
+        ) from error
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
+    return [_without_nulls(v) for v in value] if isinstance(value, list) else value

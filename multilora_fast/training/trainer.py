@@ -1,0 +1,127 @@
+"""transformers' Trainer as it is used here: counts tokens, evaluates by token, ends when it diverges, logs by task."""
+
+import math
+import sys
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback
+
+from multilora_fast.training.checkpoint import last_checkpoint
+from multilora_fast.training.data import IGNORED
+
+
+class CountingTrainer(Trainer):
+    """Counts the tokens that it trains on, without padding; on the device, so that no step waits for the sum. Ends at
+    the first loss or weight that is not finite, before anything of it is logged or saved."""
+
+    tokens: Tensor | int = 0
+    losses: Tensor | float = 0.0  # since the last step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))  # bins have no padding
+        self.tokens = self.tokens + real.sum().to(self.args.device)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.losses = self.losses + loss
+        return loss
+
+    def all_tokens(self) -> int:
+        """Of all processes, which must all ask."""
+        return int(self.accelerator.gather(self.tokens).sum())
+
+    def check_step(self) -> None:
+        """Raise ValueError, in all processes together, if in one of them a loss or a weight is not finite."""
+        weights = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters() if p.requires_grad]
+        total = nn.utils.get_total_norm([p.detach() for p in weights], norm_type=1.0).to(self.args.device) + self.losses
+        self.losses = 0.0
+        if not self.accelerator.gather(total).isfinite().all():
+            self._diverged("its loss or the adapter is")
+
+    def log(self, logs, *args, **kwargs):
+        for name, value in logs.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                self._diverged(f"{name} is")
+        super().log(logs, *args, **kwargs)
+
+    def _diverged(self, what: str) -> None:
+        last = last_checkpoint(Path(self.args.output_dir))
+        kept = "there was no checkpoint yet" if last is None else f"{last.name} is kept"
+        raise ValueError(
+            f"The run has diverged: at step {self.state.global_step} of {self.state.max_steps} {what} not finite; "
+            f"{kept}. Start it anew with a lower --learning-rate."
+        )
+
+
+class Finite(TrainerCallback):
+    """Checks every step of the trainer, which makes its callbacks before itself."""
+
+    trainer: CountingTrainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.check_step()
+
+
+class Bars(ProgressCallback):
+    """The Trainer's progress bars, without its lines."""
+
+    def on_log(self, *args, **kwargs):
+        pass
+
+
+class TaskLog(TrainerCallback):
+    """Prints what is trained, then what the Trainer logs, a line for every loss and for every task at an evaluation.
+    Adds up the seconds of the evaluations."""
+
+    def __init__(self, tasks: Collection[str], heading: str, items: str = "rows"):
+        self.width = max(map(len, tasks), default=0)
+        self.tasks = list(tasks)
+        self.heading, self.items = heading, items
+        self.evaluating = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            say(f"{self.heading}; {state.max_steps} steps of {size} {self.items}.")
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        step = f"step {state.global_step:>{len(str(state.max_steps))}} of {state.max_steps}"
+        if "loss" in logs:
+            say(f"{step}  loss {float(logs['loss']):.4f}")
+        for task in self.tasks:
+            if f"eval_{task}_loss" in logs:
+                self.evaluating += logs[f"eval_{task}_runtime"]
+                loss, accuracy = logs[f"eval_{task}_loss"], logs[f"eval_{task}_accuracy"]
+                say(f"{step}  {task:<{self.width}}  held-out loss {loss:.4f}  accuracy {accuracy:.4f}")
+
+
+def by_row(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, T, vocabulary) as (B, 3): of each row the sum of its tokens' losses, how many of the tokens are the likeliest
+    after those before them, and how many there are."""
+    rows = []
+    for scores, wanted in zip(logits[:, :-1], labels[:, 1:], strict=True):
+        scores, wanted = scores[wanted != IGNORED].double(), wanted[wanted != IGNORED]
+        losses = nn.functional.cross_entropy(scores, wanted, reduction="sum")
+        rows.append(torch.stack([losses, (scores.argmax(-1) == wanted).sum(), losses.new_tensor(len(wanted))]))
+    return torch.stack(rows)
+
+
+def by_token(prediction) -> dict[str, float]:
+    """Means over the tokens of all answers, whatever batches and processes they were in; the loss takes the place of
+    the Trainer's."""
+    loss, hits, tokens = prediction.predictions.sum(0)
+    return {"loss": float(loss / tokens), "accuracy": float(hits / tokens)}
+
+
+def is_evaluated(trainer: Trainer) -> bool:
+    last = [log["step"] for log in trainer.state.log_history if any(key.startswith("eval_") for key in log)]
+    return bool(last) and last[-1] == trainer.state.global_step
+
+
+def say(line: str) -> None:
+    tqdm.write(line)  # above the bars
+    sys.stdout.flush()
