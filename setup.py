@@ -9,11 +9,12 @@ version = re.search(r'^__version__ = "(.+)"', (here / "multilora_fast/__init__.p
 rooms = ["kernels", "ops", "layers", "adapters", "peft", "memory", "benchmark", "training", "demo", "cli"]
 
 train = ["accelerate>=1.1", "bitsandbytes>=0.49; sys_platform == 'linux'"]
-demo = ["accelerate>=1.1", "gguf>=0.10", "datasets>=3", "matplotlib>=3.8"]
+data = ["datasets>=3"]
+demo = ["accelerate>=1.1", "gguf>=0.10", *data, "matplotlib>=3.8"]
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
 build = ["build>=1.2", "setuptools>=77", "wheel"]
 lint = ["ruff>=0.9", "mypy>=1.15", "pre-commit>=4"]
-dev = [*bench, *train, "trl>=1.16; sys_platform == 'linux'", "hypothesis>=6", *lint, *build]
+dev = [*bench, *train, *data, "trl>=1.16; sys_platform == 'linux'", "hypothesis>=6", *lint, *build]
 
 architectures = ["trl>=1.16", "datasets>=3", "diffusers>=0.36", "lightning>=2.5", "sentence-transformers>=5"]
 
@@ -40,6 +41,7 @@ setup(
     extras_require={
         "demo": demo,
         "train": train,
+        "data": data,
         "bench": bench,
         "dev": dev,
         "architectures": architectures,

@@ -12,6 +12,7 @@ import torch
 from multilora_fast.adapters.files import RECORD
 from multilora_fast.devices import choose_dtype
 from multilora_fast.files import UNFINISHED, check_folder
+from multilora_fast.training.data import text_of
 from multilora_fast.validation import check_alpha, check_hyperparameters
 
 FREE = ("output", "resume", "epochs", "max_steps", "save_steps", "report_to")  # what may change when a run is resumed
@@ -96,28 +97,17 @@ class TrainSettings:
             raise ValueError(f"--resume: {folder} holds no earlier run of multilora-fast train.")
 
     def template(self) -> str | None:
-        """The text of the chat template that was asked for. Raises ValueError if it cannot be read or is empty."""
-        if self.chat_template is None:
-            return None
-        try:
-            text = self.chat_template.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise ValueError(f"--chat-template {self.chat_template} cannot be read: {reason}.") from error
-        if not text.strip():
-            raise ValueError(f"--chat-template {self.chat_template} is empty.")
-        return text
+        """The text of the chat template that was asked for. Raises ValueError if it cannot be read."""
+        path = self.chat_template
+        return None if path is None else text_of(path, f"--chat-template {path}")
 
     def record(self, rows: Iterable[object]) -> dict:
         """What must stay the same for a resumed run to be the same run, as JSON holds it."""
         fixed = {key: value for key, value in asdict(self).items() if key not in (*FREE, *FILES)}
         template = self.template()
-        fixed["chat_template"] = template and _digest(template)  # what it says, wherever it lies
-        return json.loads(json.dumps({**fixed, "data": _digest("\n".join(map(repr, rows)))}))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+        fixed["chat_template"] = template and hashlib.sha256(template.encode()).hexdigest()
+        data = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()
+        return json.loads(json.dumps({**fixed, "data": data}))
 
 
 def _is_record(path: Path) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from multilora_fast.training.tables import is_table, table_rows
 
@@ -62,22 +63,25 @@ def _rows(path: Path | str) -> Iterator[tuple[str, object]]:
     if is_table(path):
         yield from table_rows(path)
         return
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ValueError(f"{path} cannot be read: {reason}.") from error
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(text_of(path, str(path)).split("\n"), 1):
         if line.strip():
             where = f"{path}, line {number}"
             try:
                 yield where, json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from error
-            except RecursionError as error:
-                raise ValueError(f"{where} is nested too deeply.") from error
-            except ValueError as error:
-                raise ValueError(f"{where} holds a number of too many digits.") from error
+            except (RecursionError, ValueError) as error:
+                reason = "is nested too deeply" if isinstance(error, RecursionError) else "holds too long a number"
+                raise ValueError(f"{where} {reason}.") from error
+
+
+def text_of(path: Path | str, name: str) -> str:
+    """What the file says, which is called ``name`` if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"{name} cannot be read: {reason}.") from error
 
 
 def _checked(row: object, where: str) -> dict:
@@ -87,15 +91,12 @@ def _checked(row: object, where: str) -> dict:
     if len(kinds) != 1:
         found = ", ".join(sorted(row)) or "nothing"
         raise ValueError(f"{where}: a row must hold prompt and completion, or messages, or text, but it holds {found}.")
-    read = {key: row.get(key) for key in (*kinds[0], "task", "tools")}
     try:
-        json.dumps(read, ensure_ascii=False).encode()
+        json.dumps({key: row.get(key) for key in (*kinds[0], "task", "tools")}, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where} holds half of a surrogate pair, which is no character.") from error
-    except RecursionError as error:
-        raise ValueError(f"{where} is nested too deeply.") from error
-    except (TypeError, ValueError) as error:  # of a table, or an integer that JSON cannot write
-        raise ValueError(f"{where} holds a value that JSON cannot: {error}.") from error
+    except (RecursionError, TypeError, ValueError) as error:  # it is nested too deeply, or has a table's types
+        raise ValueError(f"{where} holds what JSON cannot: {error}.") from error
     for key in kinds[0]:
         if key not in row:
             raise ValueError(f"{where}: {key} is missing.")
@@ -109,16 +110,15 @@ def _checked(row: object, where: str) -> dict:
 
 
 def _check_messages(messages: Any, where: str) -> None:
-    if not _are_objects(messages) or not all(map(_is_message, messages)):
+    def is_message(message: dict) -> bool:
+        content, calls = message.get("content"), message.get("tool_calls") or []
+        has_content = isinstance(content, str) or (content is None and bool(calls))
+        return isinstance(message.get("role"), str) and has_content and _are_objects(calls)
+
+    if not _are_objects(messages) or not all(map(is_message, messages)):
         raise ValueError(f"{where}: messages must be a list of objects with the texts role and content.")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{where}: messages hold no message of the assistant to learn from.")
-
-
-def _is_message(message: dict) -> bool:
-    content, calls = message.get("content"), message.get("tool_calls")
-    has_content = isinstance(content, str) or (content is None and bool(calls))
-    return isinstance(message.get("role"), str) and has_content and _are_objects(calls or [])
 
 
 def _are_objects(value: Any) -> bool:
@@ -241,8 +241,7 @@ def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]
     """A batch (B, T), filled up on the right."""
 
     def filled(name: str, value: int) -> Tensor:
-        tensors = [torch.tensor(row[name]) for row in rows]
-        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+        return pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
 
     ids = filled("input_ids", pad)
     lengths = torch.tensor([len(row["input_ids"]) for row in rows])

@@ -15,42 +15,27 @@ from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.data import Example, Row, encode
 
 
-def tokenizer_of(settings: TrainSettings) -> Any:
-    """The model's tokenizer, with the chat template that was asked for."""
-    tokenizer = pretrained(AutoTokenizer, settings.model)
-    if settings.chat_template is not None:
-        tokenizer.chat_template = settings.template()
-    return tokenizer
-
-
 class Encoder:
-    """Rows as examples that the model can read, of which only the config is loaded."""
+    """Rows as examples that the model can read, of which only the tokenizer and the config are loaded."""
 
-    def __init__(self, tokenizer, settings: TrainSettings):
-        config = pretrained(AutoConfig, settings.model).get_text_config()
-        self.tokenizer, self.settings = tokenizer, settings
-        self.ids = getattr(config, "vocab_size", None)
-        self.positions = getattr(config, "max_position_embeddings", None)
+    def __init__(self, settings: TrainSettings):
+        self.settings, self.tokenizer = settings, pretrained(AutoTokenizer, settings.model)
+        self.tokenizer.chat_template = settings.template() or self.tokenizer.chat_template
+        self.config = pretrained(AutoConfig, settings.model).get_text_config()
 
     def __call__(self, row: Row) -> list[Example]:
-        """:func:`encode` of the row.
-
-        Raises:
-            ValueError: also ids that the model does not embed, and more tokens than it has positions.
-        """
+        """:func:`encode` of the row, which also raises ValueError for more ids and positions than the model has."""
         examples = encode(row, self.tokenizer, self.settings.max_length, self.settings.learn)
+        known = getattr(self.config, "vocab_size", None)
+        positions = getattr(self.config, "max_position_embeddings", None)
+        name = f"--model {self.settings.model}"
         for ids in (example["input_ids"] for example in examples):
-            if self.ids and max(ids) >= self.ids:
+            if known and max(ids) >= known:
                 token = self.tokenizer.convert_ids_to_tokens(max(ids))
-                raise ValueError(
-                    f"{row.where}: the tokenizer gives {token!r} the id {max(ids)}, but --model {self.settings.model} "
-                    f"embeds {self.ids} ids only."
-                )
-            if self.positions and 0 < self.positions < len(ids):
-                raise ValueError(
-                    f"{row.where} has {len(ids)} tokens, but --model {self.settings.model} has {self.positions} "
-                    f"positions: give --max-length {self.positions}."
-                )
+                raise ValueError(f"{row.where}: {token!r} has the id {max(ids)}, but {name} embeds {known} ids only.")
+            if positions and 0 < positions < len(ids):
+                has = f"has {len(ids)} tokens, but {name} has {positions} positions"
+                raise ValueError(f"{row.where} {has}: give --max-length {positions}.")
         return examples
 
 
@@ -63,12 +48,8 @@ def adapted_model(settings: TrainSettings, device: torch.device) -> PeftModel:
     """
     options: dict[str, Any] = {"dtype": choose_dtype(settings.dtype, device)}
     if settings.quantization:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options["dtype"],
-        )
+        four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        options["quantization_config"] = BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=options["dtype"])
     base = causal_lm(settings.model, **options)
     for config in (base.config, base.config.get_text_config()):
         config.use_cache = False  # a cache would also let the rows of a bin see each other

@@ -12,18 +12,10 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from multilora_fast.devices import choose_dtype
 from multilora_fast.peft import MultiLoraLinear
-from multilora_fast.training.checkpoint import (
-    failures_named,
-    finish,
-    interruption,
-    is_first,
-    last_checkpoint,
-    save,
-    write_record,
-)
+from multilora_fast.training.checkpoint import failures_named, finish, interruption, last_checkpoint, save, write_record
 from multilora_fast.training.config import TrainSettings, check_same_run
 from multilora_fast.training.data import Example, Row, collate, read_tasks, split
-from multilora_fast.training.model import Encoder, adapted_model, tokenizer_of
+from multilora_fast.training.model import Encoder, adapted_model
 from multilora_fast.training.packing import check_bins, flatten, pack
 from multilora_fast.training.trainer import Bars, CountingTrainer, Finite, TaskLog, by_row, by_token, is_evaluated, say
 
@@ -40,19 +32,19 @@ def run(settings: TrainSettings) -> Trainer | None:
     """
     settings.check()
     tasks, evaluated = read_tasks(settings.files, settings.named), read_tasks((), settings.eval_files)
-    everything = [row for rows in (*tasks.values(), *evaluated.values()) for row in rows]
-    record = settings.record((row.task, row.fields) for row in everything)
+    read = (row for rows in (*tasks.values(), *evaluated.values()) for row in rows)
+    record = settings.record((row.task, row.fields) for row in read)
     checkpoint = None
     if settings.resume:
         check_same_run(settings.output, record)
         checkpoint = last_checkpoint(settings.output)
         if checkpoint is not None and finish(checkpoint, settings):
-            _say(f"All steps were taken: the adapter is in {settings.output}.")
+            say(f"All steps were taken: the adapter is in {settings.output}.")
             return None
         if checkpoint is None:
-            _say(f"{settings.output} holds no checkpoint: the run starts at step 0.")
-    tokenizer = tokenizer_of(settings)
-    train_rows, held_out = tokens(tasks, evaluated, Encoder(tokenizer, settings))
+            say(f"{settings.output} holds no checkpoint: the run starts at step 0.")
+    encoder = Encoder(settings)
+    train_rows, held_out = tokens(tasks, evaluated, encoder)
     arguments = training_arguments(settings if held_out else replace(settings, eval_fraction=0.0))
     set_seed(settings.seed)
     model = adapted_model(settings, arguments.device)
@@ -60,7 +52,7 @@ def run(settings: TrainSettings) -> Trainer | None:
     if bins and arguments.process_index == 0:  # with FSDP the others may not have the weights yet
         check_bins(model, bins)
         full = sum(len(row["input_ids"]) for row in train_rows) / len(bins) / settings.max_length
-        _say(f"{len(train_rows)} examples in {len(bins)} bins of {settings.max_length} tokens, {full:.0%} full")
+        say(f"{len(train_rows)} examples in {len(bins)} bins of {settings.max_length} tokens, {full:.0%} full")
 
     if arguments.process_index == 0:  # the others checked the directory before they all joined as a group
         write_record(settings.output, record)
@@ -71,7 +63,7 @@ def run(settings: TrainSettings) -> Trainer | None:
         train_dataset=bins or train_rows,
         eval_dataset=held_out or None,
         data_collator=partial(flatten if bins else collate, pad=0),  # a token of the vocabulary, which padding may lack
-        processing_class=tokenizer,
+        processing_class=encoder.tokenizer,
         preprocess_logits_for_metrics=by_row,
         compute_metrics=by_token,
         callbacks=[log, finite, *([Bars()] if sys.stderr.isatty() else [])],
@@ -89,8 +81,8 @@ def run(settings: TrainSettings) -> Trainer | None:
             save(trainer, settings)
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(interruption(trainer.state, settings.output)) from stop
-    _say(cost)
-    _say(f"The adapter is in {settings.output}. Import multilora_fast.peft, then load it as any PEFT adapter.")
+    say(cost)
+    say(f"The adapter is in {settings.output}. Import multilora_fast.peft, then load it as any PEFT adapter.")
     return trainer
 
 
@@ -156,23 +148,16 @@ def tokens(
             raise ValueError(f"task {task} has no row whose answer begins within --max-length {settings.max_length}.")
         flat = [[example for examples in side for example in examples] for side in encoded]
         lost = sum(map(len, sides)) - sum(map(len, encoded))
-        _say(
+        say(
             f"{task}: {len(encoded[0])} rows to train on, {len(encoded[1])} held out"
             + (f", {lost} left out, whose answer begins after {settings.max_length} tokens" if lost else "")
-            + _counted(encoded, flat)
-        )
+            + (f"; as {len(flat[0])} and {len(flat[1])} examples, one for each answer, since the chat template "
+               "rewrites what is past" if list(map(len, flat)) != list(map(len, encoded)) else "")
+        )  # fmt: skip
         train_rows += flat[0]
         if flat[1]:
             held_out[task] = flat[1]
     return train_rows, held_out
-
-
-def _counted(rows: list[list], examples: list[list]) -> str:
-    """Of chats that became several examples each."""
-    if sum(map(len, rows)) == sum(map(len, examples)):
-        return ""
-    train, held_out = map(len, examples)
-    return f"; as {train} and {held_out} examples, one for each answer, since the chat template rewrites what is past"
 
 
 def heading(settings: TrainSettings, model: PeftModel, arguments: TrainingArguments) -> str:
@@ -193,8 +178,3 @@ def summary(seconds: float, rate: float, device: torch.device) -> str:
     if device.type == "cuda":
         said += f", at most {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
     return f"{said}."
-
-
-def _say(line: str) -> None:
-    if is_first():
-        say(line)

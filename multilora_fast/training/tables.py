@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HUB = re.compile(r"hf:/+(?P<name>[^/:]+/[^/:]+)(/(?P<config>[^:]+))?(:(?P<split>.+))?$")  # Path makes one / of two
+HUB = re.compile(r"hf:/+([^/:]+/[^/:]+)(?:/([^:]+))?(?::(.+))?$")  # Path makes one / of two
 
 
 def is_table(path: Path | str) -> bool:
@@ -14,11 +14,10 @@ def is_table(path: Path | str) -> bool:
 
 
 def table_rows(path: Path | str) -> Iterator[tuple[str, object]]:
-    """The rows of FILE.parquet or of hf://OWNER/NAME[/CONFIG][:SPLIT], of which the split is train unless named, each
-    with where it stands. What a table fills in, nulls in the objects of other rows, is taken out again.
+    """The rows of FILE.parquet or of hf://OWNER/NAME[/CONFIG][:SPLIT], each with where it stands; the split is train
+    unless named. Nulls are taken out, with which a table fills up the objects of its rows.
 
-    Raises:
-        ValueError: ``datasets`` is missing or cannot read it.
+    Raises ValueError if ``datasets`` is missing or cannot read it.
     """
     if find_spec("datasets") is None:
         raise ValueError(f"{path} needs datasets: run pip install datasets")
@@ -29,20 +28,15 @@ def table_rows(path: Path | str) -> Iterator[tuple[str, object]]:
         raise ValueError(f"{path} must be hf://OWNER/NAME, hf://OWNER/NAME/CONFIG or either with :SPLIT.")
     if hub is None and not Path(path).is_file():
         raise ValueError(f"{path} cannot be read: No such file or directory.")
+    name, config, split = hub.groups() if hub else ("parquet", None, None)
+    files = {} if hub else {"data_files": str(path)}
     try:
-        if hub is None:
-            table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        else:
-            table = datasets.load_dataset(hub["name"], hub["config"], split=hub["split"] or "train", streaming=True)
+        table = datasets.load_dataset(name, config, split=split or "train", streaming=True, **files)
         for number, row in enumerate(table, 1):
-            yield (
-                f"{path}, row {number}",
-                {key: _without_nulls(value) for key, value in row.items() if value is not None},
-            )
+            yield f"{path}, row {number}", _without_nulls(row)
     except Exception as error:  # whatever its readers raise
-        raise ValueError(
-            f"{path} cannot be read: {next(iter(str(error).splitlines()), type(error).__name__)}"
-        ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"{path} cannot be read: {reason}") from error
 
 
 def _without_nulls(value: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import ProgressCallback, Trainer, TrainerCallback
 
-from multilora_fast.training.checkpoint import last_checkpoint
+from multilora_fast.training.checkpoint import is_first, last_checkpoint
 from multilora_fast.training.data import IGNORED
 
 
@@ -34,21 +34,21 @@ class CountingTrainer(Trainer):
 
     def check_step(self) -> None:
         """Raise ValueError, in all processes together, if in one of them a loss or a weight is not finite."""
-        weights = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters() if p.requires_grad]
-        total = nn.utils.get_total_norm([p.detach() for p in weights], norm_type=1.0).to(self.args.device) + self.losses
+        weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in weights]  # of FSDP's shards
+        total = nn.utils.get_total_norm(local, norm_type=1.0).to(self.args.device) + self.losses
         self.losses = 0.0
         if not self.accelerator.gather(total).isfinite().all():
             self._diverged("its loss or the adapter is")
 
     def log(self, logs, *args, **kwargs):
-        for name, value in logs.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                self._diverged(f"{name} is")
+        for name in (name for name, value in logs.items() if not math.isfinite(value)):
+            self._diverged(f"{name} is")
         super().log(logs, *args, **kwargs)
 
     def _diverged(self, what: str) -> None:
         last = last_checkpoint(Path(self.args.output_dir))
-        kept = "there was no checkpoint yet" if last is None else f"{last.name} is kept"
+        kept = f"{last.name} is kept" if last else "there was no checkpoint yet"
         raise ValueError(
             f"The run has diverged: at step {self.state.global_step} of {self.state.max_steps} {what} not finite; "
             f"{kept}. Start it anew with a lower --learning-rate."
@@ -82,13 +82,10 @@ class TaskLog(TrainerCallback):
         self.evaluating = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            say(f"{self.heading}; {state.max_steps} steps of {size} {self.items}.")
+        size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        say(f"{self.heading}; {state.max_steps} steps of {size} {self.items}.")
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if not state.is_world_process_zero:
-            return
         step = f"step {state.global_step:>{len(str(state.max_steps))}} of {state.max_steps}"
         if "loss" in logs:
             say(f"{step}  loss {float(logs['loss']):.4f}")
@@ -123,5 +120,6 @@ def is_evaluated(trainer: Trainer) -> bool:
 
 
 def say(line: str) -> None:
-    tqdm.write(line)  # above the bars
-    sys.stdout.flush()
+    if is_first():
+        tqdm.write(line)  # above the bars
+        sys.stdout.flush()

@@ -86,7 +86,7 @@ ROWS = [
     (json.dumps({"text": "sky", "task": "\ud800"}), "line 2 holds half of a surrogate pair"),
     ("[" * 100_000, "line 2 is nested too deeply."),
     ('{"a": ' * 100_000, "line 2 is nested too deeply."),
-    (f'{{"text": "sky", "n": {"9" * 5000}}}', "line 2 holds a number of too many digits."),
+    (f'{{"text": "sky", "n": {"9" * 5000}}}', "line 2 holds too long a number."),
     ('{"messages": [{"role": "assistant", "content": null}]}', "line 2: messages must be a list of objects with the"),
     ('{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}', "line 2: messages must be a list"),
     ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "look"}', "line 2: tools must be a list of obj"),
@@ -146,7 +146,7 @@ BASES = [
     ),
     (llama, {"intermediate_size": 52}, ["--quantization", "4bit"], "its config.json wants model.layers.0.mlp."),
     (llama, {"hidden_size": 33}, [], "could not be loaded: "),
-    (small_vocabulary, {}, [], "sky.jsonl, line 1: the tokenizer gives 'w0' the id 12, but --model"),
+    (small_vocabulary, {}, [], "sky.jsonl, line 1: 'w0' has the id 12, but --model"),
     (gpt2, {"n_positions": 4}, [], "sky.jsonl, line 1 has 7 tokens, but --model"),
 ]
 

@@ -13,14 +13,13 @@ from transformers.integrations import integration_utils
 from multilora_fast.cli import app
 from multilora_fast.peft import MultiLoraLinear
 from multilora_fast.training.data import read_tasks
-from multilora_fast.training.model import Encoder, tokenizer_of
+from multilora_fast.training.model import Encoder
 from multilora_fast.training.run import adapted_model, run, tokens, training_arguments
 
 
 def encoded(model, data, **options):
     made = settings(model, data, "", **options)
-    encoder = Encoder(tokenizer_of(made), made)
-    return tokens(read_tasks(made.files, made.named), read_tasks((), made.eval_files), encoder)
+    return tokens(read_tasks(made.files, made.named), read_tasks((), made.eval_files), Encoder(made))
 
 
 def test_eval_file_is_evaluated_in_place_of_a_share_and_beside_it(model, data, tmp_path, command, capsys):
@@ -146,11 +145,7 @@ CALLED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": Non
 
 def test_parquet_rows_are_those_of_jsonl(tmp_path):
     datasets = pytest.importorskip("datasets", reason="needs datasets")
-    rows = [
-        *({**row, "task": "sky"} for row in PROMPTS),
-        {**CHATS[0], "task": "grass"},
-        {"messages": CALLED, "task": "c"},
-    ]
+    rows = [{**CHATS[0], "task": "grass"}, {"messages": CALLED, "task": "calls"}, {**CHATS[1], "task": "grass"}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     found = read_tasks([tmp_path / "rows.parquet"], {})
     wanted = read_tasks([write(tmp_path / "rows.jsonl", rows)], {})
