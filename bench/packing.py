@@ -1,7 +1,7 @@
 """Tokens per second of training with padding and with packing: ``python -m bench.packing [--out DIR] [--quick]``.
 
-SmolLM2-135M with a MultiLoRA adapter on rows of skewed length, most short and few long, of random tokens. Each batch of
-padded rows takes its turn with a batch of bins, so that a drift meets both; a step is forward, backward and AdamW. Writes
+SmolLM2-135M with a MultiLoRA adapter on rows of skewed length, most short and few long, of random tokens. A batch of
+padded rows and a batch of bins take turns, so that a drift meets both; a step is forward, backward and AdamW. Writes
 packing.json.
 """
 

@@ -68,7 +68,6 @@ def train(
     settings = TrainSettings(
         **given
         | {
-            "output": output,
             "files": tuple(files or ()),
             "named": _named("--task", task or []),
             "eval_files": _named("--eval-file", eval_file or []),

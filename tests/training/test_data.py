@@ -36,6 +36,14 @@ def test_a_mixture_file_is_read_by_task(tmp_path):
     assert {task: len(rows) for task, rows in read_tasks([], {"all": mixture}).items()} == {"all": 3}
 
 
+def test_tools_and_calls_are_read_as_they_stand(tmp_path):
+    calls = [{"function": {"name": "look", "arguments": {"at": "sky", "how": None}}}]
+    messages = [{"role": "assistant", "content": None, "tool_calls": calls}, CHATS[0]["messages"][1]]
+    rows = [{"messages": messages, "tools": [{"name": "look"}], "other": 1}]
+    [found] = read_tasks([write(tmp_path / "calls.jsonl", rows)], {})["calls"]
+    assert found.fields == {"messages": messages, "tools": [{"name": "look"}]}
+
+
 GOOD = json.dumps(PROMPTS[0])
 BAD = [
     ("{", "line 2 is not JSON: Expecting property name enclosed in double quotes at column 2."),

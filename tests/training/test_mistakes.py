@@ -28,7 +28,7 @@ WRONG = [
     (["--max-length", 3], "task sky has no row whose answer begins within --max-length 3."),
     (["--model", "./nowhere"], "--model ./nowhere: no such directory."),
     (["--resume"], "holds no earlier run of multilora-fast train."),
-    (["--output", ""], "--output must name a directory, not ''."),
+    (["--output", ""], "'--output': an empty text; give a path."),
     (["--rank", 0], "r must be an integer of at least 1, not 0."),
     (["--r", 10**12], "--lora-num 3 with --r 1000000000000 makes an adapter that memory does not hold."),
     (["--r", 10**18], "makes an adapter that memory does not hold."),
