@@ -9,8 +9,8 @@ version = re.search(r'^__version__ = "(.+)"', (here / "multilora_fast/__init__.p
 rooms = ["kernels", "ops", "layers", "adapters", "peft", "memory", "benchmark", "training", "demo", "cli"]
 
 train = ["accelerate>=1.1", "bitsandbytes>=0.49; sys_platform == 'linux'"]
-data = ["datasets>=3"]
-demo = ["accelerate>=1.1", "gguf>=0.10", *data, "matplotlib>=3.8"]
+data = ["datasets>=4"]  # which run no code of a data set
+demo = ["accelerate>=1.1", "gguf>=0.10", "datasets>=3", "matplotlib>=3.8"]
 bench = ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8"]
 build = ["build>=1.2", "setuptools>=77", "wheel"]
 lint = ["ruff>=0.9", "mypy>=1.15", "pre-commit>=4"]
