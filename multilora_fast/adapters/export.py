@@ -125,7 +125,12 @@ def _kept_whole(model: Any, adapter_name: Any) -> dict[str, Tensor]:
     """What PEFT puts into the adapter's file beside the branches: heads, embeddings that were resized or adapted."""
     from peft import get_peft_model_state_dict
 
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    try:
+        model.get_input_embeddings()
+        embeddings: Any = "auto"
+    except (AttributeError, NotImplementedError):  # models of sound have none
+        embeddings = False
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=embeddings)
     others = {clean(key).removeprefix(PREFIX): t for key, t in tensors.items() if f".{CONTAINER}." not in key}
     return {name: tensor.detach().clone() for name, tensor in others.items()}  # tied ones share memory
 
