@@ -1,15 +1,22 @@
 """One causal LM by each way to train it: whole, with PEFT's LoRA, with the loop over branches, and with ours."""
 
+import re
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from multilora_fast.models import target_linears
+from multilora_fast.models import shallow_copy, target_linears
 from multilora_fast.reference import MultiLoRALinear
 
 FULL, LORA, REFERENCE, OURS = METHODS = ("full fine-tuning", "PEFT LoRA", "reference loop", "ours")
+
+
+class CannotAdapt(ValueError):
+    """A method that cannot adapt the modules that the others adapt, and why."""
 
 
 def adapt(
@@ -26,48 +33,113 @@ def adapt(
 ) -> Any:
     """``model`` as ``method``, one of METHODS, trains it, adapted in place; FULL leaves it as it is.
 
-    Adapters are in the dtype of the layers they adapt, of total rank lora_num·r and multiplied by lora_alpha / r, of
-    which None makes 1. ``targets`` and ``options``, further fields of the adapter's config, are PEFT's for all methods:
-    the loop takes what OURS would, and of the options ``scaling``. ``loop`` is the class of its layers.
+    All methods adapt the same modules, those that OURS takes by ``targets`` and ``options``, further fields of
+    MultiLoraConfig. Adapters are in the dtype of the layers they adapt, of total rank lora_num·r and multiplied by
+    lora_alpha / r, of which None makes 1. ``loop`` is the class of the loop's layers.
 
     Raises:
-        ValueError: targets that match nothing, or that the method cannot adapt.
+        CannotAdapt: PEFT's LoRA cannot adapt these modules, and no others.
+        ValueError: targets that match nothing, or that cannot be adapted.
     """
-    from peft import LoraConfig, get_peft_model  # heavy, and many want the names alone
+    from peft import get_peft_model  # heavy, and many want the names alone
 
     from multilora_fast.peft import MultiLoraConfig
 
     if method == FULL:
         return model
-    branches: dict[str, Any] = {"r": r, "lora_num": lora_num, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
     options["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    ours = MultiLoraConfig(r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options)
     if method == LORA:
-        alpha: Any = lora_num * (r if lora_alpha is None else lora_alpha)  # PEFT's type is int, but any will do
-        config: Any = LoraConfig(r=lora_num * r, lora_alpha=alpha, lora_dropout=lora_dropout, **options)
-    else:
-        config = MultiLoraConfig(**branches, **options)
-    adapted = get_peft_model(cast(Any, model), config, autocast_adapter_dtype=False)
-    return _as_loops(adapted, loop, scaling=config.scaling, **branches) if method == REFERENCE else adapted
+        # Its layers are on the meta device, and draw no random numbers.
+        example = get_peft_model(cast(Any, shallow_copy(model)), ours, low_cpu_mem_usage=True)
+        return _as_lora(model, example, {**options, "lora_dropout": lora_dropout})
+    adapted = get_peft_model(cast(Any, model), ours, autocast_adapter_dtype=False)
+    return _as_loops(adapted, loop, ours) if method == REFERENCE else adapted
 
 
-def _as_loops(adapted: Any, loop: type[MultiLoRALinear], **branches: Any) -> nn.Module:
-    """The model under PEFT's wrapper, with a loop in place of every layer of ours."""
+def _layers(adapted: Any) -> dict[str, Any]:
+    """The layers of ours in a PEFT model, by their names in the base model."""
     from multilora_fast.peft import MultiLoraLinear
 
+    modules = adapted.get_base_model().named_modules()
+    return {name: layer for name, layer in modules if isinstance(layer, MultiLoraLinear)}
+
+
+def _as_lora(model: Any, example: Any, options: dict[str, Any]) -> Any:
+    """``model`` with PEFT's LoRA on the modules that are adapted in ``example``, each of the same total rank."""
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    ranks, alphas = {}, {}
+    for name, layer in _layers(example).items():
+        (branches,) = layer.multilora_branches.values()
+        ranks[name] = branches.lora_A.shape[0] * branches.lora_A.shape[1]
+        alphas[name] = branches.scaling_factor * ranks[name]
+    (r, _), *_ = Counter(ranks.values()).most_common()
+    alpha: Any = next(alphas[name] for name in ranks if ranks[name] == r)  # PEFT's type is int, but any will do
+    known = {field.name for field in fields(LoraConfig)}
+    options = {name: value for name, value in options.items() if name in known and name not in _CHOICES}
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        target_modules=list(ranks),
+        rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != r},
+        alpha_pattern={re.escape(name): own for name, own in alphas.items() if own != alpha},
+        **options,
+    )
+    try:
+        adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise CannotAdapt(_reason(config, options, str(error))) from error
+    found = {name for name, layer in adapted.get_base_model().named_modules() if isinstance(layer, BaseTunerLayer)}
+    if found != set(ranks):
+        others = ", ".join(sorted(found ^ set(ranks))[:2])
+        raise CannotAdapt(_reason(config, options, f"{others} would be adapted by one of {LORA} and {OURS} alone."))
+    return adapted
+
+
+# What says which modules are adapted, and with which rank.
+_CHOICES = {
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+}  # fmt: skip
+
+
+def _reason(config: Any, options: dict[str, Any], otherwise: str) -> str:
+    rewritten = set(getattr(config, "target_parameters", None) or ()) - set(options.get("target_parameters") or ())
+    if not rewritten:
+        return otherwise
+    return (
+        "PEFT turns the names of this model's dense MLPs into parameters of its experts "
+        f"({', '.join(sorted(rewritten))}): leave them out with exclude_modules."
+    )
+
+
+def _as_loops(adapted: Any, loop: type[MultiLoRALinear], config: Any) -> nn.Module:
+    """The model under PEFT's wrapper, with a loop in place of every layer of ours."""
     model = adapted.get_base_model()
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, MultiLoraLinear):
-            model.set_submodule(name, loop(_as_linear(layer.base_layer), **branches))
+    for name, layer in _layers(adapted).items():
+        (branches,) = layer.multilora_branches.values()
+        n, r, _ = branches.lora_A.shape
+        made = loop(
+            _as_linear(layer.base_layer),
+            r=r,
+            lora_num=n,
+            lora_alpha=branches.scaling_factor * r,
+            lora_dropout=config.lora_dropout,
+            scaling=config.scaling,
+        )
+        model.set_submodule(name, made)
     return model
 
 
 def _as_linear(base: Any) -> nn.Linear:
-    """``base``, or the nn.Linear of the same function where it is a Conv1D, which the loop has no form of."""
-    if isinstance(base, nn.Linear):
+    """``base``, or the nn.Linear of the same function where it is a Conv1D or a subclass, which the loop cannot be."""
+    if type(base) is nn.Linear or type(base.weight) is not nn.Parameter:
         return base
-    K, N = base.weight.shape
+    weight = base.weight if isinstance(base, nn.Linear) else nn.Parameter(base.weight.t(), requires_grad=False)
+    N, K = weight.shape
     linear = nn.Linear(K, N, device="meta")
-    linear.weight, linear.bias = nn.Parameter(base.weight.t(), requires_grad=False), base.bias
+    linear.weight, linear.bias = weight, base.bias
     return linear
 
 
