@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from bench.candidates import FP8
 from bench.environment import conditions
 from multilora_fast.memory import saved_bytes
+from multilora_fast.memory.cuda import CudaOperations
 from multilora_fast.memory.methods import LORA, OURS, REFERENCE, adapt
-from multilora_fast.memory.step import keep_byte_masks
 from multilora_fast.models import LINEARS
 
 SIZES = {"7B": (4096, 11008, 32), "13B": (5120, 13824, 40), "65B": (8192, 22016, 64), "tiny": (64, 96, 4)}
@@ -44,10 +44,7 @@ def adapted(layer: nn.Module, method: str, n: int, r: int, p: float) -> nn.Modul
     if method == FROZEN:
         return layer
     way, options = (OURS, {"save_inputs": "fp8"}) if method == FP8 else (method, {})
-    layer = adapt(layer, way, LINEARS, r=r, lora_num=n, lora_dropout=p, **options)
-    if way != OURS:
-        keep_byte_masks(layer)
-    return layer
+    return adapt(layer, way, LINEARS, r=r, lora_num=n, lora_dropout=p, **options)
 
 
 def bytes_per_token(size: str, method: str, n: int = 5, r: int = 32, p: float = 0.0, tokens: int = 128) -> float:
@@ -55,7 +52,7 @@ def bytes_per_token(size: str, method: str, n: int = 5, r: int = 32, p: float = 
     layer = adapted(layer, method, n, r, p)
     x = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16).requires_grad_()
     rotary = LlamaRotaryEmbedding(config)(x, torch.arange(tokens)[None])
-    with saved_bytes([*layer.parameters(), *layer.buffers()]) as saved:
+    with CudaOperations(), saved_bytes([*layer.parameters(), *layer.buffers()]) as saved:
         layer(x, position_embeddings=rotary)
     return saved.total / tokens
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from multilora_fast.files import atomic_file, check_file, check_plot
 
 def plan(
     model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, of which only the config is read.")],
-    batch: Annotated[int, typer.Option(help="Rows per step.")] = 4,
+    batch: Annotated[int, typer.Option(help="Rows per forward, on each GPU.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     lora_num: Annotated[int, typer.Option(help="Parallel branches per layer, n.")] = 3,
     r: Annotated[int, typer.Option(help="Rank of each branch.")] = 32,
@@ -32,6 +33,11 @@ def plan(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
     ] = False,
+    gradient_accumulation: Annotated[int, typer.Option(help="Forwards and backwards per optimizer step.")] = 1,
+    fsdp: Annotated[
+        int | None,
+        typer.Option(help="GPUs that share the model under FSDP2; sizes are one GPU's.", show_default="none"),
+    ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, adafactor or sgd.")] = "adamw",
     device: Annotated[str, typer.Option(help="cuda or cpu, where operations keep different tensors.")] = "cuda",
     gpu: Annotated[
@@ -60,6 +66,7 @@ def plan(
 
     transformers_logging.set_verbosity_error()
     names = [name.strip() for name in target_modules.split(",") if name.strip()]
+    warnings.simplefilter("ignore")  # the plan's notes say what there is to say
     found = plan_memory(
         model,
         batch=batch,
@@ -76,6 +83,8 @@ def plan(
         device=device,
         device_memory=gpu if gpu is not None else gpu_memory,
         scaling=scaling,
+        gradient_accumulation=gradient_accumulation,
+        fsdp=fsdp,
     )
     say = sys.stderr if as_json else sys.stdout
     print(json.dumps(found.to_dict(), indent=1) if as_json else found)

@@ -8,7 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -88,38 +91,96 @@ class AliveBytes(TorchDispatchMode):
     and by phase the ``peaks`` with their kinds ``at_peak``.
 
     The caller names the ``phase``, the ``kind`` of what is made, and in ``exclude`` the tensors from before that are
-    not to be counted. A storage counts once; what a kernel allocates for itself is not seen. For use under torch's
-    FakeTensorMode, where nothing is allocated: a tensor that is asked there for its value, which is not, says 1.
+    not to be counted. A storage counts once; what a kernel allocates for itself is not seen, but with ``casts`` the
+    copies in the common dtype that arithmetic on a CPU makes of its operands. For use under torch's FakeTensorMode,
+    where nothing is allocated: a tensor that is asked there for its value, which is not, says 1.
     """
 
-    def __init__(self, exclude: Iterable[Tensor]):
+    def __init__(self, exclude: Iterable[Tensor], *, casts: bool = False):
         super().__init__()
-        self.live, self.phase, self.kind = 0, "", ""
+        self.live, self.phase, self.kind, self.casts = 0, "", "", casts
         self.kinds: Counter[str] = Counter()
         self.peaks: Counter[str] = Counter()
         self.at_peak: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._known = {tensor.untyped_storage()._cdata for tensor in exclude}
+        self._counted: dict[int, tuple[int, str]] = {}  # size and kind
+
+    def __enter__(self):
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            kind = self._counted.get(storage._cdata, (0, ""))[1]
+            self._known.add(storage._cdata)
+            self._add(storage._cdata, size - storage.nbytes(), kind)
+            return resize(storage, size)
+
+        self._resizes = patch.object(torch.UntypedStorage, "resize_", resize_)
+        self._resizes.start()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._resizes.stop()
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.add.Tensor and not kwargs and _accumulates(*args):
+            func = torch.ops.aten.add_.Tensor
+        if func is torch.ops.aten._grouped_mm.default:  # whose fake knows bfloat16 alone
+            result: Any = _grouped_product(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **(kwargs or {}))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
-        if self.live > self.peaks[self.phase]:
-            self.peaks[self.phase], self.at_peak[self.phase] = self.live, self.kinds.copy()
+        most = self.live + (_cast_bytes(func, args) if self.casts else 0)
+        if most > self.peaks[self.phase]:
+            self.peaks[self.phase], self.at_peak[self.phase] = most, self.kinds.copy()
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+        key = storage._cdata
         if key not in self._known:
             self._known.add(key)
-            self.live += size
-            self.kinds[self.kind] += size
-            weakref.finalize(storage, self._release, key, size, self.kind).atexit = False
+            self._add(key, storage.nbytes(), self.kind)
+            weakref.finalize(storage, self._release, key).atexit = False
 
-    def _release(self, key: int, size: int, kind: str) -> None:
+    def _add(self, key: int, size: int, kind: str) -> None:
+        self.live += size
+        self.kinds[kind] += size
+        self._counted[key] = self._counted.get(key, (0, ""))[0] + size, kind
+
+    def _release(self, key: int) -> None:
         self._known.discard(key)
+        size, kind = self._counted.pop(key)
         self.live -= size
         self.kinds[kind] -= size
+
+
+def _accumulates(a: Tensor, b: Any) -> bool:
+    """Whether autograd adds a second gradient to a first that it alone holds. Where no mode is on, it adds in place."""
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(b, Tensor):
+        return False
+    shared = torch._C._storage_Use_Count(a.untyped_storage()._cdata) > 2  # a's and Python's
+    return a.shape == b.shape and a.dtype == b.dtype and not shared
+
+
+_ARITHMETIC = {torch.ops.aten.add, torch.ops.aten.sub, torch.ops.aten.mul, torch.ops.aten.div}
+_ARITHMETIC |= {torch.ops.aten.add_, torch.ops.aten.sub_, torch.ops.aten.mul_, torch.ops.aten.div_}
+
+
+def _cast_bytes(func, args: tuple) -> int:
+    """Of the operands that are not in the common dtype, copies that are."""
+    operands = [t for t in args if isinstance(t, Tensor) and t.ndim]
+    if func.overloadpacket not in _ARITHMETIC or len(operands) < 2:
+        return 0
+    common = reduce(torch.promote_types, (t.dtype for t in operands))
+    return sum(t.numel() * common.itemsize for t in operands if t.dtype != common)
+
+
+def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype=None) -> Tensor:
+    """The tensor that torch's grouped product of ``a`` and ``b`` makes: a product per group, or of each its rows."""
+    shape = (*a.shape[:-1], b.shape[-1])
+    groups = offs.shape[:1] if a.ndim == b.ndim == 2 else ()
+    return a.new_empty(*groups, *shape, dtype=out_dtype or a.dtype)

@@ -7,6 +7,7 @@ number of layers, which are equal. Models with unequal layers are counted whole.
 
 import copy
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
@@ -18,14 +19,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from multilora_fast import devices
 from multilora_fast.console import progress
-from multilora_fast.memory.methods import FULL, METHODS
-from multilora_fast.memory.report import MemoryPlan, MethodPlan, parse_memory
+from multilora_fast.memory import fsdp as sharding
+from multilora_fast.memory.methods import FULL, METHODS, CannotAdapt
+from multilora_fast.memory.report import MemoryPlan, MethodPlan, cublas_workspaces, parse_memory
 from multilora_fast.memory.step import OPTIMIZERS, PACKED, PHASES, Step, StepSettings, build, decoder_layers
 from multilora_fast.models import model_source
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.validation import check_hyperparameters, check_integer
 
 DTYPES = devices.DTYPES | {"float16": torch.float16}
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 FEW = (3, 4)  # layers: a first, a last and one or two between
 
 
@@ -46,14 +49,19 @@ def plan_memory(
     device: str = "cuda",
     device_memory: int | str | None = None,
     headroom: float = 0.05,
+    gradient_accumulation: int = 1,
+    fsdp: int | None = None,
     **options,
 ) -> MemoryPlan:
     """The memory of one training step of a causal LM, beside each other for full fine-tuning, PEFT LoRA of rank
     lora_num·r, the reference loop and the fused op.
 
+    All methods adapt the same modules, those that a MultiLoraConfig of these arguments takes; one that cannot is in the
+    plan's ``refused``, with the reason. The step keeps no cache of keys and values, as transformers' Trainer trains.
+
     Args:
         model_or_config: a transformers config, a model (of which the config is read), a directory or a hub id.
-        batch, seq_len: rows per step, and tokens per row, without padding.
+        batch, seq_len: rows per forward, on each GPU, and tokens per row, without padding.
         r, lora_num, lora_dropout, target_modules: of the adapters; target_modules None stands for "all-linear".
         dtype: of the base, and of all that full fine-tuning trains.
         quantization: "4bit" (bitsandbytes' NF4, double quantization), "8bit" or None. The first and third method cannot
@@ -64,20 +72,28 @@ def plan_memory(
         adapter_dtype: of LoRA's and our adapter. None is what PEFT does: float32 on a half-precision base. The
             reference loop keeps its branches in the base's dtype.
         device: "cuda" counts what FlashAttention-2, CUDA's dropout and the fused AdamW hold; "cpu" what the CPU does.
+            Where transformers' default for a model is eager attention, it is eager here.
         device_memory: an int of bytes, a size such as "24GiB" or a GPU's name such as "H100": adds the largest batch.
-        headroom: the share of device_memory that is left free, for the CUDA context, the libraries' workspaces and
-            the allocator's fragments.
+        headroom: the share of device_memory that is left free, for the CUDA context and the allocator's fragments, and
+            for cuBLAS's workspaces where they are not counted. They are on an H100 or H200, named or in this machine.
+        gradient_accumulation: forwards and backwards per optimizer step, the gradients of which add up.
+        fsdp: GPUs that share weights, gradients and the optimizer's state under FSDP2, each decoder layer and the rest
+            sharded by fully_shard. All figures are then those of the first GPU. None: each holds all of them.
         options: further fields of MultiLoraConfig.
 
     Returns: the plan. Print it, or take ``.to_dict()``, ``.plot(path)``, or a method's row by its name: "ours",
         "PEFT LoRA", "reference loop" or "full fine-tuning".
 
     Raises:
-        ValueError: an argument out of its range, a config that cannot be found or is no causal LM's.
+        ValueError: an argument out of its range, more tokens than the model has a table of positions for, a config that
+            cannot be found, is no causal LM's, or whose step depends on the values of its tensors.
     """
     check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout, scaling=options.get("scaling", "vector"))
-    for name, value in (("batch", batch), ("seq_len", seq_len)):
+    counts = {"batch": batch, "seq_len": seq_len, "gradient_accumulation": gradient_accumulation}
+    for name, value in (counts if fsdp is None else {**counts, "fsdp": fsdp}).items():
         check_integer(name, value, least=1)
+    if fsdp is not None and quantization is not None:
+        raise ValueError("fsdp cannot be planned with a quantized base: give one of fsdp and quantization.")
     unknown = sorted(set(options) - ({field.name for field in fields(MultiLoraConfig)} - {"inference_mode"}))
     if unknown:
         raise ValueError(f"{unknown[0]} is no field of MultiLoraConfig that training has.")
@@ -102,11 +118,21 @@ def plan_memory(
         checkpointing=checkpointing,
         optimizer=optimizer,
         device=device,
+        gradient_accumulation=gradient_accumulation,
+        fsdp=fsdp,
         options=options,
     )
-    budget = None if available is None else int(available * (1 - headroom))
+    notes = _check_positions(config, settings)
+    workspace = cublas_workspaces(device_memory) if device == "cuda" else 0
+    budget = None if available is None else int(available * (1 - headroom)) - workspace
     whole = not _equal_layers(config, settings)
-    plans = [_plan(config, method, settings, whole, batch, budget) for method in progress(METHODS, "counting steps")]
+    with sharding.world(fsdp):
+        rows = {
+            method: _plan(config, method, settings, whole, batch, budget, workspace)
+            for method in progress(METHODS, "counting steps")
+        }
+    plans = [row for row in rows.values() if isinstance(row, MethodPlan)]
+    refused = {method: row for method, row in rows.items() if isinstance(row, str)}
     asked = {
         "model": str(model_or_config) if isinstance(model_or_config, (str, os.PathLike)) else config.model_type,
         "layers": _depth(config),
@@ -117,12 +143,18 @@ def plan_memory(
         "device_memory": available,
         "headroom": headroom,
     }
-    return MemoryPlan(asked, plans)
+    return MemoryPlan(asked, plans, refused, notes)
 
 
-def _plan(config, method: str, settings: StepSettings, whole: bool, batch: int, budget: int | None) -> MethodPlan:
-    count = cache(counter(config, method, settings, whole=whole))
-    plan = MethodPlan.of(method, count(batch))
+def _plan(
+    config, method: str, settings: StepSettings, whole: bool, batch: int, budget: int | None, workspace: int
+) -> MethodPlan | str:
+    """The plan of a method, or why it has none."""
+    try:
+        count = cache(counter(config, method, settings, whole=whole))
+    except CannotAdapt as error:
+        return str(error)
+    plan = MethodPlan.of(method, count(batch), workspace)
     if budget is None:
         return plan
     return replace(plan, largest_batch=largest_batch(lambda rows: [count(rows)[p] for p in PHASES], budget, batch))
@@ -204,6 +236,29 @@ def _equal_layers(config: PreTrainedConfig, settings: StepSettings) -> bool:
         return False
     layers = decoder_layers(build(config, FULL, settings), config)
     return len({(type(x), tuple((name, p.shape) for name, p in x.named_parameters())) for x in layers}) == 1
+
+
+def _check_positions(config: PreTrainedConfig, settings: StepSettings) -> list[str]:
+    """What there is to say of more tokens than the model was made for.
+
+    Raises:
+        ValueError: it has a table of positions, which ends.
+    """
+    text, asked = config.get_text_config(), settings.seq_len
+    name = next((name for name in POSITIONS if isinstance(getattr(text, name, None), int)), None)
+    positions = asked if name is None else getattr(text, name)
+    if name is None or asked <= positions:
+        return []
+    longer = shallow(config, 1)
+    setattr(longer.get_text_config(), name, positions + 1)
+    models = [build(c, FULL, settings) for c in (shallow(config, 1), longer)]
+    few, more = ([t.shape for t in (*model.parameters(), *model.buffers())] for model in models)
+    kind = type(config).__name__
+    if few != more:
+        raise ValueError(f"seq_len must be at most {positions}, the positions of this {kind}, not {asked}.")
+    said = f"seq_len {asked} is beyond the {positions} positions that this {kind} is made for."
+    warnings.warn(said, stacklevel=3)
+    return [said]
 
 
 def _check_choice(name: str, value, choices) -> None:

@@ -1,10 +1,12 @@
 """The plan as a table, a dict and a bar chart, and the sizes of GPUs."""
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from multilora_fast.console import table
 from multilora_fast.files import atomic_file, check_plot
@@ -18,6 +20,7 @@ GPUS = {
     "A10G": 22, "L40S": 44, "RTX A6000": 47, "A100-40GB": 39, "A100-80GB": 79, "H100": 79, "H200": 140, "B200": 178,
     "MI300X": 191,
 }  # fmt: skip
+HOPPER = ("H100", "H200")
 KINDS = ("weights", "adapter", "optimizer", "gradients", "activations", "temporaries")
 COLORS = ("#5b6770", "#e0a030", "#8d6cab", "#b5483a", "#1f5fa8", "#a9c4e0")
 
@@ -26,8 +29,8 @@ COLORS = ("#5b6770", "#e0a030", "#8d6cab", "#b5483a", "#1f5fa8", "#a9c4e0")
 class MethodPlan:
     """Bytes that one method holds. ``activations`` is all that the decoder layers keep for backward, ``logits`` the
     logits and what the loss keeps of them, ``gradients`` all of them; ``peak`` the most that is alive at once, in
-    ``phase``, and ``at_peak`` what that is, by KINDS; ``largest_batch`` the rows that fit the device, None where none
-    was named."""
+    ``phase``, and ``at_peak`` what that is, by KINDS; ``workspace`` that part of the temporaries which is cuBLAS's own;
+    ``largest_batch`` the rows that fit the device, None where none was named."""
 
     method: str
     weights: int
@@ -39,34 +42,43 @@ class MethodPlan:
     peak: int
     phase: str
     at_peak: dict[str, int]
+    workspace: int = 0
     largest_batch: int | None = None
 
     @classmethod
-    def of(cls, method: str, figures: dict[str, int]) -> "MethodPlan":
+    def of(cls, method: str, figures: dict[str, int], workspace: int = 0) -> "MethodPlan":
         phase = max(PHASES, key=figures.__getitem__)
         at_peak = {kind: figures[kind] for kind in ("weights", "adapter", "optimizer")}
         at_peak |= {kind: figures[f"{phase}: {kind}"] for kind in ("gradients", "activations")}
-        at_peak["temporaries"] = figures[phase] - sum(at_peak.values())
+        peak = figures[phase] + workspace
+        at_peak["temporaries"] = peak - sum(at_peak.values())
         sizes = {kind: figures[kind] for kind in (*KINDS[:-1], "logits")}
-        return cls(method, **sizes, peak=figures[phase], phase=phase, at_peak=at_peak)
+        return cls(method, **sizes, peak=peak, phase=phase, at_peak=at_peak, workspace=workspace)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What :func:`plan_memory` found: ``asked`` holds its arguments, ``methods`` a :class:`MethodPlan` each."""
+    """What :func:`plan_memory` found: ``asked`` holds its arguments, ``methods`` a :class:`MethodPlan` each, and
+    ``refused`` why a method has none; ``notes`` is what else there is to say."""
 
     asked: dict[str, Any]
     methods: Sequence[MethodPlan]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     def __getitem__(self, method: str) -> MethodPlan:
+        """The row of ``method``; one that is refused is a ValueError, any other name a KeyError."""
         rows = {plan.method: plan for plan in self.methods}
+        if method in self.refused:
+            raise ValueError(f"{method} cannot adapt these modules: {self.refused[method]}")
         if method not in rows:
             raise KeyError(f"{method!r} is none of {', '.join(rows)}")
         return rows[method]
 
     def to_dict(self) -> dict[str, object]:
         """Plain data for JSON; all sizes in bytes."""
-        return {"asked": self.asked, "methods": {plan.method: asdict(plan) for plan in self.methods}}
+        methods = {plan.method: asdict(plan) for plan in self.methods}
+        return {"asked": self.asked, "methods": methods, "refused": dict(self.refused), "notes": list(self.notes)}
 
     def __str__(self) -> str:
         return "\n".join([self.title(), "", self._peaks(), "", self._sizes(), "", *self._notes()])
@@ -75,10 +87,13 @@ class MemoryPlan:
 
     def title(self) -> str:
         a = self.asked
+        ranks = f" on each of {a['fsdp']} GPUs under FSDP2" if a["fsdp"] else ""
+        times = f", {a['gradient_accumulation']} times a step" if a["gradient_accumulation"] > 1 else ""
         parts = [
             f"{a['model']}, {a['layers']} layers, {a['dtype']}"
             + (f", {a['quantization']}" if a["quantization"] else ""),
-            f"batch {a['batch']} of {a['seq_len']} tokens" + (", checkpointing" if a["checkpointing"] else ""),
+            f"batch {a['batch']} of {a['seq_len']} tokens{ranks}{times}"
+            + (", checkpointing" if a["checkpointing"] else ""),
             f"{a['lora_num']} branches of rank {a['r']}, adapters in {a['adapter_dtype']}"
             + (f" (the {REFERENCE}'s in {a['dtype']})" if a["adapter_dtype"] != a["dtype"] else ""),
             f"dropout {a['lora_dropout']:g}, {a['optimizer']}, {a['device']}",
@@ -94,7 +109,8 @@ class MemoryPlan:
         for plan in self.methods:
             last = [] if plan.largest_batch is None else [str(plan.largest_batch or "none")]
             rows.append([plan.method, *_cells((*plan.at_peak.values(), plan.peak), unit), plan.phase, *last])
-        return table(header, rows, left=(0, header.index("reached in")), gap="  ")
+        shown = table(header, rows, left=(0, header.index("reached in")), gap="  ")
+        return "\n".join([shown, *(f"{method} cannot be: {reason}" for method, reason in self.refused.items())])
 
     def _sizes(self) -> str:
         unit = _unit(self.methods)
@@ -116,9 +132,14 @@ class MemoryPlan:
             )
         if self.asked["quantization"]:
             notes.append(f"{FULL.capitalize()} and the {REFERENCE} cannot train a quantized base: theirs is dense.")
+        workspace = self.methods[0].workspace
+        if workspace:
+            notes.append(f"Of the temporaries {shown_memory(workspace)} are cuBLAS's workspaces.")
+        if self.asked["fsdp"]:
+            notes.append("All sizes are those of the first GPU. Gathered weights are among the temporaries.")
         if self.asked["device_memory"] is not None:
             notes.append(f"Of the device's memory {self.asked['headroom']:.0%} is left free.")
-        return notes
+        return [*notes, *self.notes]
 
     def plot(self, path: str | Path) -> Path:
         """Write a bar chart of the peaks, by kind; the format is the path's suffix: .png, .pdf or .svg.
@@ -174,6 +195,17 @@ def parse_memory(value: int | str) -> int:
     if isinstance(value, str) and _plain(text) in known:
         return known[_plain(text)] * 2**30
     raise ValueError(f'device_memory must be a size such as "24GiB", or one of {", ".join(GPUS)}, not {value!r}.')
+
+
+def cublas_workspaces(device_memory: int | str | None) -> int:
+    """Bytes that PyTorch takes for cuBLAS and cuBLASLt on a Hopper GPU, which ``device_memory`` names, or which is in
+    this machine where it names none: 32 MiB each. 0 for others, where they were not measured."""
+    named = isinstance(device_memory, str) and _plain(device_memory) in map(_plain, GPUS)
+    if named:
+        hopper = _plain(str(device_memory)) in map(_plain, HOPPER)
+    else:
+        hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return 2 * 32 * 2**20 if hopper else 0
 
 
 _SIZE = {"GiB": 2**30, "MiB": 2**20}

@@ -1,19 +1,23 @@
 """What one training step holds, counted on a model without storage: the real modules, forward and backward, run under
 torch's FakeTensorMode, where a tensor has a shape, a dtype and the size of a storage, but no bytes."""
 
+import copy
 import warnings
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from multilora_fast.memory import cuda, fsdp
 from multilora_fast.memory.measure import AliveBytes
-from multilora_fast.memory.methods import LORA, OURS, REFERENCE, adapt
+from multilora_fast.memory.methods import LORA, OURS, adapt
 
 FORWARD, TOP, REST, STEP = PHASES = ("forward", "backward of the last layer", "backward", "optimizer step")
 OPTIMIZERS = {
@@ -39,25 +43,46 @@ class StepSettings:
     checkpointing: bool
     optimizer: str
     device: str
+    gradient_accumulation: int = 1
+    fsdp: int | None = None
     options: dict = field(default_factory=dict)  # further fields of MultiLoraConfig
 
 
 def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
-    """The causal LM as ``method`` trains it, on the meta device."""
-    attention = f"multilora_fast_plan_{s.device}"
-    AttentionInterface.register(attention, _attention)
+    """The causal LM as ``method`` trains it, on the meta device.
+
+    Raises:
+        ValueError: it cannot be built, or adapted.
+    """
     with _quiet(), torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(config, dtype=s.dtype, attn_implementation=attention)
-        except (ValueError, KeyError):  # a model whose attention is its own code
-            model = AutoModelForCausalLM.from_config(config, dtype=s.dtype)
-        model.config.use_cache = False
-        if s.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        model = _adapted(model, method, s).train()
-    if s.device == "cuda":
-        keep_byte_masks(model)
-    return model
+        with explained(config):
+            model = causal_lm(config, s.dtype)
+            model.config.use_cache = False
+            if s.checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+        return adapt(
+            model, method, s.target_modules, r=s.r, lora_num=s.lora_num, lora_dropout=s.lora_dropout, **s.options
+        ).train()
+
+
+def causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A model of ``config`` with the attention that transformers chooses for it, or its own where it asks for eager."""
+    config = copy.deepcopy(config)
+    if config._attn_implementation != "eager":  # the choice of another machine, or of packages that may not be here
+        config._attn_implementation_internal = None
+    return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+@contextmanager
+def explained(config: PreTrainedConfig) -> Iterator[None]:
+    """Turns what a model raises inside into a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(
+            f"model_or_config is a {type(config).__name__}, whose step cannot be counted without its values: {reason}"
+        ) from error
 
 
 @contextmanager
@@ -66,28 +91,25 @@ def _quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="lora_scaling is trained in")
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
         yield
-
-
-def _adapted(model: Any, method: str, s: StepSettings) -> Any:
-    # The kernels keep no mask, only a seed of 8 bytes.
-    p = 0.0 if method == OURS and s.device == "cuda" else s.lora_dropout
-    options = s.options if method in (OURS, REFERENCE) else {}
-    return adapt(model, method, s.target_modules, r=s.r, lora_num=s.lora_num, lora_dropout=p, **options)
 
 
 class Step:
     """A training step of one model by one method, counted at any batch size."""
 
     def __init__(self, config: PreTrainedConfig, method: str, s: StepSettings):
-        self.settings, self.mode = s, FakeTensorMode()
+        self.config, self.settings, self.mode = config, s, FakeTensorMode()
         self.model = build(config, method, s)
         self.layers: Any = decoder_layers(self.model, config)
         self.head = self.model.get_output_embeddings()
         self.packed, self.dense = self._quantized() if method in (LORA, OURS) else ({}, 0)
         own = s.adapter_dtype if method in (LORA, OURS) else s.dtype
+        mesh = None if s.fsdp is None else init_device_mesh("cpu", (s.fsdp,))
         with self.mode:
             self._fake(own)
+            if mesh is not None:
+                fsdp.shard(self.model, self.layers, mesh)
 
     def _quantized(self) -> tuple[dict[str, int], int]:
         """Bytes of the packed weights by name, and of the largest as a dense one, which is there while it is used.
@@ -119,59 +141,72 @@ class Step:
 
     def fixed(self) -> dict[str, int]:
         """Bytes of the base's weights, which full fine-tuning trains, and of the adapter."""
-        parameters = dict(self.model.named_parameters())
+        parameters = {name: (p, fsdp.local(p).nbytes) for name, p in self.model.named_parameters()}
         adapter = 0
-        if not all(p.requires_grad for p in parameters.values()):
-            adapter = sum(p.nbytes for p in parameters.values() if p.requires_grad)
-        weights = sum(self.packed.get(name, p.nbytes) for name, p in parameters.items()) - adapter
+        if not all(p.requires_grad for p, _ in parameters.values()):
+            adapter = sum(size for p, size in parameters.values() if p.requires_grad)
+        weights = sum(self.packed.get(name, size) for name, (_, size) in parameters.items()) - adapter
         return {"weights": weights + sum(b.nbytes for b in self.model.buffers()), "adapter": adapter}
 
     def count(self, batch: int) -> dict[str, int]:
         """Bytes by kind; under a name of PHASES the most that is alive in it, and under "PHASE: gradients" and
         "PHASE: activations" how much of that they are."""
-        found = self.fixed()
+        s, found = self.settings, self.fixed()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
-        with self.mode:
-            ids = torch.zeros(batch, self.settings.seq_len, dtype=torch.long)
-            alive = AliveBytes([*self.model.parameters(), *self.model.buffers(), ids])
-            optimizer = self._optimizer(trainable)
+        held = [fsdp.local(t) for t in (*self.model.parameters(), *self.model.buffers())]
+        with self.mode, self._as_run(), explained(self.config), _quiet():
+            ids = torch.zeros(batch, s.seq_len, dtype=torch.long)
+            if s.fsdp is not None:  # a first step makes the storages that it gathers weights into, and keeps
+                with AliveBytes(held):
+                    self.model(input_ids=ids, labels=ids).loss.backward()
+                _forget(trainable)
+            alive = AliveBytes([*held, ids], casts=s.device == "cpu")
             handles = self._watch(alive, trainable)
             try:
-                with _quiet(), alive:
-                    alive.phase, alive.kind = FORWARD, "activations"
-                    loss = self._forward(ids)
-                    found["activations"] = alive.kinds["activations"]
-                    found["logits"] = alive.live - found["activations"]
-                    alive.phase = TOP
-                    loss.backward()
-                    del loss
+                with alive:
+                    found |= self._forward_and_backward(ids, alive)
+                    if s.gradient_accumulation > 1:  # the third and those after it are as the second
+                        self._forward_and_backward(ids, alive)
                     found["gradients"] = alive.kinds["gradients"]
+                    own = trainable if s.fsdp is None else _shards(trainable)
                     alive.phase = STEP
+                    optimizer = self._optimizer(own)
                     if optimizer is not None:
                         optimizer.step()
             finally:
                 for handle in handles:
                     handle.remove()
-            found["optimizer"] = self._state(optimizer, trainable)
-            for p in trainable:
-                p.grad = None
-        held = found["weights"] + found["adapter"]
+            found["optimizer"] = self._state(optimizer, own)
+            _forget(trainable)
+        always = found["weights"] + found["adapter"]
         for phase in (FORWARD, TOP, REST):
-            found[phase] = held + found["optimizer"] + self.dense + alive.peaks[phase]
+            found[phase] = always + found["optimizer"] + self.dense + alive.peaks[phase]
         formula = found["optimizer"] if optimizer is None else 0
-        found[STEP] = held + formula + max(alive.peaks[STEP], found["gradients"])
+        found[STEP] = always + formula + max(alive.peaks[STEP], found["gradients"])
         alive.at_peak[STEP]["gradients"] = found["gradients"]
         kinds = ("gradients", "activations")
         return found | {f"{phase}: {kind}": alive.at_peak[phase][kind] for phase in PHASES for kind in kinds}
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        try:
-            return self.model(input_ids=ids, labels=ids).loss
-        except (DynamicOutputShapeException, UnsupportedOperatorException) as error:
-            kind = type(self.model.config).__name__
-            raise ValueError(
-                f"model_or_config is a {kind}, whose step cannot be counted without its values: {error}"
-            ) from error
+    def _forward_and_backward(self, ids: Tensor, alive: AliveBytes) -> dict[str, int]:
+        """A forward and its backward; returns what is kept in between."""
+        before = alive.live
+        alive.phase, alive.kind = FORWARD, "activations"
+        loss = self.model(input_ids=ids, labels=ids).loss
+        kept = {"activations": alive.kinds["activations"]}
+        kept["logits"] = alive.live - before - kept["activations"]
+        alive.phase = TOP
+        loss.backward()
+        return kept
+
+    @contextmanager
+    def _as_run(self) -> Iterator[None]:
+        """Fake tensors are neither those of a graph being traced, nor on a GPU where they stand for its tensors."""
+        with ExitStack() as stack:
+            stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: False))
+            if self.settings.device == "cuda":
+                stack.enter_context(cuda.CudaOperations())
+                stack.enter_context(cuda.kernels())
+            yield
 
     def _optimizer(self, trainable: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         cls: Any = OPTIMIZERS[self.settings.optimizer]
@@ -199,14 +234,31 @@ class Step:
         def done(_):
             alive.phase = REST
 
+        seen = set()
+
         def gradient(parameter):
-            alive.kinds["gradients"] += parameter.grad.nbytes
+            if parameter not in seen:
+                seen.add(parameter)
+                alive.kinds["gradients"] += fsdp.local(parameter.grad).nbytes
 
         return [
             *(p.register_post_accumulate_grad_hook(gradient) for p in trainable),
             self.head.register_forward_pre_hook(logits),
             self.layers[-1].register_forward_pre_hook(last, with_kwargs=True),
         ]
+
+
+def _forget(trainable: list[nn.Parameter]) -> None:
+    for p in trainable:
+        p.grad = None
+
+
+def _shards(trainable: list[nn.Parameter]) -> list[nn.Parameter]:
+    """What this rank's optimizer works on."""
+    own = [nn.Parameter(fsdp.local(p.detach())) for p in trainable]
+    for shard, p in zip(own, trainable, strict=True):
+        shard.grad = None if p.grad is None else fsdp.local(p.grad)
+    return own
 
 
 def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:
@@ -222,50 +274,3 @@ def decoder_layers(model: Any, config: PreTrainedConfig) -> nn.ModuleList:
             f"model_or_config must be a decoder's, but a {type(config).__name__} makes no list of layers and a head."
         )
     return max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-
-
-class GpuDropout(nn.Dropout):
-    """Dropout that keeps its mask in one byte per element, as on a GPU. On a CPU nn.Dropout keeps it in x's dtype."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.native_dropout(x, self.p, True)[0] if self.p and self.training else x
-
-
-def keep_byte_masks(model: nn.Module) -> None:
-    """Make every nn.Dropout of ``model`` a :class:`GpuDropout`."""
-    for module in model.modules():
-        if type(module) is nn.Dropout:
-            module.__class__ = GpuDropout
-
-
-class FlashAttention(torch.autograd.Function):
-    """The tensors of FlashAttention-2's forward and backward on a GPU, not their values.
-
-    From (batch, heads, T, head_dim) to (batch, T, heads, head_dim).
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        batch, heads, T, _ = query.shape
-        out = query.new_empty(batch, T, heads, value.shape[-1])
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, value, *_ = ctx.saved_tensors
-        sums = torch.empty_like(query, dtype=torch.float32)
-        # With fewer heads of keys than of queries, each query head writes a dk and dv of its own, which are then added.
-        own = [t.new_empty(*query.shape[:-1], t.shape[-1]) for t in (key, value) if t.shape[1] != query.shape[1]]
-        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        del sums, own
-        return gradients
-
-
-def _attention(module, query, key, value, attention_mask, **options):
-    """transformers' sdpa attention, or what it is on a GPU, of rows without padding. Fake masks are left out: nothing
-    could see that they are causal, and they would be kept."""
-    if module.config._attn_implementation.endswith("cuda"):
-        return FlashAttention.apply(query, key, value), None
-    return sdpa_attention_forward(module, query, key, value, None, **options)

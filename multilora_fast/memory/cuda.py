@@ -1,0 +1,96 @@
+"""What operations on a CUDA GPU keep and make that the same on a CPU do not, in shapes and dtypes alone."""
+
+import math
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from multilora_fast.ops import equations
+from multilora_fast.ops.backends import Backend, load
+
+
+class CudaOperations(TorchFunctionMode):
+    """Inside, dropout keeps its mask in one byte per element, where a CPU keeps it in x's dtype, and attention holds
+    what PyTorch's FlashAttention-2 or, in float32 and with a mask, memory-efficient attention holds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(x, p, True)[0] if p and training else x
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    grouped = key.shape[-3] != query.shape[-3]
+    if grouped and (attn_mask is not None or query.dtype == torch.float32):  # which FlashAttention-2 alone knows
+        return torch.ops.aten._scaled_dot_product_attention_math(
+            query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa
+        )[0]
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    return FlashAttention.apply(query, key, value, attn_mask)
+
+
+class FlashAttention(torch.autograd.Function):
+    """The tensors of FlashAttention-2's forward and backward on a GPU, not their values.
+
+    From (batch, heads, T, head_dim) to the same, laid out as (batch, T, heads, head_dim).
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        *batch, heads, T, _ = query.shape
+        out = query.new_empty(*batch, T, heads, value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, out, sums)
+        return out.transpose(-2, -3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, *_ = ctx.saved_tensors
+        sums = torch.empty_like(query, dtype=torch.float32)
+        # With fewer heads of keys than of queries, each query head writes a dk and dv of its own, which are then added.
+        own = [t.new_empty(*query.shape[:-1], t.shape[-1]) for t in (key, value) if t.shape[-3] != query.shape[-3]]
+        gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        del sums, own
+        return *gradients, None
+
+
+@contextmanager
+def kernels():
+    """Inside, the op holds what its Triton kernels hold of dropout: for one forward, and for one backward, a mask of a
+    bit per element."""
+    products = load("torch")
+    fields = {name: _without_mask(function) for name, function in products._asdict().items()}
+    with patch.object(equations, "load", lambda name: Backend(**{**fields, "draw": _draw})):
+        yield
+
+
+def _draw(seed: Tensor | None, M: int, K: int, p: float, dtype: torch.dtype) -> tuple[Tensor] | None:
+    return (torch.empty(M, math.ceil(K / 32), dtype=torch.int32),) if p else None
+
+
+def _without_mask(function):
+    def called(*args, **kwargs):
+        return function(*[None if isinstance(a, tuple) else a for a in args], **kwargs)
+
+    return called

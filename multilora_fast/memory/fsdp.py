@@ -1,0 +1,43 @@
+"""One rank of several under FSDP2, without the others: fully_shard over a process group that sends nothing."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch import distributed as dist
+
+
+@contextmanager
+def world(ranks: int | None) -> Iterator[None]:
+    """Inside, this process is the first of ``ranks``, which holds the most where a tensor cannot be divided evenly.
+
+    Raises:
+        ValueError: the process is already one of several.
+    """
+    if ranks is None:
+        yield
+        return
+    if dist.is_initialized():
+        raise ValueError("fsdp cannot be planned where torch.distributed is initialized: plan before, or elsewhere.")
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: Any, layers: Iterable[nn.Module], mesh: Any) -> None:
+    """Shard each of ``layers``, and then the rest with the model."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -1,0 +1,180 @@
+"""plan_memory on models of many types: which are refused, the same modules for all methods, and its other options."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import distributed as dist
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+from bench.causal_lms import TYPES, config
+from bench.plan_models import beyond, measure, model_of, planned, refusal
+from multilora_fast import MultiLoraConfig, plan_memory
+from multilora_fast.memory import cuda
+from multilora_fast.memory.measure import AliveBytes
+from multilora_fast.memory.methods import FULL, LORA, METHODS, OURS, REFERENCE
+from multilora_fast.memory.report import MethodPlan, cublas_workspaces
+from multilora_fast.memory.step import STEP, Step, StepSettings
+
+SMALL = {"batch": 2, "seq_len": 16, "r": 4, "device": "cpu"}
+REFUSED = {"jetmoe", "phimoe"}  # sizes that depend on values; a router that no adapter can be put on
+
+
+def llama(layers=2, **options) -> LlamaConfig:
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    return LlamaConfig(**{**sizes, "num_key_value_heads": 2, "num_hidden_layers": layers, **options})
+
+
+def settings(**options) -> StepSettings:
+    return StepSettings(
+        **{
+            "seq_len": 64, "r": 8, "lora_num": 3, "dtype": torch.bfloat16, "adapter_dtype": torch.bfloat16,
+            "lora_dropout": 0.0, "target_modules": "all-linear", "quantization": None, "checkpointing": False,
+            "optimizer": "adamw", "device": "cuda", **options,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "falcon", "mpt", "gpt_neo", "gptj", "mixtral", "jetmoe", "phimoe"])
+def test_types_are_planned_or_refused_in_one_sentence(kind):
+    said = refusal(kind)
+    assert bool(said) == (kind in REFUSED)
+    if said:
+        assert said.startswith(f"model_or_config is a {type(config(kind)).__name__}, whose step cannot be counted")
+        assert "\n" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_is_planned_but_two(kind):
+    assert bool(refusal(kind)) == (kind in REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "setting"),
+    [
+        ("gemma2", FULL, ("float32", "float32", 0.0, False)),
+        ("falcon", OURS, ("float32", "float32", 0.05, False)),  # gradients that add up in place
+        ("llama", LORA, ("bfloat16", "float32", 0.0, True)),  # operands that a CPU casts
+        ("mixtral", OURS, ("float32", "float32", 0.0, False)),
+        ("gpt2", REFERENCE, ("bfloat16", "bfloat16", 0.05, True)),
+    ],
+)
+def test_the_peak_is_within_one_per_cent(kind, method, setting):
+    predicted = beyond(planned(kind, *setting)[method])
+    assert predicted == pytest.approx(measure(model_of(kind, method, *setting), 4, 128, "cpu"), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"exclude_modules": ["q_proj", "gate_proj"]},
+        {"layers_to_transform": [1]},
+        {"rank_pattern": {"q_proj": 2}},
+        {"lora_num_pattern": {"v_proj": 1}},
+        {"target_modules": r".*\.0\..*_proj"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+)
+def test_options_reach_every_method(options):
+    """LoRA's adapter is ours without the scales, and so are its gradients."""
+    targets = {"target_modules": "all-linear", **options}
+    plan = plan_memory(llama(), adapter_dtype="bfloat16", **SMALL, **targets)
+    model = AutoModelForCausalLM.from_config(llama(), dtype=torch.bfloat16)
+    model = get_peft_model(model, MultiLoraConfig(r=4, **targets), autocast_adapter_dtype=False)
+    trained = {name: p.nbytes for name, p in model.named_parameters() if p.requires_grad}
+    scales = sum(size for name, size in trained.items() if name.endswith("lora_scaling"))
+    assert plan[OURS].adapter == plan[REFERENCE].adapter == sum(trained.values())
+    assert plan[LORA].adapter == plan[OURS].adapter - scales
+    assert plan[LORA].gradients == plan[LORA].adapter
+
+
+def test_experts_are_counted_for_no_adapter_or_for_all():
+    plan = plan_memory(config("qwen3_moe"), lora_dropout=0.05, adapter_dtype="bfloat16", **SMALL)
+    assert plan[LORA].gradients < plan[OURS].gradients < 1.1 * plan[LORA].gradients
+
+
+def test_a_method_that_cannot_adapt_the_modules_says_so():
+    plan = plan_memory(config("deepseek_v3"), lora_dropout=0.05, **SMALL)
+    assert list(plan.refused) == [LORA]
+    assert f"{LORA} cannot be: PEFT turns the names of this model's dense MLPs" in str(plan)
+    assert plan.to_dict()["refused"] == plan.refused
+    with pytest.raises(ValueError, match="cannot adapt these modules"):
+        plan[LORA]
+
+
+def test_more_tokens_than_positions():
+    small = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(ValueError, match="seq_len must be at most 32, the positions of this GPT2Config, not 33"):
+        plan_memory(small, **{**SMALL, "seq_len": 33})
+    with pytest.warns(UserWarning, match="seq_len 33 is beyond the 32 positions"):
+        plan = plan_memory(llama(max_position_embeddings=32), **{**SMALL, "seq_len": 33})
+    assert "seq_len 33 is beyond the 32 positions" in str(plan)
+
+
+def test_gradients_add_up():
+    asked = ("gpt2", "float32", "float32", 0.0, True)
+    once, many = (planned(*asked, gradient_accumulation=k)[FULL] for k in (1, 4))
+    assert (many.gradients, many.activations) == (once.gradients, once.activations)
+    assert many.peak > once.peak
+    model = model_of("gpt2", FULL, *asked[1:])
+    assert beyond(many) == pytest.approx(measure(model, 4, 128, "cpu", accumulation=3), rel=0.01)
+
+
+def test_a_rank_of_fsdp_holds_its_shard():
+    one, half = (plan_memory(llama(), adapter_dtype="bfloat16", **SMALL, **o) for o in ({}, {"fsdp": 2}))
+    for method in METHODS:
+        for kind in ("weights", "adapter", "gradients", "optimizer"):
+            assert getattr(half[method], kind) == pytest.approx(getattr(one[method], kind) / 2, rel=0.2)
+    assert not dist.is_initialized()
+    with pytest.raises(ValueError, match="fsdp cannot be planned with a quantized base"):
+        plan_memory(llama(), fsdp=2, quantization="4bit", **SMALL)
+
+
+def test_the_state_of_eight_bit_adam_is_in_the_steps_peak():
+    found = Step(llama(), FULL, settings(optimizer="adamw_8bit")).count(1)
+    assert found[STEP] == found["weights"] + found["gradients"] + found["optimizer"]
+
+
+def test_grouped_queries_have_gradients_of_their_own():
+    """Each query head of FlashAttention-2 writes a dk and dv, beside dq in float32, and the three gradients."""
+    q, k, v = (torch.empty(1, heads, 8, 16, requires_grad=True) for heads in (4, 2, 2))
+    out = cuda.FlashAttention.apply(q, k, v, None)
+    alive = AliveBytes([q, k, v, out])
+    grad = torch.ones_like(out)
+    with alive:
+        out.backward(grad)
+    size = q.numel() * 4
+    assert max(alive.peaks.values()) == size + 2 * size + 2 * size  # dq in float32, own dk and dv, and dq, dk, dv
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05])
+def test_a_forward_and_a_backward_hold_the_mask_as_bits(p):
+    """Alone in a model without much else, the mask of a backward is alive at its peak."""
+    s = settings(lora_dropout=p, r=1, lora_num=1, target_modules=["down_proj"], seq_len=512, checkpointing=True)
+    found = Step(llama(intermediate_size=4096, vocab_size=64), OURS, s).count(4)
+    without = Step(llama(intermediate_size=4096, vocab_size=64), OURS, settings(**{**vars(s), "lora_dropout": 0.0}))
+    bits = 4 * 512 * 4096 // 8 if p else 0
+    assert 0 <= found["backward"] - without.count(4)["backward"] <= bits + 2 * 8
+
+
+def test_windows_keep_a_mask():
+    """Attention within a window of fewer tokens than there are needs a mask, and keeps it."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    windows = [
+        Qwen2Config(
+            **sizes, num_key_value_heads=2, num_hidden_layers=1, use_sliding_window=True, sliding_window=window,
+            layer_types=["sliding_attention"],
+        )
+        for window in (128, 32)
+    ]  # fmt: skip
+    wide, narrow = (Step(c, FULL, settings()).count(1)["activations"] for c in windows)
+    assert narrow - wide >= 64 * 64 * 2
+
+
+def test_workspaces_of_a_hopper_gpu_are_counted():
+    assert cublas_workspaces("H100") == cublas_workspaces("nvidia h200") == 64 * 2**20
+    assert cublas_workspaces("A100-80GB") == 0
+    plans = [plan_memory(llama(), **{**SMALL, "device": "cuda"}, device_memory=gpu) for gpu in ("H100", "L4")]
+    assert plans[0][OURS].peak - plans[1][OURS].peak == 64 * 2**20
+    assert plans[0][OURS].workspace == 64 * 2**20
+    assert isinstance(plans[0][OURS], MethodPlan)
