@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from bench.candidates import FP8
 from bench.environment import conditions
 from multilora_fast.memory import saved_bytes
-from multilora_fast.memory.cuda import CudaOperations
+from multilora_fast.memory.cuda import cuda_operations
 from multilora_fast.memory.methods import LORA, OURS, REFERENCE, adapt
 from multilora_fast.models import LINEARS
 
@@ -52,7 +52,7 @@ def bytes_per_token(size: str, method: str, n: int = 5, r: int = 32, p: float = 
     layer = adapted(layer, method, n, r, p)
     x = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16).requires_grad_()
     rotary = LlamaRotaryEmbedding(config)(x, torch.arange(tokens)[None])
-    with CudaOperations(), saved_bytes([*layer.parameters(), *layer.buffers()]) as saved:
+    with cuda_operations(), saved_bytes([*layer.parameters(), *layer.buffers()]) as saved:
         layer(x, position_embeddings=rotary)
     return saved.total / tokens
 

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from bench.environment import conditions
 from bench.memory import FROZEN, SIZES, adapted, decoder_layer
-from multilora_fast.memory.cuda import CudaOperations
+from multilora_fast.memory.cuda import cuda_operations
 from multilora_fast.memory.measure import timeline
 from multilora_fast.memory.methods import LORA, OURS, REFERENCE
 
@@ -39,7 +39,7 @@ def profiles(size: str, tokens: int, p: float, device: str) -> dict[str, list[tu
         x = torch.randn(1, tokens, config.hidden_size, dtype=torch.bfloat16, device=device).requires_grad_()
         rotary = LlamaRotaryEmbedding(config).to(device)(x, torch.arange(tokens, device=device)[None])
         run = partial(step, layer, x, rotary)
-        with nullcontext() if device == "cuda" else CudaOperations():
+        with nullcontext() if device == "cuda" else cuda_operations():
             run()
             found[method] = timeline(run)
         print(f"{method:16} peak {max(live for _, live in found[method]) / 2**20:8.1f} MiB")

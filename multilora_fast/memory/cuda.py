@@ -7,23 +7,17 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from multilora_fast.ops import equations
 from multilora_fast.ops.backends import Backend, load
 
 
-class CudaOperations(TorchFunctionMode):
+@contextmanager
+def cuda_operations():
     """Inside, dropout keeps its mask in one byte per element, where a CPU keeps it in x's dtype, and attention holds
     what PyTorch's FlashAttention-2 or, in float32 and with a mask, memory-efficient attention holds."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
+    with patch.object(F, "dropout", _dropout), patch.object(F, "scaled_dot_product_attention", _attention):
+        yield
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -204,7 +204,7 @@ class Step:
         with ExitStack() as stack:
             stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: False))
             if self.settings.device == "cuda":
-                stack.enter_context(cuda.CudaOperations())
+                stack.enter_context(cuda.cuda_operations())
                 stack.enter_context(cuda.kernels())
             yield
 

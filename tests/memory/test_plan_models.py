@@ -124,7 +124,8 @@ def test_a_rank_of_fsdp_holds_its_shard():
     one, half = (plan_memory(llama(), adapter_dtype="bfloat16", **SMALL, **o) for o in ({}, {"fsdp": 2}))
     for method in METHODS:
         for kind in ("weights", "adapter", "gradients", "optimizer"):
-            assert getattr(half[method], kind) == pytest.approx(getattr(one[method], kind) / 2, rel=0.2)
+            whole = getattr(one[method], kind)
+            assert whole / 2 <= getattr(half[method], kind) <= 0.7 * whole  # of three branches the first holds two
     assert not dist.is_initialized()
     with pytest.raises(ValueError, match="fsdp cannot be planned with a quantized base"):
         plan_memory(llama(), fsdp=2, quantization="4bit", **SMALL)
