@@ -28,7 +28,7 @@ soak: $(VENV)/installed ## For about ten minutes: safety, kills and other faults
 	SOAK=1 $(BIN)/python -m pytest -q -s tests/test_safety.py tests/training/test_faults.py tests/test_long.py $(ARGS)
 
 architectures: $(VENV)/architectures ## Check every architecture and trainer next to LoRA: the table into docs/architectures.md
-	ARCHITECTURES=all HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/architectures $(ARGS)
+	ARCHITECTURES=all HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/architectures tests/memory/test_plan_models.py $(ARGS)
 
 gpu: $(VENV)/installed ## On a machine with a GPU: test, tune and measure (bench/gpu.sh does one stage alone)
 	PYTHON=$(BIN)/python bench/gpu.sh all $(OUT)
