@@ -39,7 +39,10 @@ def check_bits(bits: torch.Tensor | None, M: int, K: int) -> bool:
 @triton.jit
 def unpack(words, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Words (BLOCK_M, BLOCK_K/32) as a boolean tile (BLOCK_M, BLOCK_K)."""
-    bits = words[:, :, None] & (1 << tl.arange(0, 32))[None, None, :]
+    # A shift a pair, and masks that are constants: 32 masks would stay in registers, and the LLVM of Triton 3.6 would
+    # gather the tests of a whole tile in one vector of bits, which takes two to three instructions more an element.
+    pairs = words[:, :, None] >> (2 * tl.arange(0, 16))[None, None, :]
+    bits = pairs[:, :, :, None] & (1 + tl.arange(0, 2))[None, None, None, :]
     return tl.reshape(bits, (BLOCK_M, BLOCK_K)) != 0
 
 
