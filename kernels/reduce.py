@@ -55,22 +55,26 @@ def reduce_kernel(
         mask_c2 = offs_c2 < R
         acc2 = tl.zeros((BLOCK_D, BLOCK_R2), ACC)
     offs_t = tl.arange(0, BLOCK_M)
-    z_offs = offs_t.to(tl.int64)[:, None] * stride_zm + offs_d[None, :]
+    z_offs = offs_d[:, None] + offs_t.to(tl.int64)[None, :] * stride_zm
     h_offs = offs_t.to(tl.int64)[:, None] * stride_hm
     for step in range(steps):
         start_m = (part * steps + step).to(tl.int64) * BLOCK_M
-        mask_m = (offs_t < tl.minimum(M - start_m, BLOCK_M).to(tl.int32))[:, None]
+        mask_m = offs_t < tl.minimum(M - start_m, BLOCK_M).to(tl.int32)
         z_ptrs = z_ptr + start_m * stride_zm + z_offs
-        z = tl.load(z_ptrs, mask=mask_m & mask_d[None, :], other=0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
+        # Read as it is multiplied: where a masked z is turned afterwards, Triton 3.6 fails to pipeline its two products
+        # on sm_100.
+        z = tl.load(z_ptrs, mask=mask_d[:, None] & mask_m[None, :], other=0.0).to(DOT)  # [BLOCK_D, BLOCK_M]
         if DROPOUT:
             keep = keep_tile(bits_ptr, start_m + offs_t, start_d, M, stride_bits, BLOCK_M, BLOCK_D)
-            z = tl.where(keep, z, 0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
+            z = tl.where(tl.trans(keep), z, 0.0).to(DOT)  # [BLOCK_D, BLOCK_M]
         h_ptrs = h_ptr + start_m * stride_hm + h_offs
-        h = tl.load(h_ptrs + offs_c[None, :], mask=mask_m & mask_c[None, :], other=0.0).to(DOT)  # [BLOCK_M, BLOCK_R]
-        acc = tl.dot(tl.trans(z), h, acc, input_precision="ieee", out_dtype=ACC)
+        h = tl.load(h_ptrs + offs_c[None, :], mask=mask_m[:, None] & mask_c[None, :], other=0.0).to(
+            DOT
+        )  # [BLOCK_M, BLOCK_R]
+        acc = tl.dot(z, h, acc, input_precision="ieee", out_dtype=ACC)
         if BLOCK_R2 > 0:
-            h2 = tl.load(h_ptrs + offs_c2[None, :], mask=mask_m & mask_c2[None, :], other=0.0).to(DOT)
-            acc2 = tl.dot(tl.trans(z), h2, acc2, input_precision="ieee", out_dtype=ACC)
+            h2 = tl.load(h_ptrs + offs_c2[None, :], mask=mask_m[:, None] & mask_c2[None, :], other=0.0).to(DOT)
+            acc2 = tl.dot(z, h2, acc2, input_precision="ieee", out_dtype=ACC)
     out_ptrs = parts_ptr + (part.to(tl.int64) * D + offs_d)[:, None] * R
     if DROPOUT:
         acc *= keep_inverse(threshold, ACC)
