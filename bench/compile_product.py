@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from triton.backends.nvidia.compiler import get_ptxas
 
-from bench.compiled import compile_for, inspect, launches
+from bench.compiled import NOT_COMPILED, compile_for, inspect, launches
 from multilora_fast.kernels.configs import PRODUCT_TILES
 from multilora_fast.kernels.product import product
 
@@ -50,7 +50,11 @@ def examine(job: tuple[dict, int]) -> dict:
     """One case compiled, with what falls short of `limit` bytes of shared memory or otherwise under `fails`."""
     case, limit = job
     kernel, kwargs = launches(lambda: call(case))[-1]
-    compiled = compile_for(kernel, kwargs, case["arch"])
+    named = {"kernel": "product", "D": OUT, "params": case["dtype"], "row": "product/" + case["arch"], **case}
+    try:
+        compiled = compile_for(kernel, kwargs, case["arch"])
+    except Exception:  # a pass of Triton's or ptxas, each with an exception of its own
+        return {**named, **NOT_COMPILED}
     found = inspect(compiled, case["arch"])
     short = {
         "spills": found["stack"] > 0,
@@ -59,11 +63,9 @@ def examine(job: tuple[dict, int]) -> dict:
         "no copy engine": "cp.async.bulk.tensor" not in compiled.asm["ptx"],
         "serialized": case["arch"] == "sm_90" and serialized(compiled.asm["ptx"]),
     }
-    row = "product/" + case["arch"]
-    others = {"kernel": "product", "D": OUT, "params": case["dtype"], "row": row, "sass_per_element": None}
     copies = compiled.asm["ptx"].count("cp.async.bulk.tensor")
     fails = [name for name, is_short in short.items() if is_short]
-    return {**others, **case, **found, "copies": copies, "fails": fails}
+    return {**named, "sass_per_element": None, **found, "copies": copies, "fails": fails}
 
 
 def serialized(ptx: str) -> bool:

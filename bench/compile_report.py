@@ -25,7 +25,7 @@ import torch
 import triton
 
 from bench import compile_product
-from bench.compiled import compile_for, inspect, launches, options, sass_per_element, source
+from bench.compiled import NOT_COMPILED, compile_for, inspect, launches, options, sass_per_element, source
 from multilora_fast.kernels.configs import PRODUCT_WINS, TUNED_CONFIGS, find_row, rank_tiles
 from multilora_fast.kernels.dropout import draw, dropout_mask
 from multilora_fast.kernels.expand import expand
@@ -215,9 +215,12 @@ def examine(job: tuple[Case, int]) -> dict:
     """One launch compiled, with what falls short under `fails`."""
     case, index = job
     kernel, kwargs = launches(case)[index]
-    compiled = compile_for(kernel, kwargs, case.arch)
     matrix, sass = kernel.__name__ in MATRIX_KERNELS, None
     found = {"kernel": kernel.__name__.removesuffix("_kernel"), **asdict(case), "row": "/".join(map(str, case.row))}
+    try:
+        compiled = compile_for(kernel, kwargs, case.arch)
+    except Exception:  # a pass of Triton's or ptxas, each with an exception of its own
+        return {**found, **NOT_COMPILED}
     found |= inspect(compiled, case.arch, kwargs["BLOCK_D" if "reduce" in case.use else "BLOCK_M"] if matrix else 64)
     if case.arch == SASS_ARCH and (matrix or kernel.__name__ == "mask_kernel"):
         sass = round(sass_per_element(compiled, kwargs), 1)

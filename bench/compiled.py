@@ -13,6 +13,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# What a case that the compiler gives up on has in the place of `inspect` and `sass_per_element`.
+NOT_COMPILED = {
+    **dict.fromkeys(("registers", "stack", "shared", "tensor_core", "tensor_cores", "sass_per_element")),
+    "fails": ["does not compile"],
+}
 TENSOR_CORES = {"sm_90": "wgmma", "sm_100": "tcgen05.mma", "gfx942": "mfma"}
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
@@ -76,7 +81,11 @@ def tensor_core(arch: str, rows: int) -> str:
 
 
 def inspect(compiled, arch: str, rows: int = 64) -> dict:
-    """Registers and stack (bytes) a thread, shared memory (bytes), tensor-core instructions of the architecture."""
+    """Registers a thread, bytes of stack it reads back, of shared memory, tensor-core instructions of the architecture.
+
+    A stack that nothing reads holds no spill. On sm_120 ptxas guards every copy into the shared memory of a cluster,
+    which is how Triton 3.6 writes all of them, by a call to the driver, and leaves its arguments there.
+    """
     name = tensor_core(arch, rows)
     if arch.startswith("sm_"):
         code, usage = compiled.asm["ptx"], tool("cuobjdump", "--dump-resource-usage", binary=compiled.asm["cubin"])
@@ -85,6 +94,12 @@ def inspect(compiled, arch: str, rows: int = 64) -> dict:
         code = usage = compiled.asm["amdgcn"]
         patterns = (r"\.vgpr_count:\s+(\d+)", r"\.private_segment_fixed_size:\s+(\d+)")
     registers, stack = (int(re.search(pattern, usage)[1]) for pattern in patterns)
+    if (
+        stack
+        and arch.startswith("sm_")
+        and not re.search(r"\bLDL\b", tool("nvdisasm", "-c", binary=compiled.asm["cubin"]))
+    ):
+        stack = 0
     return {
         "registers": registers,
         "stack": stack,

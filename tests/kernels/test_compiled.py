@@ -6,10 +6,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from bench.compile_report import MATRIX_KERNELS, USES
+from bench import compile_product, compile_report, compiled
+from bench.compile_report import MATRIX_KERNELS, USES, Case
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
@@ -65,3 +67,26 @@ def test_instructions_an_element_stay_within_their_limits(report):
     assert found["reduce.forward", 96, False] <= 5.5
     assert found["reduce.backward", 96, True] <= 11
     assert max(value for (use, _, _), value in found.items() if use == "mask.draw") <= 12
+
+
+@pytest.mark.parametrize(("instructions", "stack"), [("STL.64 [R1], RZ", 0), ("STL [R1+0x4], R9\nLDL R9, [R1+0x4]", 8)])
+def test_a_stack_is_counted_where_it_is_read_back(monkeypatch, instructions, stack):
+    output = {"cuobjdump": "REG:40 STACK:8 SHARED:0", "nvdisasm": instructions}
+    monkeypatch.setattr(compiled, "tool", lambda name, *args, binary: output[name])
+    kernel = SimpleNamespace(asm={"ptx": "", "cubin": b""}, metadata=SimpleNamespace(shared=0))
+    assert compiled.inspect(kernel, "sm_120")["stack"] == stack
+
+
+def test_a_kernel_that_does_not_compile_falls_short(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("PassManager::run failed")
+
+    case = Case("reduce.backward", "sm_100", 8192, 4096, 3, 32, "bfloat16", "bfloat16", True)
+    joint = next(compile_product.cases(quick=True))
+    kernel = SimpleNamespace(__name__="reduce_kernel")
+    for module in (compile_report, compile_product):
+        monkeypatch.setattr(module, "launches", lambda _: [(kernel, {})])
+        monkeypatch.setattr(module, "compile_for", fail)
+    for row in (compile_report.examine((case, 0)), compile_product.examine((joint, 0))):
+        assert row["fails"] == ["does not compile"]
+        assert compile_report.line(row)[-1] == "does not compile"
