@@ -43,7 +43,7 @@ SHARED_LIMITS = {
     "sm_120": 99 * KIB,
     "gfx942": 64 * KIB,
 }
-MATRIX_KERNELS = ("shrink_kernel", "shrink_pack_kernel", "expand_kernel", "reduce_kernel")
+MATRIX_KERNELS = ("shrink_kernel", "expand_kernel", "reduce_kernel")
 # use -> whether dropout can be on
 USES = {
     "shrink.forward": True, "shrink.pack": True, "shrink.backward": False, "expand.forward": False,

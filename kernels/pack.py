@@ -14,6 +14,8 @@ import triton.language as tl
 from .configs import cdiv
 from .launch import TL_DTYPES, check_weight, launch, small_options, strides, sum_dtype
 
+BLOCK_R, BLOCK_D = 32, 128
+
 
 @triton.jit
 def weight_tile(
@@ -47,11 +49,11 @@ def weight_tile(
 
 
 @triton.jit
-def pack_tile(
-    pid,
-    w_ptr,
-    scale_ptr,
+def pack_kernel(
+    w_ptr,  # (n, r, D), any strides
+    scale_ptr,  # (n, D), any strides, or None
     out_ptr,  # (R, D), any strides
+    first,  # program, of those that pack
     D,
     stride_wi,
     stride_wj,
@@ -69,6 +71,7 @@ def pack_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    pid = tl.program_id(0) - first
     num_d = tl.cdiv(D, BLOCK_D)
     offs_c = (pid // num_d) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = (pid % num_d) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -78,34 +81,6 @@ def pack_tile(
     )  # fmt: skip
     out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * stride_or + offs_d.to(tl.int64)[None, :] * stride_od
     tl.store(out_ptrs, w, mask=(offs_c < R)[:, None] & (offs_d < D)[None, :])
-
-
-@triton.jit
-def pack_kernel(
-    w_ptr,
-    scale_ptr,
-    out_ptr,  # (R, D), any strides
-    D,
-    stride_wi,
-    stride_wj,
-    stride_wd,
-    stride_si,
-    stride_sd,
-    stride_or,
-    stride_od,
-    scaling: tl.constexpr,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    pack_tile(
-        tl.program_id(0), w_ptr, scale_ptr, out_ptr, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-        stride_or, stride_od, scaling, r, R, HAS_SCALE, DOT, ACC, BLOCK_R, BLOCK_D,
-    )  # fmt: skip
 
 
 def pack(
@@ -127,12 +102,11 @@ def pack(
         raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}, wanted {(n * r, D)} and {dtype}.")
     if out.numel() == 0 or out.is_meta:
         return out
-    BLOCK_R, BLOCK_D = 32, 128
     stride_wi, stride_wj, stride_wd = w.stride()
     stride_si, stride_sd = strides(scale, 2)
     launch(
         w, pack_kernel, (cdiv(n * r, BLOCK_R) * cdiv(D, BLOCK_D), 1),
-        w_ptr=w, scale_ptr=scale, out_ptr=out, D=D,
+        w_ptr=w, scale_ptr=scale, out_ptr=out, first=0, D=D,
         stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
         stride_or=out.stride(0), stride_od=out.stride(1),
         scaling=float(scaling), r=r, R=n * r, HAS_SCALE=scale is not None,
@@ -149,19 +123,29 @@ class Packing(NamedTuple):
     scaling: float
     out: torch.Tensor
 
-    def arguments(self) -> tuple[int, dict]:
-        """The programs that it takes, and what they are given."""
-        (n, r, N), PACK_R, PACK_N = self.w.shape, 32, 128
+    def programs(self) -> int:
+        n, r, N = self.w.shape
+        return cdiv(n * r, BLOCK_R) * cdiv(N, BLOCK_D)
+
+    def arguments(self, tiles: int) -> dict:
+        """What a kernel is given whose programs from `tiles` on pack."""
         stride_bi, stride_bj, stride_bn = self.w.stride()
         stride_ci, stride_cn = strides(self.scale, 2)
-        return cdiv(n * r, PACK_R) * cdiv(N, PACK_N), {
-            "b_ptr": self.w, "b_scale_ptr": self.scale, "packed_ptr": self.out, "N": N,
+        return {
+            "b_ptr": self.w, "b_scale_ptr": self.scale, "packed_ptr": self.out, "tiles": tiles, "N": self.w.shape[2],
             "stride_bi": stride_bi, "stride_bj": stride_bj, "stride_bn": stride_bn,
             "stride_ci": stride_ci, "stride_cn": stride_cn,
             "stride_pr": self.out.stride(0), "stride_pn": self.out.stride(1),
-            "b_scaling": float(self.scaling), "b_r": r, "B_SCALE": self.scale is not None,
-            "PACK_R": PACK_R, "PACK_N": PACK_N,
+            "b_scaling": float(self.scaling), "b_r": self.w.shape[1], "B_SCALE": self.scale is not None,
+            "PACK_R": BLOCK_R, "PACK_N": BLOCK_D,
         }  # fmt: skip
 
     def launch(self) -> None:
         pack(self.w, self.out.dtype, self.scale, self.scaling, out=self.out)
+
+
+# What the same kernel is given where nothing is packed.
+NO_PACKING = dict.fromkeys((
+    "b_ptr", "b_scale_ptr", "packed_ptr", "tiles", "N", "stride_bi", "stride_bj", "stride_bn", "stride_ci", "stride_cn",
+    "stride_pr", "stride_pn", "b_scaling", "b_r", "B_SCALE", "PACK_R", "PACK_N",
+))  # fmt: skip

@@ -16,126 +16,17 @@ import triton.language as tl
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles, split_k
 from .dropout import check_bits, drop_threshold, keep_inverse, keep_tile
 from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, rows, small_options, strides, sum_dtype
-from .pack import Packing, pack, pack_tile, weight_tile
+from .pack import NO_PACKING, Packing, pack, pack_kernel, weight_tile
 
 
-@triton.jit
-def shrink_tile(
-    pid,
-    part,
-    x_ptr,  # (M, D)
-    w_ptr,  # (n, r, D), any strides
-    scale_ptr,  # (n, D), any strides, or None
-    out_ptr,  # (parts, M, R), or (M, R) with rows stride_om apart where there is one part
-    bits_ptr,  # (M, ⌈D/32⌉) or None
-    M,
-    D,
-    steps,  # tiles of features in a part
-    threshold,
-    stride_xm,
-    stride_wi,
-    stride_wj,
-    stride_wd,
-    stride_si,
-    stride_sd,
-    stride_bits,
-    stride_om,
-    scaling: tl.constexpr,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_R2: tl.constexpr,  # a second tile of the rank, or 0
-):
-    chunks: tl.constexpr = (R + BLOCK_R + BLOCK_R2 - 1) // (BLOCK_R + BLOCK_R2)
-    offs_m = (pid // chunks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    start_c = (pid % chunks) * (BLOCK_R + BLOCK_R2)
-    offs_c = start_c + tl.arange(0, BLOCK_R)
-    mask_m = (offs_m < M)[:, None]
-    x_ptrs = x_ptr + offs_m[:, None] * stride_xm
-    acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
-    if BLOCK_R2 > 0:
-        offs_c2 = start_c + BLOCK_R + tl.arange(0, BLOCK_R2)
-        acc2 = tl.zeros((BLOCK_M, BLOCK_R2), ACC)
-    first = part * steps * BLOCK_D
-    for start_d in range(first, min(first + steps * BLOCK_D, D), BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptrs + offs_d[None, :], mask=mask_m & (offs_d < D)[None, :], other=0.0).to(DOT)
-        if DROPOUT:
-            keep = keep_tile(bits_ptr, offs_m, start_d, M, stride_bits, BLOCK_M, BLOCK_D)
-            x = tl.where(keep, x, 0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
-        w = weight_tile(
-            w_ptr, scale_ptr, offs_c, offs_d, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-            scaling, r, R, HAS_SCALE, DOT, ACC,
-        )  # fmt: skip  # [BLOCK_R, BLOCK_D]
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee", out_dtype=ACC)
-        if BLOCK_R2 > 0:
-            w2 = weight_tile(
-                w_ptr, scale_ptr, offs_c2, offs_d, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-                scaling, r, R, HAS_SCALE, DOT, ACC,
-            )  # fmt: skip  # [BLOCK_R2, BLOCK_D]
-            acc2 = tl.dot(x, tl.trans(w2), acc2, input_precision="ieee", out_dtype=ACC)
-    if DROPOUT:
-        acc *= keep_inverse(threshold, ACC)
-    out_ptrs = out_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * stride_om
-    tl.store(out_ptrs + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_m & (offs_c < R)[None, :])
-    if BLOCK_R2 > 0:
-        if DROPOUT:
-            acc2 *= keep_inverse(threshold, ACC)
-        tl.store(out_ptrs + offs_c2[None, :], acc2.to(out_ptr.dtype.element_ty), mask=mask_m & (offs_c2 < R)[None, :])
-
-
-@triton.jit(do_not_specialize=["M", "steps", "threshold"])
+@triton.jit(do_not_specialize=["M", "steps", "threshold", "tiles"])
 def shrink_kernel(
     x_ptr,  # (M, D)
     w_ptr,  # (n, r, D), any strides
     scale_ptr,  # (n, D), any strides, or None
     out_ptr,  # (parts, M, R), or (M, R) with rows stride_om apart where there is one part
     bits_ptr,  # (M, ⌈D/32⌉) or None
-    M,
-    D,
-    steps,  # tiles of features in a part
-    threshold,
-    stride_xm,
-    stride_wi,
-    stride_wj,
-    stride_wd,
-    stride_si,
-    stride_sd,
-    stride_bits,
-    stride_om,
-    scaling: tl.constexpr,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_R2: tl.constexpr,  # a second tile of the rank, or 0
-):
-    shrink_tile(
-        tl.program_id(0), tl.program_id(1), x_ptr, w_ptr, scale_ptr, out_ptr, bits_ptr, M, D, steps, threshold,
-        stride_xm, stride_wi, stride_wj, stride_wd, stride_si, stride_sd, stride_bits, stride_om, scaling, r, R,
-        HAS_SCALE, DROPOUT, DOT, ACC, BLOCK_M, BLOCK_D, BLOCK_R, BLOCK_R2,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["M", "steps", "threshold", "tiles"])
-def shrink_pack_kernel(
-    x_ptr,  # (M, D)
-    w_ptr,  # (n, r, D), any strides
-    scale_ptr,  # (n, D), any strides, or None
-    out_ptr,  # (parts, M, R), or (M, R) with rows stride_om apart where there is one part
-    bits_ptr,  # (M, ⌈D/32⌉) or None
-    b_ptr,  # (n, r, N), any strides
+    b_ptr,  # (n, r, N), any strides, or None
     b_scale_ptr,  # (n, N), any strides, or None
     packed_ptr,  # (R, N), any strides
     M,
@@ -176,19 +67,51 @@ def shrink_pack_kernel(
     PACK_R: tl.constexpr,
     PACK_N: tl.constexpr,
 ):
-    """shrink and, in programs of its own, pack: what the joint product reads of B̃ costs no launch."""
-    pid = tl.program_id(0)
-    if pid < tiles:
-        shrink_tile(
-            pid, tl.program_id(1), x_ptr, w_ptr, scale_ptr, out_ptr, bits_ptr, M, D, steps, threshold, stride_xm,
-            stride_wi, stride_wj, stride_wd, stride_si, stride_sd, stride_bits, stride_om, scaling, r, R,
-            HAS_SCALE, DROPOUT, DOT, ACC, BLOCK_M, BLOCK_D, BLOCK_R, BLOCK_R2,
-        )  # fmt: skip
-    else:
-        pack_tile(
-            pid - tiles, b_ptr, b_scale_ptr, packed_ptr, N, stride_bi, stride_bj, stride_bn, stride_ci, stride_cn,
+    """With b_ptr the programs from `tiles` on pack: what the joint product reads of B̃ costs no launch. Without, nothing
+    that packing takes is given."""
+    pid, part = tl.program_id(0), tl.program_id(1)
+    if b_ptr is not None and pid >= tiles:
+        pack_kernel(
+            b_ptr, b_scale_ptr, packed_ptr, tiles, N, stride_bi, stride_bj, stride_bn, stride_ci, stride_cn,
             stride_pr, stride_pn, b_scaling, b_r, R, B_SCALE, DOT, ACC, PACK_R, PACK_N,
         )  # fmt: skip
+        return
+    chunks: tl.constexpr = (R + BLOCK_R + BLOCK_R2 - 1) // (BLOCK_R + BLOCK_R2)
+    offs_m = (pid // chunks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_c = (pid % chunks) * (BLOCK_R + BLOCK_R2)
+    offs_c = start_c + tl.arange(0, BLOCK_R)
+    mask_m = (offs_m < M)[:, None]
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm
+    acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
+    if BLOCK_R2 > 0:
+        offs_c2 = start_c + BLOCK_R + tl.arange(0, BLOCK_R2)
+        acc2 = tl.zeros((BLOCK_M, BLOCK_R2), ACC)
+    first = part * steps * BLOCK_D
+    for start_d in range(first, min(first + steps * BLOCK_D, D), BLOCK_D):
+        offs_d = start_d + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptrs + offs_d[None, :], mask=mask_m & (offs_d < D)[None, :], other=0.0).to(DOT)
+        if DROPOUT:
+            keep = keep_tile(bits_ptr, offs_m, start_d, M, stride_bits, BLOCK_M, BLOCK_D)
+            x = tl.where(keep, x, 0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
+        w = weight_tile(
+            w_ptr, scale_ptr, offs_c, offs_d, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
+            scaling, r, R, HAS_SCALE, DOT, ACC,
+        )  # fmt: skip  # [BLOCK_R, BLOCK_D]
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee", out_dtype=ACC)
+        if BLOCK_R2 > 0:
+            w2 = weight_tile(
+                w_ptr, scale_ptr, offs_c2, offs_d, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
+                scaling, r, R, HAS_SCALE, DOT, ACC,
+            )  # fmt: skip  # [BLOCK_R2, BLOCK_D]
+            acc2 = tl.dot(x, tl.trans(w2), acc2, input_precision="ieee", out_dtype=ACC)
+    if DROPOUT:
+        acc *= keep_inverse(threshold, ACC)
+    out_ptrs = out_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * stride_om
+    tl.store(out_ptrs + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_m & (offs_c < R)[None, :])
+    if BLOCK_R2 > 0:
+        if DROPOUT:
+            acc2 *= keep_inverse(threshold, ACC)
+        tl.store(out_ptrs + offs_c2[None, :], acc2.to(out_ptr.dtype.element_ty), mask=mask_m & (offs_c2 < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["size", "parts"])
@@ -261,10 +184,9 @@ def shrink(
         **launch_options(config),
     }  # fmt: skip
     if packing is not None and parts == 1:
-        count, beside = packing.arguments()
-        launch(x, shrink_pack_kernel, (tiles + count, 1), **arguments, **beside, tiles=tiles)
+        launch(x, shrink_kernel, (tiles + packing.programs(), 1), **arguments, **packing.arguments(tiles))
     else:
-        launch(x, shrink_kernel, (tiles, parts), **arguments)
+        launch(x, shrink_kernel, (tiles, parts), **arguments, **NO_PACKING)
         if packing is not None:
             packing.launch()
     if parts > 1:
