@@ -114,7 +114,7 @@ def fuzz(kinds: int, draws: int) -> tuple[int, int]:
                 known = plans.setdefault(signature(inputs), [])
                 serving = [of for made, of in known if made.replay(*inputs) is not None]
                 if not serving:
-                    known.append((Plan(steps, inputs, ()), launched))
+                    known.append((Plan(steps, inputs, (y,)), launched))
             met += len(serving)
             assert serving in ([], [launched]), signature(inputs)
     return sum(map(len, plans.values())), met
