@@ -5,7 +5,6 @@ each of the others takes its own. Backward makes all their dÃ in one pass over 
 mask. This is for training: in evaluation every layer is on its own, and its bits do not depend on its neighbours.
 """
 
-import operator
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"),
     ("to_q", "to_k", "to_v"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
+_NOTHING = (None,) * 5
 Layer = Any  # a fused layer or a PEFT adapter of ours
 
 
@@ -88,18 +88,19 @@ class SharedInput:
         bases, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
         if None in bases or not any(other is member for other in members):  # a replica is none of them
             return None
-        if any("ds_id" in t.__dict__ for own in branches for t in own):  # gathered by ZeRO, for one layer at a time
+        if "ds_id" in branches[0][0].__dict__:  # ZeRO gathers parameters for one layer at a time
             return None
-        call = self._call(members, x, bases, branches)
+        weights, biases, dtypes = zip(*bases, strict=True)
+        tensors = (*weights, *biases, *chain(*zip(*branches, strict=True)))
+        call = self._call(members, x, bases, branches, dtypes, tensors)
         if call.settings is None or self._stops(id(member), waiting):
             return None
         outputs: dict[int, tuple] = {}
         waiting = self._thread.waiting = Waiting(x, outputs)
-        kinds = (*zip(*bases, strict=True),)[:2], zip(*branches, strict=True)
         seed = seed_for(call.settings.each[0], None, x)
-        outs = apply_group(x, seed, call, weakref.ref(waiting), *chain(*chain(*kinds)))
+        outs = apply_group(x, seed, call, weakref.ref(waiting), *tensors)
         for other, out, base, own in zip(members, outs, bases, branches, strict=True):
-            outputs[id(other)] = out, other.scaling_factor, base, own, _versions(base, own)
+            outputs[id(other)] = out, other.scaling_factor, base, own, _version(base, own)
         return outputs.pop(id(member))[0]
 
     def finished(self, member: Layer, x: Tensor) -> Tensor | None:
@@ -107,21 +108,21 @@ class SharedInput:
         waiting = self._thread.waiting
         if waiting is None or waiting.x() is not x or waiting.state != _state(x):
             return None
-        out, factor, base, branches, versions = waiting.outputs.get(id(member), (None,) * 5)
+        out, factor, base, branches, version = waiting.outputs.get(id(member), _NOTHING)
         if out is None or not member.training or factor != member.scaling_factor:
             return None
-        own = branches_of(member)
-        if versions != _versions(base, own) or False in map(operator.is_, own, branches):
+        A, B, scaling = own = branches_of(member)
+        if A is not branches[0] or B is not branches[1] or scaling is not branches[2] or version != _version(base, own):
             return None
         waiting.outputs.pop(id(member), None)
         if not waiting.outputs:
             self._thread.waiting, self._abandoned = None, 0
         return out
 
-    def _call(self, members: list[Layer], x: Tensor, bases: list, branches: list) -> Call:
+    def _call(self, members: list[Layer], x: Tensor, bases, branches, dtypes: tuple, tensors: tuple) -> Call:
         """The members' call; without settings where they cannot share x."""
         options = tuple([options_of(m) for m in members])
-        dense = bases[0].compute_dtype
+        dense = dtypes[0]
 
         def check() -> GroupSettings | None:
             layers = list(zip(bases, branches, options, strict=True))
@@ -138,12 +139,11 @@ class SharedInput:
             counts, ranks = zip(*[A.shape[:2] for A in As], strict=True)
             return GroupSettings(each, counts, ranks, each[0].dtype, each[0].backend, each[0].save_inputs)
 
-        tensors: list[Tensor | None] = [x]
-        for base, own in zip(bases, branches, strict=True):
-            if base.compute_dtype != dense:
-                return Call(None)
-            tensors += (None if dense else base.weight, base.bias, *own)
-        return find(tensors, (autocast_dtype(x), dense, options), check)
+        if dtypes.count(dense) < len(members):
+            return Call(None)
+        if dense:  # its weights are functions
+            tensors = tensors[len(members) :]
+        return find((x, *tensors), (autocast_dtype(x), dense, options), check)
 
     def _stops(self, member: int, waiting: "Waiting | None") -> bool:
         """Notes when members are given different tensors, and says whether the group shares no more from this call on.
@@ -220,9 +220,13 @@ def options_of(member: Layer) -> tuple:
     return member.scaling_factor, p, training, member.backend, member.save_inputs, member.exact_base
 
 
-def _versions(base: Base, branches: Sequence[Tensor]) -> list[int]:
-    """What changes when the member does, between the call that computes its output and its own."""
-    return [t._version for t in (base.weight, base.bias, *branches) if isinstance(t, Tensor)]
+def _version(base: Base, branches: Sequence[Tensor]) -> int:
+    """What grows when the member changes, between the call that computes its output and its own."""
+    (weight, bias, _), (lora_A, lora_B, lora_scaling) = base, branches
+    version = lora_A._version + lora_B._version + lora_scaling._version
+    if isinstance(weight, Tensor):
+        version += weight._version
+    return version if bias is None else version + bias._version
 
 
 def _state(x: Tensor) -> tuple:

@@ -148,8 +148,8 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
         if self._disable_adapters or self.merged_adapters:
             return []
         known: Any = self._modules["multilora_branches"]
-        known = known._modules
-        return [known[name] for name in self.active_adapters if name in known]
+        known, names = known._modules, self._active_adapter
+        return [known[name] for name in ([names] if isinstance(names, str) else names) if name in known]
 
     def fused_base(self, x: Tensor) -> Base | None:
         """The base layer as the fused op takes it, or None where it must run itself."""
