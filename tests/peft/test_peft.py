@@ -106,7 +106,7 @@ WRONG = [
     ({"lora_dropout": 1}, "lora_dropout must be a probability in [0, 1), not 1."),
     ({"scaling": "matrix"}, 'scaling must be "vector" or "scalar", not \'matrix\'.'),
     ({"lora_alpha": "8"}, "lora_alpha must be a number or None, not '8'."),
-    ({"bias": "all"}, "bias must be \"none\", not 'all': train whole modules with modules_to_save."),
+    ({"bias": "some"}, 'bias must be "none", "all" or "lora_only", not \'some\'.'),
     ({"layers_pattern": "h"}, "layers_pattern needs layers_to_transform."),
     (
         {"target_modules": ".*q", "layers_to_transform": [0]},
