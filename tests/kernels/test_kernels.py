@@ -23,7 +23,7 @@ from formulas import (
 from multilora_fast.kernels.configs import KernelConfig
 from multilora_fast.kernels.dropout import draw, dropout_mask
 from multilora_fast.kernels.expand import expand
-from multilora_fast.kernels.pack import pack
+from multilora_fast.kernels.pack import Packing, pack
 from multilora_fast.kernels.reduce import reduce, reduce_all, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
 
@@ -59,6 +59,18 @@ def test_shrink_into_columns_of_a_wider_tensor(M):
     assert wide[:, 17:].isnan().all()
     with pytest.raises(ValueError, match="out has shape"):
         shrink(x, a, out=wide)
+
+
+@pytest.mark.parametrize("min_steps", [None, 1])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_what_shrink_packs_beside_is_what_pack_gives(min_steps, scaled):
+    """Where D is split, pack has a launch of its own."""
+    x, _, a, b, scale, _ = problem((37, 100, 200, 3, 12), torch.float32, torch.float32)
+    config, scale = KernelConfig(32, 32, 4, 2, min_steps), scale if scaled else None
+    out = torch.full((200, 36), torch.nan, device=DEVICE).t()
+    packing = Packing(b, scale, ALPHA, out)
+    assert torch.equal(shrink(x, a, packing=packing, config=config), shrink(x, a, config=config))
+    assert torch.equal(out, pack(b, torch.float32, scale, ALPHA))
 
 
 def check_all_uses(shape, dtype, params, p, scalar=False, config=None):
