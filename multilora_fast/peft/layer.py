@@ -18,6 +18,7 @@ from multilora_fast.layers.shared_input import Base, SharedInput, branches_of, h
 from multilora_fast.ops.functional import apply
 from multilora_fast.peft.quantization import base_weight, compute_as, dense_4bit, is_4bit, resolve_quantization_backend
 
+_PLAIN = (nn.Linear, Conv1D)
 _DENSE = (nn.Parameter, Tensor, FakeTensor)  # weights that are what their layer multiplies by
 
 
@@ -156,7 +157,7 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
         base: Any = self._modules["base_layer"]
         if hooked(base):
             return None
-        if type(base) in (nn.Linear, Conv1D):
+        if type(base) in _PLAIN:
             weight = parameter(base, "weight")
             if type(weight) in _DENSE:
                 return Base(weight.t() if self.fan_in_fan_out else weight, parameter(base, "bias"))
@@ -168,16 +169,16 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
 
     def _fused(self, x: Tensor, branches: MultiLoraBranches) -> Tensor | None:
         """The output through the fused op, or None for a base layer that must run itself."""
-        if branches.shared is not None and not torch.compiler.is_compiling():
-            finished = branches.shared.finished(branches, x)
-            if finished is not None:
-                return finished
+        shared, plain = branches.shared, type(self._modules["base_layer"]) in _PLAIN
+        taken = None if shared is None else shared.take(branches, x) if plain else shared.finished(branches, x)
+        if taken is not None:
+            return taken
         found = self.fused_base(x)
         if found is None:
             return None
         weight, bias, compute_dtype = found
         if compute_dtype is None:
-            return branches(x, weight, bias)
+            return branches(x, weight, bias, alone=plain)
         inner, context = compute_as(self.base_layer, x)
         with context:
             return branches(inner, weight, bias, alone=inner is not x).to(x.dtype)
