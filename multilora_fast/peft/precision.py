@@ -46,7 +46,7 @@ def warn_of_half_scales(model: nn.Module) -> None:
     for layer in _layers(model):
         for branches in layer.multilora_branches.values():
             for name in reversed(NAMES):
-                p = branches.get_parameter(name)
+                p = getattr(branches, name)
                 if p.requires_grad and p.dtype in HALF and (hasattr(p, "device_mesh") or not sharded):
                     warnings.warn(
                         f"{name} is trained in {str(p.dtype).removeprefix('torch.')}, where most small steps of lora_A "
