@@ -97,12 +97,24 @@ def test_resume_of_a_finished_run_can_only_go_further(model, data, tmp_path):
     assert run(settings(model, data, out, max_steps=3, resume=True)).state.global_step == 3
 
 
+def test_an_epoch_that_is_just_over_is_over(model, data, tmp_path):
+    whole = {"max_steps": None, "epochs": 1, "save_steps": None}
+    assert run(settings(model, data, tmp_path / "out", **whole)).state.epoch == 1.0
+    with pytest.raises(ValueError, match="the run has taken its"):
+        run(settings(model, data, tmp_path / "out", resume=True, **whole))
+
+
 def test_resume_refuses_another_run(model, data, tmp_path):
     out = tmp_path / "out"
     run(settings(model, data, out, max_steps=1))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"--resume: the run in .* had --lora-num 3, not 2."):
         run(settings(model, data, out, resume=True, lora_num=2))
+    for name, value in (("seed", 5), ("learning_rate", 0.5)):
+        with pytest.raises(
+            ValueError, match=rf"--resume: the run in .* had --{name.replace('_', '-')} .*, not {value}"
+        ):
+            run(settings(model, data, out, resume=True, **{name: value}))
     with pytest.raises(ValueError, match="--resume: the data is not that of the run in"):
         run(settings(model, data[:1], out, resume=True))
     (out / RECORD).write_text("[")
