@@ -1,7 +1,8 @@
 """Committed JSON → tables and plots: ``python -m bench.report [DIR ...]`` (default: every bench/results/<device>/).
 
-Each directory gets a README.md and PNGs; the project's README gets the tables between its ``<!-- name -->`` markers
-from bench/results/<the first directory>. A number that is in no JSON appears nowhere.
+Each directory gets a README.md and PNGs. The project's README and docs/benchmarks.md get the tables between their
+``<!-- name -->`` markers, of the first directory that has them; the headline is of all. A number that is in no JSON
+appears nowhere.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from multilora_fast.benchmark.layer import FROZEN, LORA, OURS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
+PAGES = ROOT / "README.md", ROOT / "docs/benchmarks.md"
 
 
 def layer_tables(path: Path) -> str:
@@ -182,31 +184,41 @@ def memory_table(path: Path) -> str:
     )
 
 
-def headline(directory: Path) -> str:
-    """The README's first table: what a LLaMA-7B layer saves, and the time and peak of a whole training step."""
-    saved = {row["dropout"]: row["beyond"] for row in json.loads((directory / "memory.json").read_text())["rows"][:2]}
-    machine, rows = benches(directory / "step.json")
-    rows = sorted(rows, key=lambda row: row["settings"]["batch"] * row["settings"]["length"])
-    steps = {row["settings"]["dropout"]: row for row in rows}  # the largest of each
-    steps = {p: steps[p] for p in sorted(steps)}
+def headline(directories: list[Path]) -> str:
+    """The README's table: time and peak memory of the largest step of each device, relative to PEFT LoRA's."""
+    found, notes, drops = {}, [], set()
+    for directory in directories:
+        machine, rows = benches(directory / "step.json")
+        rows = sorted(rows, key=lambda row: row["settings"]["batch"] * row["settings"]["length"])
+        steps = {row["settings"]["dropout"]: row for row in rows}
+        found[machine["device"]] = steps
+        drops |= set(steps)
+        s = rows[-1]["settings"]
+        notes.append(
+            f"{machine['device']}: {s['model']}, {s['batch']} x {s['length']} tokens, torch "
+            f"{machine['versions']['torch']}, commit {machine['commit']}."
+        )
     body = []
-    for name in (REFERENCE, LORA, OURS, FP8):
-        if any(name not in row["median"] for row in steps.values()):
-            continue  # it did not fit
-        cells = [f"{saved[p][name] / saved[p][LORA]:.2f}x" for p in saved]
-        for row in steps.values():
-            cells.append(f"{row['median'][name] / row['median'][LORA]:.2f}x")
-            cells.append(f"{row['memory'][name]['peak'] / row['memory'][LORA]['peak']:.2f}x")
-        body.append([name, *cells])
-    s = rows[-1]["settings"]
-    header = ["of PEFT LoRA", *(f"saved, dropout {p:g}" for p in saved)]
-    header += [f"{what}, dropout {p:g}" for p in steps for what in ("step", "peak")]
+    for device, steps in found.items():
+        for name in (REFERENCE, OURS):
+            cells = []
+            for p in sorted(drops):
+                row = steps.get(p)
+                if row is None or name not in row["median"]:
+                    cells += ["-", "-"]
+                    continue
+                peak = row["memory"][name]["peak"] / row["memory"][LORA]["peak"]
+                cells += [f"{row['median'][name] / row['median'][LORA]:.2f}x", f"{peak:.2f}x"]
+            body.append([device, name, *cells])
+    header = [
+        "relative to PEFT LoRA",
+        "",
+        *(f"{what}, dropout {p:g}" for p in sorted(drops) for what in ("time", "peak")),
+    ]
     note = (
-        "Saved: bytes kept for backward by one LLaMA-7B decoder layer beyond the frozen layer, n = 5, r = 32 against "
-        "LoRA of rank 160, bfloat16, counted. Step and peak: time, and most bytes alive beside the weights and the "
-        f"optimizer's state, in a training step of {s['model']}, {s['dtype'].removeprefix('torch.')}, {s['batch']} x "
-        f"{s['length']} tokens, n = {s['n']}, r = {s['r']}. Adapters in the base's dtype: in float32, PEFT's default, "
-        f"LoRA saves a second copy of its inputs. {conditions_line(machine)}"
+        "One training step: time, and most bytes alive beside weights and optimizer; "
+        f"{s['dtype'].removeprefix('torch.')}, n = {s['n']}, r = {s['r']} against LoRA of rank {s['n'] * s['r']}; "
+        f"-: not measured. {' '.join(notes)}"
     )
     return f"## In short\n\n{table(header, body)}\n\n{note}"
 
@@ -249,8 +261,6 @@ def report(directory: Path) -> dict[str, str]:
     if "layer" in sections:
         plot(directory, benches(directory / "layer.json")[1])
         sections["layer"] += "\n\n![one layer](layer.png)"
-    if {"memory", "step"} <= sections.keys():
-        sections = {"headline": headline(directory), **sections}
     (directory / "README.md").write_text(f"# {directory.name}\n\n" + "\n\n".join(sections.values()) + "\n")
     return sections
 
@@ -274,12 +284,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directories", nargs="*", type=Path)
     directories = parser.parse_args().directories or reported(RESULTS)
-    for i, directory in enumerate(directories):
-        sections = report(directory)
+    sections = {}
+    for directory in directories:
+        sections = report(directory) | sections  # the first that has one
         print(f"wrote {directory / 'README.md'}")
-        if i == 0:
-            readme = ROOT / "README.md"
-            readme.write_text(fill(readme.read_text(), sections))
+    stepped = [directory for directory in directories if (directory / "step.json").exists()]
+    if stepped:
+        sections["headline"] = headline(stepped[::-1])
+    for page in PAGES:
+        page.write_text(fill(page.read_text(), sections))
 
 
 if __name__ == "__main__":

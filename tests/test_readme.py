@@ -16,14 +16,15 @@ BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
 
 def test_blocks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    fused, peft, one_layer, plan = BLOCKS
-    names = {"model": nn.Sequential(MultiLoRALinear(nn.Linear(8, 8), r=2, lora_num=2))}
-    exec(fused, names)
-    assert names["report"].swapped == ["0"]
-    names |= {"model": llama(), "base": llama()}
+    peft, saved, fused, one_layer, plan = BLOCKS
+    names = {"model": llama(), "base": llama()}
     exec(peft, names)
+    exec(saved, names)
     ids = torch.arange(8)[None]
     assert torch.equal(names["model"](ids).logits, names["base"](ids).logits)
+    names["model"] = nn.Sequential(MultiLoRALinear(nn.Linear(8, 8), r=2, lora_num=2))
+    exec(fused, names)
+    assert names["report"].swapped == ["0"]
     exec(one_layer, names)
     assert names["layer"].lora_scaling.grad is not None
     exec(plan, names)

@@ -3,7 +3,6 @@
 import json
 
 from bench import report
-from bench.candidates import FP8
 from multilora_fast.benchmark.layer import FROZEN, LORA, OURS, REFERENCE
 
 MACHINE = {"device": "a GPU", "threads": 2, "versions": {"torch": "2.11"}, "commit": "abc"}
@@ -65,18 +64,19 @@ def test_a_group_names_its_rows_and_a_product_its_device_time(tmp_path):
     assert "outgrow L2" in sections["ops"]
 
 
-def test_the_headline_is_of_the_largest_step_and_of_what_fits(tmp_path):
-    beyond = {LORA: 100, REFERENCE: 200, OURS: 50, FP8: 25}
-    rows = [{"size": "7B", "dropout": p, "beyond": beyond} for p in (0.0, 0.05)]
-    growth = [{"n": 3, "r": 32, "tokens": 8, "size": "7B", "dropout": 0.0, "beyond": beyond}]
-    (tmp_path / "memory.json").write_text(json.dumps({"rows": rows, "growth": growth, "conditions": MACHINE}))
-    small = {**MEDIAN, OURS: 9e-3, FP8: 2e-3}
-    large = {name: seconds for name, seconds in {**MEDIAN, FP8: 2e-3}.items() if name != REFERENCE}
-    write(tmp_path, "step", [step(8, 0.05, large), step(8, 0.0, large), step(1, 0.05, small), step(1, 0.0, small)])
-    text = report.report(tmp_path)["headline"]
-    assert "| ours | 0.50x | 0.50x | 0.75x | 1.00x | 0.75x | 1.00x |" in text
+def test_the_headline_is_of_the_largest_step_of_each_device_and_of_what_fits(tmp_path):
+    small = {**MEDIAN, OURS: 9e-3}
+    large = {name: seconds for name, seconds in MEDIAN.items() if name != REFERENCE}
+    first, second = tmp_path / "one", tmp_path / "two"
+    first.mkdir()
+    second.mkdir()
+    write(first, "step", [step(8, 0.05, large), step(8, 0.0, large), step(1, 0.05, small), step(1, 0.0, small)])
+    write(second, "step", [step(1, 0.0)])
+    text = report.headline([first])
+    assert f"| a GPU | {OURS} | 0.75x | 1.00x | 0.75x | 1.00x |" in text
+    assert f"| a GPU | {REFERENCE} | - | - | - | - |" in text
     assert "8 x 1024 tokens" in text
-    assert f"| {REFERENCE} |" not in text
+    assert f"| a GPU | {REFERENCE} | 2.00x | 1.00x |\n" in report.headline([second])
 
 
 def test_a_folder_without_a_table_is_left_alone(tmp_path):
