@@ -91,6 +91,18 @@ TUNED_CONFIGS = {
     ("reduce", "8192", "half", "sm_90", 288): KernelConfig(64, 128, 8, 3, columns=512),
     ("reduce", "8192", "half", "sm_90", 512): KernelConfig(32, 64, 8, 4, columns=512),
     ("reduce", "8192", "float", DEFAULT, 512): KernelConfig(16, 64, 8, 2, two_tiles=False),
+    ("grouped_shrink", "decode", "half", DEFAULT, 512): KernelConfig(16, 64, 4, 3),
+    ("grouped_shrink", "8192", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2),
+    ("grouped_shrink", "decode", "float", DEFAULT, 512): KernelConfig(16, 32, 4, 1, two_tiles=False),
+    ("grouped_shrink", "8192", "float", DEFAULT, 512): KernelConfig(32, 32, 8, 1, two_tiles=False),
+    ("grouped_expand", "decode", "half", DEFAULT, 512): KernelConfig(16, 64, 4, 2, programs=4),
+    ("grouped_expand", "8192", "half", DEFAULT, 512): KernelConfig(64, 64, 8, 2, programs=4),
+    ("grouped_expand", "decode", "float", DEFAULT, 512): KernelConfig(16, 64, 4, 2, columns=16, programs=4),
+    ("grouped_expand", "8192", "float", DEFAULT, 512): KernelConfig(32, 64, 4, 2, columns=16, programs=4),
+    ("grouped_reduce", "decode", "half", DEFAULT, 512): KernelConfig(16, 64, 8, 2),
+    ("grouped_reduce", "8192", "half", DEFAULT, 512): KernelConfig(64, 64, 8, 2),
+    ("grouped_reduce", "decode", "float", DEFAULT, 512): KernelConfig(16, 64, 8, 2, two_tiles=False),
+    ("grouped_reduce", "8192", "float", DEFAULT, 512): KernelConfig(16, 64, 8, 2, two_tiles=False),
 }
 
 
@@ -146,6 +158,13 @@ def rank_tiles(R: int, config: KernelConfig) -> tuple[int, int]:
     if not config.two_tiles or half < 64 or half + half // 2 < R:
         return whole, 0
     return half, max(16, triton.next_power_of_2(R - half))
+
+
+def slice_tiles(R: int, config: KernelConfig, itemsize: int) -> tuple[int, int]:
+    """The tiles of a rank in expand: all of it, or where the configuration holds less, a slice of 32 columns (16 of
+    more than two bytes)."""
+    first, second = rank_tiles(R, config)
+    return (first, second) if first + second >= R else (min(config.columns, 16 if itemsize > 2 else 32), 0)
 
 
 @lru_cache(1024)

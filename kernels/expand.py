@@ -17,9 +17,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
+from .configs import KernelConfig, cdiv, device_of, pick, slice_tiles
 from .dropout import check_bits, drop_threshold, keep_inverse, keep_tile
-from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, rows, strides, sum_dtype
+from .launch import (
+    TL_DTYPES,
+    check_weight,
+    check_written,
+    dot_dtype,
+    launch,
+    launch_options,
+    rows,
+    strides,
+    sum_dtype,
+)
 from .pack import pack, weight_tile
 
 
@@ -131,10 +141,7 @@ def expand(
     the bias. y needs a contiguous last dimension. Raises ValueError for shapes or strides that do not fit, p outside
     [0, 1), or a bias that nothing is written onto.
     """
-    if y.dim() != 2 or y.dtype not in TL_DTYPES or (y.stride(1) != 1 and y.shape[1] > 1):
-        raise ValueError(
-            f"y has shape {tuple(y.shape)}, strides {y.stride()}, wanted 2-D with a contiguous last dimension."
-        )
+    check_written("y", y)
     h = rows("h", h)
     M, D = y.shape
     check_weight(w, scale, D)
@@ -156,9 +163,7 @@ def expand(
         w = w.reshape(1, R, D)
     stride_wi, stride_wj, stride_wd = w.stride()
     stride_si, stride_sd = strides(scale, 2)
-    block_r, block_r2 = rank_tiles(R, config)
-    if block_r + block_r2 < R:  # slices
-        block_r, block_r2 = min(config.columns, 16 if h.element_size() > 2 else 32), 0
+    block_r, block_r2 = slice_tiles(R, config, h.element_size())
     tiles_d, tiles_m = cdiv(D, config.BLOCK_D), cdiv(M, config.BLOCK_M)
     steps = cdiv(tiles_m, max(1, processors * config.programs // tiles_d))
     launch(

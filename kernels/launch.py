@@ -150,6 +150,14 @@ def rows(name: str, x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
+def check_written(name: str, y: torch.Tensor) -> None:
+    """What a kernel writes into is 2-D with a contiguous last dimension."""
+    if y.dim() != 2 or y.dtype not in TL_DTYPES or (y.stride(1) != 1 and y.shape[1] > 1):
+        raise ValueError(
+            f"{name} has shape {tuple(y.shape)}, strides {y.stride()}, wanted 2-D with a contiguous last dimension."
+        )
+
+
 def check_weight(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
     """A weight is (n, r, D) and its scale, when there is one, is (n, D); both may have any strides."""
     if w.dim() != 3 or w.shape[2] != D or w.shape[0] < 1 or w.shape[1] < 1:

@@ -105,15 +105,22 @@ def _sum_tokens(h, z, bits, p, config):
     return out
 
 
-def _check_pair(h, z, name, R=None):
+def check_pair(h, z, name, R=None, S=None):
+    """h has R columns, and the rows of z or, where z is read by index, S of them."""
     h, z = rows("h", h), rows(name, z)
-    if h.shape[0] != z.shape[0] or h.dtype != z.dtype:
+    S = z.shape[0] if S is None else S
+    if h.shape[0] != S or h.dtype != z.dtype:
         raise ValueError(
-            f"h has shape {tuple(h.shape)} and dtype {h.dtype}, wanted {z.shape[0]} rows of {z.dtype} as {name} has."
+            f"h has shape {tuple(h.shape)} and dtype {h.dtype}, wanted {S} rows of {z.dtype} as {name} has."
         )
     if R is not None and h.shape[1] != R:
         raise ValueError(f"h has {h.shape[1]} columns, wanted {R}.")
     return h, z
+
+
+def check_branches(n: int, R: int) -> None:
+    if not 1 <= n <= R or R % n:
+        raise ValueError(f"n is {n}, wanted a divisor of the {R} columns of h.")
 
 
 def _outputs_b(dy, w, scale):
@@ -140,9 +147,8 @@ def reduce(
 
     Raises ValueError for shapes or dtypes that do not agree or p outside [0, 1).
     """
-    h, x = _check_pair(h, x, "x")
-    if n < 1 or h.shape[1] < n or h.shape[1] % n:
-        raise ValueError(f"n is {n}, wanted a divisor of the {h.shape[1]} columns of h.")
+    h, x = check_pair(h, x, "x")
+    check_branches(n, h.shape[1])
     check_bits(bits, *x.shape)
     da = torch.empty((n, h.shape[1] // n, x.shape[1]), dtype=dtype, device=x.device)
     if _runs(da):
@@ -164,7 +170,7 @@ def reduce_scaled(
     summed over N. Raises ValueError for shapes or dtypes that do not agree.
     """
     db, ds = _outputs_b(dy, w, scale)
-    h, dy = _check_pair(h, dy, "dy", w.shape[0] * w.shape[1])
+    h, dy = check_pair(h, dy, "dy", w.shape[0] * w.shape[1])
     if _runs(db):
         finish(_sum_tokens(h, dy, None, 0.0, config), w, scale, scaling, db, ds, None, None)
     return db, ds
@@ -187,8 +193,8 @@ def reduce_all(
     with one second pass for both."""
     n, r, _ = w.shape
     db, ds = _outputs_b(dy, w, scale)
-    h, dy = _check_pair(h, dy, "dy", n * r)
-    dh, x = _check_pair(dh, x, "x", n * r)
+    h, dy = check_pair(h, dy, "dy", n * r)
+    dh, x = check_pair(dh, x, "x", n * r)
     check_bits(bits, *x.shape)
     da = torch.empty((n, r, x.shape[1]), dtype=dtype, device=x.device)
     if _runs(db) and _runs(da):
