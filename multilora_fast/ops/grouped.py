@@ -1,0 +1,241 @@
+"""The linear layers of a mixture of experts, each expert over its own rows, with n LoRA branches per expert.
+
+T tokens go to k experts each: S = T·k rows, sorted by expert. K in_features, N out_features, E experts, R = n·r.
+
+    H_e  = x̂_e Ã_eᵀ            shrink        dH_e = dy_e B̃_e                                      shrink
+    y_e  = x_e W_eᵀ + H_e B̃_eᵀ expand        dx_e = dy_e W_e + mask/(1−p) ⊙ (dH_e Ã_e)            expand
+                                             dÃ_e = dH_eᵀ x̂_e, P_e = dy_eᵀ H_e and from it dB, ds  reduce
+
+Nothing of E·N·K elements is made, and the experts' counts stay on the device. The dropout mask belongs to the token
+and its slot among the k, so that it does not depend on how rows of one expert are ordered.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from multilora_fast.ops import grouped_torch
+from multilora_fast.ops.autograd import once_differentiable
+from multilora_fast.ops.backends import choose
+from multilora_fast.ops.call import no_autocast
+from multilora_fast.ops.equations import OpSettings
+from multilora_fast.ops.functional import seed_for
+from multilora_fast.ops.saved_input import cast
+from multilora_fast.validation import check_dropout, check_scaling_factor
+
+_CHUNK = 1024  # tokens whose rows are added up at once
+
+
+class Grouped(NamedTuple):
+    """The products of one backend, with the signatures of :mod:`multilora_fast.ops.grouped_torch`."""
+
+    draw: Callable
+    shrink: Callable
+    expand: Callable
+    reduce: Callable
+    reduce_scaled: Callable
+
+
+@cache
+def load(backend: str) -> Grouped:
+    if backend == "torch":
+        return Grouped(*(getattr(grouped_torch, field) for field in Grouped._fields))
+    from multilora_fast.kernels import grouped
+    from multilora_fast.kernels.dropout import draw
+
+    bits = lambda seed, S, K, p, dtype: draw(seed, S, K, p)  # noqa: E731
+    return Grouped(
+        bits, grouped.grouped_shrink, grouped.grouped_expand, grouped.grouped_reduce, grouped.grouped_reduce_scaled
+    )
+
+
+def route(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """How the rows of (T, k) expert indices are sorted by expert: ``perm`` (S,), the place token·k + slot that sorted
+    row s comes from, in order within an expert, and ``ends`` (E,), int32, where the rows of each expert end."""
+    experts, perm = torch.sort(top_k_index.reshape(-1), stable=True)
+    each = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
+    return perm, torch.searchsorted(experts, each, right=True).to(torch.int32)
+
+
+@torch.compiler.disable
+def multilora_grouped(
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    lora_scaling: Tensor | None,
+    perm: Tensor,
+    ends: Tensor,
+    *,
+    top_k: int | None = None,
+    y: Tensor | None = None,
+    transposed: bool = False,
+    scaling_factor: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: Tensor | int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One projection of all experts: x_e W_eᵀ + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x_e) over the rows of expert e.
+
+    Args:
+        x: (S, K), sorted by expert; with ``top_k`` the tokens (T, K) themselves, which are gathered, S = T·top_k.
+        weight: (E, N, K), frozen, or (E, K, N) where ``transposed``. None adds the branches to ``y`` (S, N) instead.
+        lora_A, lora_B, lora_scaling: (E, n, r, K), (E, n, N, r) and (E, n, N) or (E, n, 1). None for the base alone.
+        perm, ends: as :func:`route` gives them. Rows past ``ends[-1]`` get no branches.
+        dropout_p: probability in [0, 1) of dropping an element of a row before A, one mask for all branches.
+
+    Other arguments as :func:`multilora_fast.multilora_linear`. Its backward can be taken once. Under torch.compile it
+    runs as it is, outside of the graph.
+
+    Returns: (S, N), in the weight's dtype, to which x is cast.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not agree, a weight that wants a gradient, dropout_p outside
+            [0, 1), a backend that cannot run.
+    """
+    check_scaling_factor(scaling_factor)
+    check_dropout("dropout_p", dropout_p)
+    _check(x, weight, lora_A, lora_B, lora_scaling, perm, ends, top_k, y, transposed)
+    base = weight if weight is not None else y
+    dtype = x.dtype if base is None else base.dtype
+    p = float(dropout_p) if training and lora_A is not None else 0.0
+    settings = OpSettings(scaling_factor, p, dtype, choose(backend, x.device, dtype))
+    seed = seed_for(settings, seed, x)
+    return _Function.apply(x, y, weight, lora_A, lora_B, lora_scaling, seed, perm, ends, top_k, transposed, settings)
+
+
+class _Function(torch.autograd.Function):
+    """Saves x as it came, H, the parameters and how the rows are sorted."""
+
+    @staticmethod
+    def forward(ctx, x, y, weight, lora_A, lora_B, lora_scaling, seed, perm, ends, top_k, transposed, settings):
+        c, p, dtype, backend = settings[:4]
+        ops = load(backend)
+        ctx.settings, ctx.top_k, ctx.transposed = settings, top_k, transposed
+        needs_x, ctx.needs_y, _, needs_A, *needs_B = ctx.needs_input_grad[:6]
+        H = None
+        with no_autocast(x.device.type):
+            rows = cast(x, dtype)
+            rows = rows if top_k is None else rows[perm // top_k]
+            out = product(rows, weight, ends, transposed) if y is None else y.clone()
+            if lora_A is not None:
+                w = lora_B.transpose(2, 3)
+                mask = ops.draw(seed, *rows.shape, p, dtype)
+                H = ops.shrink(rows, lora_A, ends, ids=perm, bits=mask, p=p)
+                ops.expand(out, H, w, ends, _per_column(lora_scaling, w), c)
+        ctx.needs = needs_x, needs_A, any(needs_B)
+        kept_x, kept_H = x if needs_A else None, H if any(needs_B) else None
+        ctx.tokens = len(x)
+        ctx.save_for_backward(kept_x, kept_H, weight, lora_A, lora_B, lora_scaling, seed, perm, ends)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, H, weight, lora_A, lora_B, lora_scaling, seed, perm, ends = ctx.saved_tensors
+        c, p, dtype, backend = ctx.settings[:4]
+        ops, (needs_x, needs_A, needs_B) = load(backend), ctx.needs
+        dx = dA = dB = ds = dH = mask = None
+        with no_autocast(dy.device.type):
+            rows = cast(dy, dtype).contiguous()
+            if lora_A is not None:
+                w = lora_B.transpose(2, 3)
+                scale = _per_column(lora_scaling, w)
+                if needs_x or needs_A:
+                    dH = ops.shrink(rows, w, ends, scale, c)
+                    mask = ops.draw(seed, len(rows), lora_A.shape[3], p, dtype)
+                if needs_A:
+                    index = None if ctx.top_k is None else perm // ctx.top_k
+                    dA = ops.reduce(dH, cast(x, dtype), ends, lora_A.shape[1], lora_A.dtype, index, perm, mask, p)
+                if needs_B:
+                    dB, ds = ops.reduce_scaled(H, rows, w, ends, scale, c)
+                    ds = cast(ds if lora_scaling.shape == scale.shape else ds.sum(2, keepdim=True), lora_scaling.dtype)
+            if needs_x:
+                if weight is None:
+                    dx = rows.new_zeros(len(rows), lora_A.shape[3])
+                else:
+                    dx = product(rows, weight, ends, not ctx.transposed)
+                if dH is not None:
+                    ops.expand(dx, dH, lora_A, ends, None, 1.0, perm, mask, p)
+                if ctx.top_k is not None:
+                    dx = add_slots(dx, perm, ctx.tokens)
+        return dx, dy if ctx.needs_y else None, None, dA, dB, ds, *[None] * 6
+
+
+def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+    """x_e (S, K) W_eᵀ, or W_e where ``transposed``: torch's grouped product, as transformers takes it, or one product
+    per expert for what that refuses."""
+    if not transposed:
+        weight = weight.transpose(1, 2)
+    if _is_served(x, weight):
+        return F.grouped_mm(x, weight, offs=ends)
+    out = x.new_zeros(len(x), weight.shape[2])
+    for e, rows in grouped_torch.segments(ends, len(x)):
+        torch.mm(x[rows], weight[e], out=out[rows])
+    return out
+
+
+def add_slots(rows: Tensor, perm: Tensor, tokens: int) -> Tensor:
+    """(T, D): for every token the sum of its rows of (S, D), in the order of its slots."""
+    places = torch.empty_like(perm)
+    places[perm] = torch.arange(len(perm), device=perm.device)
+    out = rows.new_empty(tokens, rows.shape[1])
+    for part, into in zip(places.view(tokens, -1).split(_CHUNK), out.split(_CHUNK), strict=True):
+        torch.sum(rows[part], 1, out=into)
+    return out
+
+
+def _is_served(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product takes them: rows of 16 bytes, no float64, and on a GPU one it was made for."""
+    if x.dtype == torch.float64 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
+        return False
+    rows = {x.stride(0), *weight.stride()} - {1}
+    aligned = x.is_meta or not (x.data_ptr() | weight.data_ptr()) % 16
+    return aligned and x.stride(1) == 1 and not any(stride * x.itemsize % 16 for stride in rows)
+
+
+def _per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:
+    E, n, _, N = w.shape
+    return lora_scaling.expand(E, n, N)
+
+
+def _check(x, weight, lora_A, lora_B, lora_scaling, perm, ends, top_k, y, transposed) -> None:
+    E, S = len(ends), len(perm)
+    if x.dim() != 2 or len(x) * (top_k or 1) != S:
+        raise ValueError(f"x must have shape ({S // (top_k or 1)}, K) to match perm, not {tuple(x.shape)}.")
+    K = x.shape[1]
+    if (weight is None) == (y is None):
+        raise ValueError("multilora_grouped takes a weight, or y to add the branches to, and not both.")
+    if weight is not None:
+        if weight.dim() != 3 or weight.shape[0] != E or weight.shape[1 if transposed else 2] != K:
+            wanted = f"({E}, {K}, N)" if transposed else f"({E}, N, {K})"
+            raise ValueError(f"weight must have shape {wanted} to match x and ends, not {tuple(weight.shape)}.")
+        if weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("weight must be frozen: the experts' own weights get no gradient here.")
+        N = weight.shape[2 if transposed else 1]
+    else:
+        N = y.shape[-1]
+        if tuple(y.shape) != (S, N):
+            raise ValueError(f"y must have shape ({S}, N) to match perm, not {tuple(y.shape)}.")
+    branches = {"lora_A": lora_A, "lora_B": lora_B, "lora_scaling": lora_scaling}
+    if any(t is None for t in branches.values()):
+        if weight is None or any(t is not None for t in branches.values()):
+            raise ValueError("lora_A, lora_B and lora_scaling must be given together.")
+        branches = {}
+    for name, t in {"weight": weight, "y": y, **branches}.items():
+        if t is not None and (not t.is_floating_point() or t.device != x.device):
+            raise ValueError(f"{name} must be floating point and on {x.device} as x is, not {t.dtype} on {t.device}.")
+    if branches:
+        if lora_A.dim() != 4 or lora_A.shape[0] != E or lora_A.shape[3] != K or 0 in lora_A.shape[1:3]:
+            raise ValueError(f"lora_A must have shape ({E}, n, r, {K}), not {tuple(lora_A.shape)}.")
+        _, n, r, _ = lora_A.shape
+        if tuple(lora_B.shape) != (E, n, N, r):
+            raise ValueError(f"lora_B must have shape {(E, n, N, r)} to match lora_A, not {tuple(lora_B.shape)}.")
+        if tuple(lora_scaling.shape) not in {(E, n, N), (E, n, 1)}:
+            shape = tuple(lora_scaling.shape)
+            raise ValueError(f"lora_scaling must have shape {(E, n, N)} or {(E, n, 1)}, not {shape}.")
