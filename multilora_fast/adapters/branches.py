@@ -17,7 +17,10 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  
 
 
 class Branches(NamedTuple):
-    """lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1), and c: the layer adds Σᵢ c·sᵢ ⊙ Bᵢ Aᵢ x."""
+    """lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1), and c: the layer adds Σᵢ c·sᵢ ⊙ Bᵢ Aᵢ x.
+
+    Of a projection of E experts all tensors have the experts in front: (E, n, r, K) and so on.
+    """
 
     lora_A: Tensor
     lora_B: Tensor
@@ -26,11 +29,16 @@ class Branches(NamedTuple):
 
     @property
     def lora_num(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[-3]
 
     @property
     def r(self) -> int:
-        return self.lora_A.shape[1]
+        return self.lora_A.shape[-2]
+
+    @property
+    def experts(self) -> int | None:
+        """E, or None for a linear layer."""
+        return self.lora_A.shape[0] if self.lora_A.dim() == 4 else None
 
     @classmethod
     def of(cls, module: Any) -> "Branches":
@@ -44,27 +52,27 @@ def clean(name: str) -> str:
 
 
 def as_lora(branches: Branches) -> tuple[Tensor, Tensor]:
-    """The same update as one LoRA of rank R: Ã (R, K) and B̃ (N, R), with B̃ Ã x what the branches add to the output.
-    The product B̃ is taken, and given, in float32 at least."""
+    """The same update as one LoRA of rank R: Ã (R, K) and B̃ (N, R), with B̃ Ã x what the branches add to the output;
+    of experts (E, R, K) and (E, N, R). The product B̃ is taken, and given, in float32 at least."""
     A, B, s, c = branches
     dtype = torch.promote_types(torch.promote_types(B.dtype, s.dtype), torch.float32)
-    B = B.to(dtype) * (c * s.to(dtype)).unsqueeze(2)
-    return A.flatten(0, 1), B.transpose(0, 1).flatten(1)
+    B = B.to(dtype) * (c * s.to(dtype)).unsqueeze(-1)
+    return A.flatten(-3, -2), B.transpose(-3, -2).flatten(-2)
 
 
 def stack(parts: Sequence[Branches], generator: torch.Generator | None = None) -> Branches:
     """All branches of ``parts`` as one set, c folded into the scales. Lower ranks are padded to the highest: A with
     random rows, B with zero columns, so that the update is the same and the padding can learn."""
     r = max(part.r for part in parts)
-    width = max(part.lora_scaling.shape[1] for part in parts)
+    width = max(part.lora_scaling.shape[-1] for part in parts)
     As, Bs, scales = [], [], []
     for A, B, s, c in parts:
-        n, rank, K = A.shape
-        rows = torch.empty(n, r - rank, K, dtype=A.dtype, device=A.device)
-        As.append(torch.cat([A, rows.uniform_(-(K**-0.5), K**-0.5, generator=generator)], 1))
-        Bs.append(torch.cat([B, B.new_zeros(n, B.shape[1], r - rank)], 2))
-        scales.append((c * s).expand(n, width))
-    return Branches(torch.cat(As), torch.cat(Bs), torch.cat(scales))
+        *each, rank, K = A.shape
+        rows = torch.empty(*each, r - rank, K, dtype=A.dtype, device=A.device)
+        As.append(torch.cat([A, rows.uniform_(-(K**-0.5), K**-0.5, generator=generator)], -2))
+        Bs.append(torch.cat([B, B.new_zeros(*B.shape[:-1], r - rank)], -1))
+        scales.append((c * s).expand(*each, width))
+    return Branches(torch.cat(As, -3), torch.cat(Bs, -3), torch.cat(scales, -2))
 
 
 def collect(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:

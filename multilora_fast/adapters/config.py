@@ -43,13 +43,15 @@ def shape_options(config: Mapping, name: str) -> dict:
 
 
 def describe(modules: Mapping[str, Branches]) -> dict:
-    """The config fields that give every module its r, lora_num and c: common values, and patterns for the others."""
+    """The config fields that give every module its r, lora_num and c: common values, and patterns for the others. The
+    rank of experts, which would otherwise be that of linear layers over the experts per token, is always in a pattern.
+    """
     alpha_is_rank = all(b.scaling_factor == 1.0 for b in modules.values())
     values = {name: (b.r, b.lora_num, b.scaling_factor * b.r) for name, b in modules.items()}
     common = [Counter(column).most_common(1)[0][0] for column in zip(*values.values(), strict=True)]
-    patterns = [
-        {f"^{re.escape(name)}": row[i] for name, row in values.items() if row[i] != common[i]} for i in range(3)
-    ]
+    own = [{name for name, row in values.items() if row[i] != common[i]} for i in range(3)]
+    own[0] |= {name for name, branches in modules.items() if branches.experts is not None}
+    patterns = [{f"^{re.escape(n)}": row[i] for n, row in values.items() if n in own[i]} for i in range(3)]
     return {
         "r": common[0],
         "lora_num": common[1],

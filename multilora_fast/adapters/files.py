@@ -76,6 +76,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     places = {_parameter(model, directory, name, tensor): tensor for name, tensor in whole.items()}
     layers: dict[str, FusedMultiLoRALinear] = {}
     for name, branches in modules.items():
+        if branches.experts is not None:
+            raise ValueError(f"{directory} adapts experts, {name}: load it with peft.PeftModel.from_pretrained.")
         try:
             base = model.get_submodule(name)
         except AttributeError:
@@ -159,7 +161,7 @@ def parse_multilora(directory: str | os.PathLike, config: dict, tensors: Mapping
             raise ValueError(f"{directory / WEIGHTS} lacks {', '.join(lacking)} of {name}.")
         r, lora_num, alpha = shape_options(config, name).values()
         modules[clean(name)] = one = Branches(**branches, scaling_factor=alpha / r)
-        K, N = ((*t.shape, 0, 0, 0)[axis] for t, axis in ((one.lora_A, 2), (one.lora_B, 1)))
+        K, N = ((0, 0, *t.shape)[axis] for t, axis in ((one.lora_A, -1), (one.lora_B, -2)))
         _check_shapes(directory, name, one, K, N, r=r, lora_num=lora_num, scaling=config["scaling"])
     return Adapter(config, modules, {clean(key).removeprefix(PREFIX): tensor for key, tensor in others.items()})
 
@@ -286,7 +288,8 @@ def model_type(model: nn.Module) -> str | None:
 def _check_shapes(
     directory, name: str, branches: Branches, K: int, N: int, *, r: int, lora_num: int, scaling: str
 ) -> None:
-    shapes = ((lora_num, r, K), (lora_num, N, r), (lora_num, N if scaling == "vector" else 1))
+    each = (lora_num,) if branches.experts is None else (branches.experts, lora_num)
+    shapes = ((*each, r, K), (*each, N, r), (*each, N if scaling == "vector" else 1))
     for key, tensor, wanted in zip(NAMES, branches[:3], shapes, strict=True):
         if tuple(tensor.shape) != wanted:
             raise ValueError(

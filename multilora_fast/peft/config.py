@@ -32,6 +32,9 @@ class MultiLoraConfig(PeftConfig):
         lora_num: branches per module.
         target_modules: names of the modules to adapt or the end of their names, or one regular expression, or
             "all-linear". None takes those that LoRA takes for this architecture.
+        target_parameters: names of the projections of experts to adapt, or the end of their names, such as
+            "experts.gate_up_proj" and "experts.down_proj". Experts get r // (experts per token), at least 1, where
+            rank_pattern says nothing else.
         exclude_modules: modules to leave alone, as names or one regular expression.
         lora_alpha: the branches are multiplied by lora_alpha / r; None stands for r.
         lora_dropout: dropout on the input of the branches, one mask for all of them.
@@ -60,6 +63,7 @@ class MultiLoraConfig(PeftConfig):
     r: int = 32
     lora_num: int = 3
     target_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     exclude_modules: list[str] | str | None = None
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -95,6 +99,7 @@ class MultiLoraConfig(PeftConfig):
         for name in ("init_weights", "share_inputs", "exact_base", "fan_in_fan_out", "inference_mode"):
             check_switch(name, getattr(self, name))
         check_names("modules_to_save", self.modules_to_save)
+        check_names("target_parameters", self.target_parameters)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), str):
                 check_expression(name, getattr(self, name))

@@ -23,7 +23,8 @@ _DENSE = (nn.Parameter, Tensor, FakeTensor)  # weights that are what their layer
 
 
 class MultiLoraBranches(nn.Module):
-    """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1).
+    """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1); on ``experts`` all
+    with the experts in front.
 
     A and B start Kaiming-uniform (a = √5), each branch on its own. The scales start at zero; ``init_weights=False``
     draws them instead. ``shared`` is the group that this adapter reads its input with, if any; ``layer`` is the layer
@@ -47,15 +48,17 @@ class MultiLoraBranches(nn.Module):
         init_weights: bool,
         save_inputs: str,
         exact_base: bool,
+        experts: int | None = None,
     ):
         super().__init__()
         self.save_inputs, self.exact_base = save_inputs, exact_base
-        self.lora_A = nn.Parameter(torch.empty(lora_num, r, in_features))
-        self.lora_B = nn.Parameter(torch.empty(lora_num, out_features, r))
-        self.lora_scaling = nn.Parameter(torch.empty(lora_num, out_features if scaling == "vector" else 1))
+        each = (lora_num,) if experts is None else (experts, lora_num)
+        self.lora_A = nn.Parameter(torch.empty(*each, r, in_features))
+        self.lora_B = nn.Parameter(torch.empty(*each, out_features, r))
+        self.lora_scaling = nn.Parameter(torch.empty(*each, out_features if scaling == "vector" else 1))
         self.lora_dropout = nn.Dropout(lora_dropout or 0)  # Dynamo compiles in the integers of a module, and no floats
         self.scaling_factor = self.initial_factor = lora_alpha / r
-        for branch in (*self.lora_A, *self.lora_B):
+        for branch in (*self.lora_A.flatten(0, -3), *self.lora_B.flatten(0, -3)):
             nn.init.kaiming_uniform_(branch, a=math.sqrt(5))
         if init_weights:
             nn.init.zeros_(self.lora_scaling)
@@ -85,14 +88,75 @@ class MultiLoraBranches(nn.Module):
         return B @ A
 
     def extra_repr(self) -> str:
-        n, r, K = self.lora_A.shape
+        *_, n, r, K = self.lora_A.shape
         return (
-            f"in_features={K}, out_features={self.lora_B.shape[1]}, lora_num={n}, r={r}, "
+            f"in_features={K}, out_features={self.lora_B.shape[-2]}, lora_num={n}, r={r}, "
             f"scaling_factor={self.scaling_factor:g}"
         )
 
 
-class MultiLoraLinear(nn.Module, BaseTunerLayer):
+class MultiLoraLayer(BaseTunerLayer):
+    """What an adapted layer does with its adapters, of which the active ones add up."""
+
+    adapter_layer_names = ("multilora_branches",)
+    other_param_names = ()
+    multilora_branches: Any  # an nn.ModuleDict, a MultiLoraBranches by the name of each adapter
+    _modules: Any
+
+    def active_branches(self) -> list[MultiLoraBranches]:
+        """The adapters that add up now."""
+        if self._disable_adapters or self.merged_adapters:
+            return []
+        known: Any = self._modules["multilora_branches"]
+        known, names = known._modules, self._active_adapter
+        return [known[name] for name in ([names] if isinstance(names, str) else names) if name in known]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the active adapters, or ``adapter_names``, to the base weight. With ``safe_merge`` a weight that would
+        not be finite is a ValueError, and the base stays as it was."""
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name in self.multilora_branches:
+                self._add_to_weight(name, 1.0, safe_merge)
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+        while self.merged_adapters:
+            self._add_to_weight(self.merged_adapters.pop(), -1.0)
+
+    def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
+        raise NotImplementedError
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the constant factor of an adapter to ``scale`` times lora_alpha / r."""
+        if adapter in self.multilora_branches:
+            branches = self.multilora_branches[adapter]
+            branches.scaling_factor = scale * branches.initial_factor
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the constant factor of the active adapters by ``scale``."""
+        for name in self.active_adapters:
+            if name in self.multilora_branches:
+                self.multilora_branches[name].scaling_factor *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the constant factor of the active adapters by ``scale``, or set it back."""
+        for name in self.active_adapters:
+            if name in self.multilora_branches:
+                branches = self.multilora_branches[name]
+                branches.scaling_factor = branches.initial_factor if scale is None else branches.scaling_factor / scale
+
+
+def not_finite(adapter: str) -> ValueError:
+    return ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
+
+
+class MultiLoraLinear(nn.Module, MultiLoraLayer):
     """A linear layer under any number of MultiLoRA adapters, of which the active ones add up.
 
     On nn.Linear, Conv1D and bitsandbytes' 4-bit layer the first active adapter and the base layer's product are one
@@ -100,10 +164,7 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
     added to their output.
     """
 
-    adapter_layer_names = ("multilora_branches",)
-    other_param_names = ()
     base_layer: Any
-    multilora_branches: Any  # an nn.ModuleDict, a MultiLoraBranches by the name of each adapter
     in_features: Any
     out_features: Any
 
@@ -143,14 +204,6 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
         for branches in active:
             y = branches(x, y=y)
         return y
-
-    def active_branches(self) -> list[MultiLoraBranches]:
-        """The adapters that add up now."""
-        if self._disable_adapters or self.merged_adapters:
-            return []
-        known: Any = self._modules["multilora_branches"]
-        known, names = known._modules, self._active_adapter
-        return [known[name] for name in ([names] if isinstance(names, str) else names) if name in known]
 
     def fused_base(self, x: Tensor) -> Base | None:
         """The base layer as the fused op takes it, or None where it must run itself."""
@@ -203,51 +256,14 @@ class MultiLoraLinear(nn.Module, BaseTunerLayer):
         delta = self.multilora_branches[adapter].delta()
         return delta.t() if self.fan_in_fan_out else delta
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active adapters, or ``adapter_names``, to the base weight. With ``safe_merge`` a weight that would
-        not be finite is a ValueError, and the base stays as it was."""
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name in self.multilora_branches:
-                self._add_to_weight(name, 1.0, safe_merge)
-                self.merged_adapters.append(name)
-
-    def unmerge(self) -> None:
-        """Take the merged adapters out of the base weight again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        while self.merged_adapters:
-            self._add_to_weight(self.merged_adapters.pop(), -1.0)
-
     @torch.no_grad()
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
         base, backend = self.get_base_layer(), self.quantization_backend
         weight = base_weight(base, backend)
         merged = torch.add(weight, self.get_delta_weight(name), alpha=sign).to(weight.dtype)
         if check and not torch.isfinite(merged).all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            raise not_finite(name)
         if backend is None:
             weight.copy_(merged)
         else:
             backend.set_base_weight(self, merged)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the constant factor of an adapter to ``scale`` times lora_alpha / r."""
-        if adapter in self.multilora_branches:
-            branches = self.multilora_branches[adapter]
-            branches.scaling_factor = scale * branches.initial_factor
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the constant factor of the active adapters by ``scale``."""
-        for name in self.active_adapters:
-            if name in self.multilora_branches:
-                self.multilora_branches[name].scaling_factor *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the constant factor of the active adapters by ``scale``, or set it back."""
-        for name in self.active_adapters:
-            if name in self.multilora_branches:
-                branches = self.multilora_branches[name]
-                branches.scaling_factor = branches.initial_factor if scale is None else branches.scaling_factor / scale

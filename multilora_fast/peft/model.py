@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import nn
@@ -18,10 +20,19 @@ from multilora_fast.adapters.config import describe, pattern_value, shape_option
 from multilora_fast.adapters.files import model_type
 from multilora_fast.layers.shared_input import assign_groups
 from multilora_fast.peft.config import MultiLoraConfig
-from multilora_fast.peft.layer import MultiLoraLinear
+from multilora_fast.peft.experts import MultiLoraExperts, MultiLoraProjection, experts_per_token
+from multilora_fast.peft.layer import MultiLoraLayer, MultiLoraLinear
 from multilora_fast.peft.precision import warn_of_half_scales
 from multilora_fast.peft.quantization import get_quantization_kwargs, resolve_quantization_backend
-from multilora_fast.peft.targets import check_mamba, choose_all_linear, in_attention, is_all_linear, warn_of_experts
+from multilora_fast.peft.targets import (
+    check_experts,
+    check_mamba,
+    choose_all_linear,
+    choose_parameters,
+    in_attention,
+    is_all_linear,
+    warn_of_experts,
+)
 
 
 class MultiLoraModel(BaseTuner):
@@ -32,7 +43,7 @@ class MultiLoraModel(BaseTuner):
     """
 
     prefix: str = "multilora_"
-    tuner_layer_cls = MultiLoraLinear
+    tuner_layer_cls = MultiLoraLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args, **kwargs):
@@ -45,24 +56,76 @@ class MultiLoraModel(BaseTuner):
         all_linear = is_all_linear(config)
         if all_linear:
             choose_all_linear(config, model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with warnings.catch_warnings():
+            # PEFT looks for the keys of these patterns among modules alone, and not among target_parameters.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.base_model_type = model_type(model)
         if not isinstance(config.target_modules, str):
             names = [f".{name}" for name, _ in model.named_modules()]
             idle = [key for key in config.target_modules if not any(name.endswith(f".{key}") for name in names)]
             if idle:
                 warnings.warn(f"target_modules {', '.join(sorted(idle))} match no module of the model.", stacklevel=2)
+        adapted = {n: layer for n, layer in _layers(model) if adapter_name in layer.multilora_branches}
         if not config.inference_mode:
-            warn_of_experts(config, model, everything=all_linear)
-        adapted = [name for name, layer in _layers(model) if adapter_name in layer.multilora_branches]
-        idle = [
-            k for k in config.lora_num_pattern if not any(pattern_value({k: True}, name, False) for name in adapted)
-        ]
-        if idle:  # of the other patterns PEFT says so
-            warnings.warn(f"lora_num_pattern {', '.join(sorted(idle))} matches no adapted module.", stacklevel=2)
+            warn_of_experts(config, model, adapted, everything=all_linear)
+        for field in ("rank_pattern", "alpha_pattern", "lora_num_pattern"):
+            keys = getattr(config, field)
+            idle = [key for key in keys if not any(pattern_value({key: True}, name, False) for name in adapted)]
+            if idle:
+                warnings.warn(f"{field} {', '.join(sorted(idle))} matches no adapted module.", stacklevel=2)
         if config.share_inputs:
-            assign_groups({name: layer.multilora_branches[adapter_name] for name, layer in _layers(model)
-                           if adapter_name in layer.multilora_branches})  # fmt: skip
+            assign_groups({name: layer.multilora_branches[adapter_name] for name, layer in adapted.items()
+                           if isinstance(layer, MultiLoraLinear)})  # fmt: skip
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        unknown = model_config["model_type"] not in self.target_module_mapping
+        if peft_config.target_modules is None and unknown and peft_config.target_parameters:
+            return peft_config  # these alone are asked for
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _inject_parameters(  # type: ignore[override]  # PEFT's own differs by version
+        self, peft_config: MultiLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False, **_
+    ) -> list[str]:
+        """Adapt what ``target_parameters`` names: projections of experts, and weights of linear layers."""
+        found = choose_parameters(peft_config.target_parameters or (), model)
+        for path, name, wanted in found.values():
+            module = model.get_submodule(path)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                if isinstance(module, (nn.Linear, MultiLoraLinear)):
+                    owner, child = path.rpartition(".")[::2]
+                    parent = model.get_submodule(owner)
+                    self._create_and_replace(peft_config, adapter_name, module, child, parent, current_key=path)
+                else:
+                    self._adapt_experts(peft_config, adapter_name, model, path, name, wanted)
+        return list(found)
+
+    def _adapt_experts(
+        self, config: MultiLoraConfig, adapter_name: str, model: nn.Module, path: str, name: str, target: str
+    ) -> None:
+        """Put an adapter on the projection ``name`` of the experts ``path``. Where no pattern gives it a rank, it gets
+        that of the config over the experts per token, and the factor lora_alpha / r that it would have had."""
+        module: Any = model.get_submodule(path)
+        experts = module.base_layer if isinstance(module, MultiLoraExperts) else module
+        check_experts(self.model, experts, path)
+        if config.save_inputs != "exact":
+            raise ValueError(f'save_inputs={config.save_inputs!r} does not work on experts, here {path}: use "exact".')
+        key = f"{path}.{name}"
+        ranks, alphas = (cast(dict, pattern) for pattern in (config.rank_pattern, config.alpha_pattern))
+        if pattern_value(ranks, key, None) is None:
+            rank = ranks[re.escape(target)] = max(1, config.r // experts_per_token(experts))
+            if config.lora_alpha is not None and pattern_value(alphas, key, None) is None:
+                alphas[re.escape(target)] = config.lora_alpha * rank / config.r
+        options = self._options(config, key)
+        if not isinstance(module, MultiLoraExperts):
+            module = MultiLoraExperts(experts)
+            model.set_submodule(path, module)
+        if name in module._modules:
+            module.get_submodule(name).update_layer(adapter_name, **options)
+            return
+        module.add_module(name, MultiLoraProjection(experts, name, adapter_name, **options))
+        if adapter_name not in self.active_adapters:
+            module.requires_grad_(False)
 
     def shared_inputs(self, adapter_name: str = "default") -> dict[tuple[str, ...], str | None]:
         """Which layers of an adapter read their input together, and for each such group None, or why it does so no
@@ -79,15 +142,7 @@ class MultiLoraModel(BaseTuner):
         quantization = get_quantization_kwargs(self.model)
         self._check_base(current_key, base, quantization)
         config.fan_in_fan_out = config.fan_in_fan_out or isinstance(base, Conv1D)
-        options = {
-            **shape_options(vars(config), current_key),
-            "lora_dropout": config.lora_dropout,
-            "scaling": config.scaling,
-            "init_weights": config.init_weights,
-            "inference_mode": config.inference_mode,
-            "save_inputs": config.save_inputs,
-            "exact_base": config.exact_base,
-        }
+        options = self._options(config, current_key)
         if isinstance(target, MultiLoraLinear):
             target.update_layer(adapter_name, **options)
             return
@@ -95,6 +150,19 @@ class MultiLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @staticmethod
+    def _options(config: MultiLoraConfig, name: str) -> dict[str, Any]:
+        """What the adapter on ``name`` is made with."""
+        return {
+            **shape_options(vars(config), name),
+            "lora_dropout": config.lora_dropout,
+            "scaling": config.scaling,
+            "init_weights": config.init_weights,
+            "inference_mode": config.inference_mode,
+            "save_inputs": config.save_inputs,
+            "exact_base": config.exact_base,
+        }
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # Layers put their branches on the base layer's device. BaseTuner would move an 8-bit layer whole, and with it
@@ -129,6 +197,8 @@ class MultiLoraModel(BaseTuner):
         if adapter_names is None:
             yield
             return
+        if any(isinstance(layer, MultiLoraProjection) for _, layer in _layers(self)):
+            raise ValueError("adapter_names cannot be used with adapters on experts, which mix the rows of a batch.")
         if self.training:
             raise ValueError("adapter_names cannot be used when the model is in training mode.")
         known = {name for _, layer in _layers(self) for name in layer.multilora_branches}
@@ -179,12 +249,14 @@ class MultiLoraModel(BaseTuner):
                 scaled = [b._replace(lora_scaling=b.lora_scaling * w) for b, (_, w) in zip(branches, here, strict=True)]
                 parts[path] = stack(scaled)
         everything = [name for name, _ in self.model.named_modules()]
-        scalar = all(branches.lora_scaling.shape[1] == 1 for branches in parts.values())
+        scalar = all(branches.lora_scaling.shape[-1] == 1 for branches in parts.values())
+        experts = {path for path, branches in parts.items() if branches.experts is not None}
         self.peft_config[adapter_name] = replace(
             self.peft_config[adapters[0]],
             **describe(parts),
             scaling="scalar" if scalar else "vector",
-            target_modules=targets(parts, everything),
+            target_modules=targets(set(parts) - experts, everything),
+            target_parameters=sorted(experts) or None,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -198,7 +270,7 @@ class MultiLoraModel(BaseTuner):
 
 
 def _layers(model: nn.Module):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, MultiLoraLinear)]
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MultiLoraLayer)]
 
 
 def _with_names(adapter_names: list[str]):

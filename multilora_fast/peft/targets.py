@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+
+from multilora_fast.peft.experts import is_experts, projections
 
 # As checkpoints name the projections that transformers keeps as one parameter for all experts.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -50,22 +53,59 @@ def check_mamba(model: nn.Module, name: str) -> None:
         )
 
 
-def warn_of_experts(config: Any, model: nn.Module, *, everything: bool) -> None:
-    """Warn of experts and routers that are no linear layers, though the config names them, or ``everything``: LoRA may
-    adapt these parameters, MultiLoRA does not."""
+def choose_parameters(wanted: Collection[str], model: nn.Module) -> dict[str, tuple[str, str, str]]:
+    """The parameters of ``model`` whose names are in ``wanted`` or end in one of them: by their full names the path of
+    the module, the parameter's own name, and the name that was given.
+
+    Raises:
+        ValueError: one that is neither a projection of experts that transformers runs by a grouped product, nor the
+            weight of a linear layer.
+    """
+    found = {}
+    for path, module in model.named_modules():
+        path = path.removesuffix(".base_layer")  # of what another adapter is on already
+        for name, _ in module.named_parameters(recurse=False):
+            key = f"{path}.{name}"
+            target = next((one for one in sorted(wanted) if key == one or key.endswith(f".{one}")), None)
+            if target is None:
+                continue
+            linear = isinstance(module, nn.Linear) and name == "weight"
+            if not linear and not (is_experts(module) and name in projections(module)):
+                raise ValueError(
+                    f"target_parameters names {key} of a {type(module).__name__}, which is not supported: MultiLoRA "
+                    "adapts the projections of experts that transformers runs by its experts implementations."
+                )
+            found[key] = (path, name, target)
+    return found
+
+
+def check_experts(model: Any, experts: Any, path: str) -> None:
+    """Raise a ValueError for experts that are spread over devices."""
+    if getattr(experts, "_is_expert_parallel", False) or (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"MultiLoRA on experts, here {path}, does not support expert or tensor parallelism: load the model without "
+            "a tp_plan and without enable_expert_parallel."
+        )
+
+
+def warn_of_experts(config: Any, model: nn.Module, adapted: Collection[str], *, everything: bool) -> None:
+    """Warn of experts and routers that ``target_modules`` names, or ``everything`` stands for, and that are not
+    ``adapted``: LoRA may adapt these parameters, MultiLoRA does where target_parameters names them."""
     left = {}
     for path, module in model.named_modules():
-        kind = type(module).__name__.lower()
+        kind, path = type(module).__name__.lower(), path.removesuffix(".base_layer")
         expert = "expert" in kind
         if isinstance(module, nn.Linear) or not (expert or (everything and kind.endswith("router"))):
             continue
-        own = dict(module.named_parameters(recurse=False))
+        own = {n: p for n, p in module.named_parameters(recurse=False) if f"{path}.{n}" not in adapted}
         names = [f"{path}.{name}" for name in (*own, *_PROJECTIONS)]
         if not _excluded(config, path) and (everything or any(check_target_module_exists(config, n) for n in names)):
-            left.update({id(parameter): parameter.numel() for parameter in own.values()})
+            left.update({id(p): (f"{path.rpartition('.')[2]}.{name}", p.numel()) for name, p in own.items()})
     if left:
+        shown = ", ".join(sorted({name for name, _ in left.values()}))
         warnings.warn(
-            f"{sum(left.values()):,} parameters of experts and routers are not adapted: they are in no linear layers.",
+            f"{sum(size for _, size in left.values()):,} parameters of experts and routers are not adapted, {shown}: "
+            "they are in no linear layers, and only target_parameters adapts experts.",
             stacklevel=2,
         )
 

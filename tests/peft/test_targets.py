@@ -120,7 +120,8 @@ def test_experts_that_are_left_out_are_counted(targets, parameters, dense):
     found = warned(
         lambda: get_peft_model(moe(mlp_only_layers=dense), config(target_modules=targets)), "experts and routers"
     )
-    assert found == [f"{count:,} parameters of experts and routers are not adapted: they are in no linear layers."]
+    assert len(found) == 1
+    assert found[0].startswith(f"{count:,} parameters of experts and routers are not adapted")
 
 
 def test_experts_nobody_asked_for_are_not_mentioned():
