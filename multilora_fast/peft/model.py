@@ -98,6 +98,8 @@ class MultiLoraModel(BaseTuner):
                     self._create_and_replace(peft_config, adapter_name, module, child, parent, current_key=path)
                 else:
                     self._adapt_experts(peft_config, adapter_name, model, path, name, wanted)
+        known = self.targeted_parameter_names  # PEFT before 0.20 takes no answer
+        known += [key for key in found if key not in known]
         return list(found)
 
     def _adapt_experts(
