@@ -88,3 +88,71 @@ def test_equals_a_loop_over_tokens_and_slots(case, p, backend):
             if name != "x":
                 idle = sorted(set(range(E)) - set(one["index"].flatten().tolist()))
                 assert not ours[idle].any()
+
+
+def outputs(function, one: dict, perm: torch.Tensor | None = None) -> list[torch.Tensor]:
+    """The output in the order of tokens and slots, and the gradients."""
+    out, inputs = function(one), [one[name] for name in NAMES]
+    dy = one["dy"] if perm is None else one["dy"][perm]
+    grads = torch.autograd.grad(out, inputs, dy)
+    if perm is not None:
+        out = torch.empty_like(out).index_copy(0, perm, out.detach())
+    return [out, *grads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["even", "skewed"])
+def test_the_error_is_at_most_twice_that_of_the_loop(case, dtype):
+    one = problem(case, dtype=dtype)
+    perm, ends = route(one["index"], E)
+    exact = {n: t.detach().double().requires_grad_(n in NAMES) if n != "index" else t for n, t in one.items()}
+
+    def op(one):
+        branches = [one[name] for name in NAMES[1:]]
+        options = {"top_k": TOP_K, "scaling_factor": FACTOR}
+        return multilora_grouped(one["x"], one["weight"], *branches, perm, ends, **options)
+
+    def loop(one):
+        return by_slot(one, False, None)
+
+    truth, theirs, ours = outputs(loop, exact), outputs(loop, one), outputs(op, one, perm)
+    for name, true, their, our in zip(("y", *NAMES), truth, theirs, ours, strict=True):
+        assert our.dtype == dtype
+        assert (our.double() - true).norm() <= 2 * (their.double() - true).norm(), name
+
+
+def test_runs_repeat_bit_for_bit_and_a_scale_of_zero_leaves_the_base():
+    one = problem("skewed", dtype=torch.float32)
+    perm, ends = route(one["index"], E)
+
+    def run(scale=1.0):
+        branches = one["lora_A"], one["lora_B"], one["lora_scaling"].detach() * scale
+        options = {"top_k": TOP_K, "dropout_p": 0.5, "seed": 3}
+        out = multilora_grouped(one["x"], one["weight"], *branches, perm, ends, **options)
+        return [out, *torch.autograd.grad(out, (one["x"], one["lora_A"], one["lora_B"]), one["dy"])]
+
+    assert all(map(torch.equal, run(), run()))
+    bare = torch.nn.functional.grouped_mm(one["x"][perm // TOP_K], one["weight"].transpose(1, 2), offs=ends)
+    assert torch.equal(run(0.0)[0], bare)
+
+
+def refused(match: str, **changed):
+    one = problem("even") | changed
+    perm, ends = route(one["index"], E)
+    branches = [one[name] for name in NAMES[1:]]
+    with pytest.raises(ValueError, match=match):
+        multilora_grouped(one["x"], one["weight"], *branches, perm, ends, top_k=TOP_K, y=one.get("y"))
+
+
+def test_refusals():
+    one = problem("even")
+    refused(r"x must have shape \(29, K\)", x=one["x"][:5])
+    refused(r"weight must have shape \(5, N, 24\)", weight=one["weight"].transpose(1, 2))
+    refused("weight must be frozen", weight=one["weight"].requires_grad_())
+    refused("takes a weight, or y", weight=None)
+    refused(r"y must have shape \(58, N\)", weight=None, y=torch.zeros(4, 3))
+    refused("must be given together", lora_A=None)
+    refused(r"lora_A must have shape \(5, n, r, 24\)", lora_A=one["lora_A"][0])
+    refused(r"lora_B must have shape \(5, 2, 20, 3\)", lora_B=one["lora_A"])
+    refused(r"lora_scaling must have shape \(5, 2, 20\)", lora_scaling=one["lora_scaling"][..., :7])
+    refused("lora_B must be floating point", lora_B=one["lora_B"].detach().long())
