@@ -44,13 +44,13 @@ class Grouped(NamedTuple):
 def load(backend: str) -> Grouped:
     if backend == "torch":
         return Grouped(*(getattr(grouped_torch, field) for field in Grouped._fields))
-    from multilora_fast.kernels import grouped
     from multilora_fast.kernels.dropout import draw
+    from multilora_fast.kernels.grouped_expand import grouped_expand
+    from multilora_fast.kernels.grouped_reduce import grouped_reduce, grouped_reduce_scaled
+    from multilora_fast.kernels.grouped_shrink import grouped_shrink
 
     bits = lambda seed, S, K, p, dtype: draw(seed, S, K, p)  # noqa: E731
-    return Grouped(
-        bits, grouped.grouped_shrink, grouped.grouped_expand, grouped.grouped_reduce, grouped.grouped_reduce_scaled
-    )
+    return Grouped(bits, grouped_shrink, grouped_expand, grouped_reduce, grouped_reduce_scaled)
 
 
 def route(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
