@@ -1,0 +1,32 @@
+"""The short examples, on a tiny model."""
+
+import pytest
+from tiny import llama
+from tiny_training import make_tokenizer
+
+from examples import finetune_peft, fuse_existing, serve_export, sft_trl
+
+
+@pytest.fixture
+def model(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    for part in (llama(), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_fine_tuned_with_the_trainer_and_served_as_a_lora(model, tmp_path):
+    adapter, lora = (str(tmp_path / name) for name in ("adapter", "lora"))
+    assert finetune_peft.main(model, adapter) > 0
+    assert serve_export.main(model, adapter, lora) < 1e-5
+
+
+def test_sft_with_trl(model, tmp_path):
+    pytest.importorskip("trl")
+    assert sft_trl.main(model, str(tmp_path / "adapter")) > 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_fused(tmp_path):
+    assert fuse_existing.main(str(tmp_path / "adapter")) == 0
