@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from multilora_fast.ops import torch_backend
+from multilora_fast.ops import grouped_torch, torch_backend
 
 
 class Backend(NamedTuple):
@@ -66,3 +66,26 @@ def load(name: str) -> Backend:
         raise ValueError(f'backend "triton" cannot be loaded ({error}): use backend="torch".') from error
     bits = lambda seed, M, K, p, dtype: draw(seed, M, K, p)  # noqa: E731
     return Backend(bits, shrink, expand, linear, layer, multiply, reduce, reduce_scaled, reduce_all, dropout_mask)
+
+
+class Grouped(NamedTuple):
+    """The products of experts by one backend, with the signatures of :mod:`multilora_fast.ops.grouped_torch`."""
+
+    draw: Callable
+    shrink: Callable
+    expand: Callable
+    reduce: Callable
+    reduce_scaled: Callable
+
+
+@cache
+def load_grouped(name: str) -> Grouped:
+    if name == "torch":
+        return Grouped(*(getattr(grouped_torch, field) for field in Grouped._fields))
+    from multilora_fast.kernels.dropout import draw
+    from multilora_fast.kernels.grouped_expand import grouped_expand
+    from multilora_fast.kernels.grouped_reduce import grouped_reduce, grouped_reduce_scaled
+    from multilora_fast.kernels.grouped_shrink import grouped_shrink
+
+    bits = lambda seed, S, K, p, dtype: draw(seed, S, K, p)  # noqa: E731
+    return Grouped(bits, grouped_shrink, grouped_expand, grouped_reduce, grouped_reduce_scaled)

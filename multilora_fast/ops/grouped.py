@@ -10,17 +10,13 @@ Nothing of E·N·K elements is made, and the experts' counts stay on the device.
 and its slot among the k, so that it does not depend on how rows of one expert are ordered.
 """
 
-from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from multilora_fast.ops import grouped_torch
+from multilora_fast.ops import grouped_torch, selfcheck
 from multilora_fast.ops.autograd import once_differentiable
-from multilora_fast.ops.backends import choose
+from multilora_fast.ops.backends import Grouped, choose, load_grouped
 from multilora_fast.ops.call import no_autocast
 from multilora_fast.ops.equations import OpSettings
 from multilora_fast.ops.functional import seed_for
@@ -28,29 +24,6 @@ from multilora_fast.ops.saved_input import cast
 from multilora_fast.validation import check_dropout, check_scaling_factor
 
 _CHUNK = 1024  # tokens whose rows are added up at once
-
-
-class Grouped(NamedTuple):
-    """The products of one backend, with the signatures of :mod:`multilora_fast.ops.grouped_torch`."""
-
-    draw: Callable
-    shrink: Callable
-    expand: Callable
-    reduce: Callable
-    reduce_scaled: Callable
-
-
-@cache
-def load(backend: str) -> Grouped:
-    if backend == "torch":
-        return Grouped(*(getattr(grouped_torch, field) for field in Grouped._fields))
-    from multilora_fast.kernels.dropout import draw
-    from multilora_fast.kernels.grouped_expand import grouped_expand
-    from multilora_fast.kernels.grouped_reduce import grouped_reduce, grouped_reduce_scaled
-    from multilora_fast.kernels.grouped_shrink import grouped_shrink
-
-    bits = lambda seed, S, K, p, dtype: draw(seed, S, K, p)  # noqa: E731
-    return Grouped(bits, grouped_shrink, grouped_expand, grouped_reduce, grouped_reduce_scaled)
 
 
 def route(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -114,8 +87,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, y, weight, lora_A, lora_B, lora_scaling, seed, perm, ends, top_k, transposed, settings):
-        c, p, dtype, backend = settings[:4]
-        ops = load(backend)
+        c, p, dtype = settings[:3]
+        ops = _products(x, lora_A, settings)
         ctx.settings, ctx.top_k, ctx.transposed = settings, top_k, transposed
         needs_x, ctx.needs_y, _, needs_A, *needs_B = ctx.needs_input_grad[:6]
         H = None
@@ -138,8 +111,8 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, H, weight, lora_A, lora_B, lora_scaling, seed, perm, ends = ctx.saved_tensors
-        c, p, dtype, backend = ctx.settings[:4]
-        ops, (needs_x, needs_A, needs_B) = load(backend), ctx.needs
+        c, p, dtype = ctx.settings[:3]
+        ops, (needs_x, needs_A, needs_B) = _products(dy, lora_A, ctx.settings), ctx.needs
         dx = dA = dB = ds = dH = mask = None
         with no_autocast(dy.device.type):
             rows = cast(dy, dtype).contiguous()
@@ -197,6 +170,13 @@ def _is_served(x: Tensor, weight: Tensor) -> bool:
     rows = {x.stride(0), *weight.stride()} - {1}
     aligned = x.is_meta or not (x.data_ptr() | weight.data_ptr()) % 16
     return aligned and x.stride(1) == 1 and not any(stride * x.itemsize % 16 for stride in rows)
+
+
+def _products(x: Tensor, lora_A: Tensor | None, settings: OpSettings) -> Grouped:
+    """The backend's products; on a GPU the kernels are tried once before they are trusted."""
+    if settings.backend == "triton" and x.is_cuda and lora_A is not None:
+        selfcheck.check_grouped(x, lora_A.shape[1], lora_A.shape[2], lora_A.dtype, settings)
+    return load_grouped(settings.backend)
 
 
 def _per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:

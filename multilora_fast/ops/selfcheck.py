@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from multilora_fast.ops import torch_backend
-from multilora_fast.ops.backends import load
+from multilora_fast.ops.backends import load, load_grouped
 
 TOKENS = {"decode": 16, "512": 80, "2048": 1100, "8192": 4160}  # by the size classes of the kernels' table
 
@@ -56,6 +56,53 @@ def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: floa
             _compare(name, summed, kernel, (h, dy, w, scale, c))
 
 
+def check_grouped(x: Tensor, n: int, r: int, own: torch.dtype, settings) -> None:
+    """The same of the kernels of experts, forward and backward, for branches (E, n, r, …) in ``own``."""
+    from multilora_fast.kernels.launch import unrecorded
+
+    dropout = settings.dropout_p if torch_backend.threshold(settings.dropout_p) else 0.0
+    with unrecorded():
+        _check_grouped(x.device, settings.dtype, own, n, r, settings.scaling_factor, dropout)
+
+
+@cache
+def _check_grouped(device, dtype, own, n: int, r: int, c: float, p: float) -> None:
+    from multilora_fast.kernels.launch import check_not_capturing
+
+    E, S, K, N = 3, 80, 208, 144
+    check_not_capturing((S, K))
+    ends = torch.tensor([50, 50, S], dtype=torch.int32, device=device)
+    ids = torch.arange(S - 1, -1, -1, device=device)
+    x, dy, h = (_random(device, i, S, size).to(dtype) for i, size in enumerate((K, N, n * r)))
+    sizes = (E, n, r, K), (E, n, N, r), (E, n, N)
+    A, B, scale = (_random(device, 3 + i, *size).to(own) for i, size in enumerate(sizes))
+    w, seed, kernels = B.transpose(2, 3), torch.tensor([7], device=device), load_grouped("triton")
+    keep = load("triton").dropout_mask(seed, S, K, p).double() if p else None
+
+    def products(ops, mask) -> dict:
+        drop = {"ids": ids, "bits": mask, "p": p}
+        return {
+            "shrink": lambda x, w: ops.shrink(x, w, ends, **drop),
+            "shrink (scaled)": lambda dy, w, s: ops.shrink(dy, w, ends, s, c),
+            "expand": lambda y, h, w: _added(ops.expand, y, h, w, ends, None, 1.0, **drop),
+            "expand (scaled)": lambda y, h, w, s: _added(ops.expand, y, h, w, ends, s, c),
+            "reduce": lambda h, x: ops.reduce(h, x, ends, n, h.dtype, **drop),
+            "reduce (lora_B)": lambda h, dy, w, s: ops.reduce_scaled(h, dy, w, ends, s, c)[0],
+            "reduce (lora_scaling)": lambda h, dy, w, s: ops.reduce_scaled(h, dy, w, ends, s, c)[1],
+        }
+
+    given = (x, A), (dy, w, scale), (x, h, A), (dy, h, w, scale), (h, x), (h, dy, w, scale), (h, dy, w, scale)
+    exact, ours = products(load_grouped("torch"), keep), products(kernels, kernels.draw(seed, S, K, p, dtype))
+    for (name, kernel), arguments in zip(ours.items(), given, strict=True):
+        _compare(f"grouped {name}", exact[name], kernel, arguments)
+
+
+def _added(function, y, *rest, **options):
+    y = y.clone()
+    function(y, *rest, **options)
+    return y
+
+
 def _compare(name, exact, kernel, arguments, keep=None, bits=None, p=0.0) -> None:
     """‖error‖ ≤ 4·eps·‖the same formula on absolute values‖, against ``exact`` in float64."""
     dropout = (bits, p) if keep is not None else ()
@@ -76,12 +123,7 @@ def _compare(name, exact, kernel, arguments, keep=None, bits=None, p=0.0) -> Non
 
 
 def _expand(function, accumulate=True):
-    def expanded(y, *rest):
-        y = y.clone()
-        function(y, *rest, accumulate=accumulate)
-        return y
-
-    return expanded
+    return lambda y, *rest: _added(function, y, *rest, accumulate=accumulate)
 
 
 def _reduce(function):

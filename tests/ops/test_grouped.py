@@ -25,13 +25,13 @@ def chosen(case: str) -> torch.Tensor:
     return torch.stack([torch.randperm(E if case == "even" else 2, generator=g)[:TOP_K] for _ in range(T)])
 
 
-def problem(case: str, transposed: bool = False, scalar: bool = False, dtype=torch.float64) -> dict:
+def problem(case: str, transposed: bool = False, scalar: bool = False, dtype=torch.float64, device="cpu") -> dict:
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(device, dtype)
 
-    index = chosen(case)
+    index = chosen(case).to(device)
     return {
         "index": index,
         "x": draw(len(index), K).requires_grad_(),
@@ -103,8 +103,8 @@ def outputs(function, one: dict, perm: torch.Tensor | None = None) -> list[torch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", ["even", "skewed"])
-def test_the_error_is_at_most_twice_that_of_the_loop(case, dtype):
-    one = problem(case, dtype=dtype)
+def test_the_error_is_at_most_twice_that_of_the_loop(case, dtype, device):
+    one = problem(case, dtype=dtype, device=device)
     perm, ends = route(one["index"], E)
     exact = {n: t.detach().double().requires_grad_(n in NAMES) if n != "index" else t for n, t in one.items()}
 
@@ -122,8 +122,8 @@ def test_the_error_is_at_most_twice_that_of_the_loop(case, dtype):
         assert (our.double() - true).norm() <= 2 * (their.double() - true).norm(), name
 
 
-def test_runs_repeat_bit_for_bit_and_a_scale_of_zero_leaves_the_base():
-    one = problem("skewed", dtype=torch.float32)
+def test_runs_repeat_bit_for_bit_and_a_scale_of_zero_leaves_the_base(device):
+    one = problem("skewed", dtype=torch.float32, device=device)
     perm, ends = route(one["index"], E)
 
     def run(scale=1.0):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from multilora_fast.ops import selfcheck
-from multilora_fast.ops.backends import load
+from multilora_fast.ops.backends import load, load_grouped
 from multilora_fast.ops.equations import OpSettings
 
 DIRECTIONS = ["forward", "backward"]
@@ -52,3 +52,21 @@ def test_a_combination_is_checked_once_per_size_class(device, monkeypatch):
     settings = OpSettings(2.0, 0.1, torch.float32, "triton")
     for M in (100, 512):
         selfcheck.check("forward", torch.zeros(M, 1, device=device), torch.zeros(3, 12, 8, device=device), settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_the_kernels_of_experts_pass(p, dtype, device):
+    selfcheck._check_grouped.cache_clear()
+    selfcheck.check_grouped(torch.zeros(9, 8, device=device), 3, 6, dtype, OpSettings(2.0, p, dtype, "triton"))
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "reduce", "reduce_scaled"])
+def test_a_wrong_kernel_of_experts_is_named(kernel, device, monkeypatch):
+    ours, exact = load_grouped("triton"), load_grouped("torch")
+    broken = ours._replace(**{kernel: off_by_a_percent(getattr(ours, kernel))})
+    monkeypatch.setattr(selfcheck, "load_grouped", lambda name: broken if name == "triton" else exact)
+    selfcheck._check_grouped.cache_clear()
+    settings = OpSettings(2.0, 0.1, torch.float32, "triton")
+    with pytest.raises(RuntimeError, match=rf"kernel grouped {kernel.split('_')[0]}.* is wrong on"):
+        selfcheck.check_grouped(torch.zeros(9, 8, device=device), 3, 6, torch.float32, settings)
