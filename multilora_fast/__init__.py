@@ -32,7 +32,7 @@ __all__ = [
     "unfuse",
 ]
 
-# Loaded at their first touch: importing the library loads torch and nothing heavier.
+# Imported lazily: importing the library loads torch and nothing heavier.
 _LAZY = {
     "MultiLoraConfig": "multilora_fast.peft",
     "export_lora": "multilora_fast.adapters.export",

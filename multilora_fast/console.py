@@ -1,4 +1,4 @@
-"""What commands show on a terminal: tables, and a progress bar for loops that may take a while."""
+"""Terminal output of commands: tables and a progress bar."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar

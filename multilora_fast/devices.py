@@ -1,4 +1,4 @@
-"""The device and dtype that a command runs on, and their names for what it prints and keeps."""
+"""The device and dtype that a command runs on."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +18,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` takes bfloat16 where the device multiplies in it natively, else float32."""
+    """``auto`` is bfloat16 where the device supports it natively, else float32."""
     if name != "auto":
         if name not in DTYPES:
             raise ValueError(f"--dtype must be auto, float32 or bfloat16, not {name!r}.")

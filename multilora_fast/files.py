@@ -1,4 +1,4 @@
-"""What commands read and write: checked before anything slow happens, and written whole or not at all."""
+"""Files that commands read and write: checked before any slow work, written atomically."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-UNFINISHED = ".unfinished"  # how names begin of what is not yet in its place
+UNFINISHED = ".unfinished"  # prefix of unfinished files
 
 
 def as_path(name: str, value: str | os.PathLike) -> Path:
@@ -48,7 +48,7 @@ def check_plot(name: str, path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to. The file moves to ``path`` if the block ends well, else it vanishes."""
+    """A temporary name beside ``path``. The file moves to ``path`` on success and is removed on error."""
     unfinished = path.with_name(f"{UNFINISHED}-{path.name}")
     try:
         yield unfinished
@@ -59,11 +59,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(folder: Path, last: str | None = None) -> Iterator[Path]:
-    """A directory to write in. If the block ends well, its files move into ``folder``, which is made where missing;
-    else nothing has changed.
+    """A temporary directory. On success its files move into ``folder``, which is created if missing; on error
+    ``folder`` is unchanged.
 
-    What they replace is set aside before, and put back if a move fails. The file named ``last`` goes first and comes
-    last: where it is there, so are all others, of the same write.
+    Replaced files are backed up and restored if a move fails. The file named ``last`` is removed first and written
+    last, so its presence means a complete write.
     """
     with made(folder):
         stage = Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}-", dir=folder))
@@ -100,14 +100,14 @@ def _replace(stage: Path, aside: Path, folder: Path, last: str | None) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what an interrupted :func:`atomic_dir` left in ``folder``."""
+    """Remove the leftovers of an interrupted :func:`atomic_dir`."""
     for path in folder.glob(f"{UNFINISHED}*/"):
         shutil.rmtree(path)
 
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """``folder`` with its parents, made where missing; those that are empty vanish again if the block fails."""
+    """Create ``folder`` and its parents; remove those that are still empty if the block raises."""
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,4 +1,4 @@
-"""Causal LMs by name: from a directory, the hub or the package index, their linear layers, and copies of them."""
+"""Load causal LMs from a directory, the hub or a package; find their linear layers."""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""The command ``bench``. Mistakes are ValueErrors of one sentence."""
+"""The ``bench`` command. Invalid input raises a ValueError of one sentence."""
 
 import json
 import logging
@@ -10,18 +10,23 @@ import typer
 
 def bench(
     in_features: Annotated[
-        int | None, typer.Option(help="Inputs of the layer, K.", show_default="4096, on a CPU 2048")
+        int | None, typer.Option(help="in_features of the layer, K.", show_default="4096, on a CPU 2048")
     ] = None,
-    out_features: Annotated[int | None, typer.Option(help="Its outputs, N.", show_default="as many")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Rows of x, M.", show_default="8192, on a CPU 1024")] = None,
+    out_features: Annotated[
+        int | None, typer.Option(help="out_features of the layer, N.", show_default="as many")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens, M.", show_default="8192, on a CPU 1024")] = None,
     lora_num: Annotated[int, typer.Option(help="Parallel branches, n.")] = 3,
     r: Annotated[int, typer.Option(help="Rank of each branch; LoRA gets n times as much.")] = 32,
     lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.0,
     dtype: Annotated[
-        str, typer.Option(help="Of layer and branches: float32, bfloat16, or auto for bfloat16 where it is native.")
+        str,
+        typer.Option(
+            help="Layer and branch dtype: float32, bfloat16, or auto (bfloat16 where the device supports it natively)."
+        ),
     ] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    rounds: Annotated[int, typer.Option(help="Times that each layer takes its turn.")] = 15,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    rounds: Annotated[int, typer.Option(help="Timed rounds; the methods take turns in each.")] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, in seconds and bytes.")] = False,
 ) -> None:
     """Time one frozen linear layer on this machine: alone, with the naive loop, with PEFT's LoRA, and with this

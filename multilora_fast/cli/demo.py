@@ -1,4 +1,4 @@
-"""The command ``demo``. Mistakes are ValueErrors of one sentence."""
+"""The ``demo`` command. Invalid input raises a ValueError of one sentence."""
 
 import logging
 import warnings
@@ -16,30 +16,35 @@ def demo(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="160, quick: 6")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Longest example in tokens; longer ones are left out.")] = 160,
+    max_length: Annotated[
+        int, typer.Option(help="Maximum example length in tokens; longer examples are dropped.")
+    ] = 160,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     lora_num: Annotated[int, typer.Option(help="Parallel branches per layer, n.")] = 3,
     r: Annotated[int, typer.Option(help="Rank of each branch.")] = 8,
     lora_alpha: Annotated[
-        float | None, typer.Option(help="Branches are scaled by alpha / r.", show_default="r")
+        float | None, typer.Option(help="LoRA alpha; branches are scaled by alpha / r.", show_default="r")
     ] = None,
     lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.05,
     target_modules: Annotated[
-        str, typer.Option(help="Names of the linear layers to adapt, with commas.")
+        str, typer.Option(help="Comma-separated names of the linear layers to adapt.")
     ] = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
     dtype: Annotated[
-        str, typer.Option(help="Of the base: float32, bfloat16, or auto for bfloat16 where it is native.")
+        str,
+        typer.Option(
+            help="Base model dtype: float32, bfloat16, or auto (bfloat16 where the device supports it natively)."
+        ),
     ] = "auto",
     eval_items: Annotated[
-        int | None, typer.Option(help="Held-out items per task.", show_default="100, quick: 8")
+        int | None, typer.Option(help="Held-out examples per task.", show_default="100, quick: 8")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the items drawn, their order and the branches.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     output: Annotated[
-        Path, typer.Option(help="Directory for the adapter, metrics.json and comparison.png.", parser=given_path)
+        Path, typer.Option(help="Output directory for the adapter, metrics.json and comparison.png.", parser=given_path)
     ] = Path("demo-output"),
-    compare: Annotated[bool, typer.Option(help="Compare with naive MultiLoRA and PEFT LoRA.")] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="A run of a minute or two that claims no accuracy.")] = False,
+    compare: Annotated[bool, typer.Option(help="Also train naive MultiLoRA and PEFT LoRA for comparison.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="Run for a minute or two, without an accuracy claim.")] = False,
 ) -> None:
     """Fine-tune a small model on four real tasks and compare the cost of a step with LoRA's."""
     from multilora_fast.demo.settings import DemoSettings

@@ -1,4 +1,4 @@
-"""The command ``train``. Mistakes are ValueErrors of one sentence."""
+"""The ``train`` command. Invalid input raises a ValueError of one sentence."""
 
 import logging
 import warnings
@@ -13,7 +13,9 @@ from multilora_fast.cli.paths import given_path
 
 def train(
     model: Annotated[str, Option(help="Directory or hub id of a causal LM.")],
-    output: Annotated[Path, Option(help="Directory for adapter and checkpoints, new or empty.", parser=given_path)],
+    output: Annotated[
+        Path, Option(help="Output directory for the adapter and checkpoints; new or empty.", parser=given_path)
+    ],
     files: Annotated[
         list[str] | None,
         Argument(
@@ -21,33 +23,47 @@ def train(
             "mixture whose rows have a task field. A row holds prompt and completion, or messages, or text."
         ),
     ] = None,
-    task: Annotated[list[str] | None, Option(help="NAME=FILE, a task and its name. Repeatable.")] = None,
+    task: Annotated[list[str] | None, Option(help="Task as NAME=FILE. Repeatable.")] = None,
     eval_file: Annotated[
         list[str] | None,
-        Option(help="NAME=FILE, rows to evaluate, in place of a share of the task NAME if there is one. Repeatable."),
+        Option(
+            help="Evaluation data as NAME=FILE; replaces the held-out share of task NAME if there is one. Repeatable."
+        ),
     ] = None,
-    chat_template: Annotated[Path | None, Option(help="A Jinja file in place of the tokenizer's template.")] = None,
-    learn: Annotated[str, Option(help="answers, or all for prompts and other messages too.")] = "answers",
-    dtype: Annotated[str, Option(help="Of the base: float32, bfloat16, or auto by device.")] = "auto",
-    quantization: Annotated[str | None, Option(help="4bit for a base in bitsandbytes' NF4.")] = None,
-    gradient_checkpointing: Annotated[bool, Option("--gradient-checkpointing", help="Recompute activations.")] = False,
-    resume: Annotated[bool, Option("--resume", help="Go on from the last checkpoint in the output.")] = False,
+    chat_template: Annotated[Path | None, Option(help="Jinja chat template that replaces the tokenizer's.")] = None,
+    learn: Annotated[
+        str, Option(help="Tokens in the loss: answers, or all (prompts and other messages too).")
+    ] = "answers",
+    dtype: Annotated[str, Option(help="Base model dtype: float32, bfloat16, or auto (by device).")] = "auto",
+    quantization: Annotated[str | None, Option(help="Base model quantization: 4bit (bitsandbytes NF4).")] = None,
+    gradient_checkpointing: Annotated[
+        bool, Option("--gradient-checkpointing", help="Recompute activations in backward to save memory.")
+    ] = False,
+    resume: Annotated[
+        bool, Option("--resume", help="Resume from the last checkpoint in the output directory.")
+    ] = False,
     lora_num: Annotated[int, Option(help="Parallel branches per layer, n.")] = 3,
     r: Annotated[int, Option("--r", "--rank", help="Rank of each branch. Use --rank with torchrun.")] = 32,
-    lora_alpha: Annotated[float | None, Option(help="Branches are scaled by alpha / r; it is r if not given.")] = None,
+    lora_alpha: Annotated[
+        float | None, Option(help="LoRA alpha; branches are scaled by alpha / r (default: r).")
+    ] = None,
     lora_dropout: Annotated[float, Option(help="Dropout before the branches.")] = 0.0,
-    scaling: Annotated[str, Option(help="A branch's learned scale: vector or scalar.")] = "vector",
-    target_modules: Annotated[str, Option(help="Names of linear layers, with commas, or all-linear.")] = "all-linear",
-    exclude_modules: Annotated[str | None, Option(help="Layers to leave alone.")] = None,
-    epochs: Annotated[float, Option(help="Times through the data, each with a checkpoint.")] = 1.0,
-    max_steps: Annotated[int | None, Option(help="Steps to take, in place of epochs.")] = None,
-    learning_rate: Annotated[float, Option(help="Peak of AdamW's; take 3 to 10 times LoRA's.")] = 1e-3,
-    batch_size: Annotated[int, Option(help="Rows, or bins, per process and backward.")] = 4,
-    gradient_accumulation: Annotated[int, Option(help="Backwards per step.")] = 1,
-    max_length: Annotated[int, Option(help="Longest row in tokens; longer ones are cut at the end.")] = 1024,
-    packing: Annotated[bool, Option("--packing", help="Put whole rows into bins, instead of padding.")] = False,
+    scaling: Annotated[str, Option(help="Learned scale per branch: vector or scalar.")] = "vector",
+    target_modules: Annotated[
+        str, Option(help="Comma-separated names of linear layers, or all-linear.")
+    ] = "all-linear",
+    exclude_modules: Annotated[str | None, Option(help="Comma-separated names of layers not to adapt.")] = None,
+    epochs: Annotated[float, Option(help="Training epochs; each ends with a checkpoint.")] = 1.0,
+    max_steps: Annotated[int | None, Option(help="Training steps; overrides --epochs.")] = None,
+    learning_rate: Annotated[float, Option(help="Peak learning rate of AdamW; use 3 to 10 times LoRA's.")] = 1e-3,
+    batch_size: Annotated[int, Option(help="Examples (or packed bins) per process and backward pass.")] = 4,
+    gradient_accumulation: Annotated[int, Option(help="Backward passes per optimizer step.")] = 1,
+    max_length: Annotated[int, Option(help="Maximum example length in tokens; longer examples are truncated.")] = 1024,
+    packing: Annotated[bool, Option("--packing", help="Pack whole examples into bins instead of padding.")] = False,
     liger: Annotated[bool, Option("--liger", help="Run the base with Liger's kernels.")] = False,
-    report_to: Annotated[str | None, Option(help="Trackers: tensorboard, wandb, ...")] = None,
+    report_to: Annotated[
+        str | None, Option(help="Experiment trackers, comma-separated: tensorboard, wandb, ...")
+    ] = None,
     eval_fraction: Annotated[
         float,
         Option(
@@ -59,7 +75,7 @@ def train(
         int | None,
         Option(help="Steps between evaluations and checkpoints, of which two are kept.", show_default="an epoch"),
     ] = None,
-    seed: Annotated[int, Option(help="Of the rows held out, their order and the branches.")] = 0,
+    seed: Annotated[int, Option(help="Random seed.")] = 0,
 ) -> None:
     """Fine-tune a causal LM on one or more tasks with transformers' Trainer."""
     given = {name: value for name, value in locals().items() if name not in ("task", "eval_file")}

@@ -30,8 +30,7 @@ Layer = Any  # a fused layer or a PEFT adapter of ours
 
 
 def assign_groups(modules: Mapping[str, Layer]) -> None:
-    """Set ``shared`` of those ``modules``, by path, under one parent whose names say that they read the same x, if
-    their K agree."""
+    """Set ``shared`` on the ``modules`` (by path) that read the same x: siblings by name, with equal K."""
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in modules):
         for names in SIBLINGS:
             paths = [f"{parent}.{name}" if parent else name for name in names]
@@ -43,8 +42,8 @@ def assign_groups(modules: Mapping[str, Layer]) -> None:
 
 
 class Base(NamedTuple):
-    """The base layer of a member: its weight (N, K) and bias. For a quantized one the weight is a function that returns
-    it, and ``compute_dtype`` is the dtype in which it multiplies."""
+    """The base layer of a member: its weight (N, K) and bias. For a quantized layer the weight is a function that
+    returns it, and ``compute_dtype`` is the dtype of its product."""
 
     weight: Weight
     bias: Tensor | None
@@ -72,7 +71,7 @@ class SharedInput:
         self.__dict__.update(state, _thread=_Thread())
 
     def take(self, member: Layer, x: Tensor) -> Tensor | None:
-        """The output of ``member``; None where nothing can be shared, and the layer is on its own."""
+        """The output of ``member``, or None if it cannot share its input in this call."""
         if torch.compiler.is_compiling() or is_seen_through():
             return None
         finished = self.finished(member, x)
@@ -104,7 +103,7 @@ class SharedInput:
         return outputs.pop(id(member))[0]
 
     def finished(self, member: Layer, x: Tensor) -> Tensor | None:
-        """The output of ``member`` where another one's call has computed it."""
+        """The output of ``member`` if another member's call has computed it."""
         waiting = self._thread.waiting
         if waiting is None or waiting.x() is not x or waiting.state != _state(x):
             return None
@@ -120,7 +119,7 @@ class SharedInput:
         return out
 
     def _call(self, members: list[Layer], x: Tensor, bases, branches, dtypes: tuple, tensors: tuple) -> Call:
-        """The members' call; without settings where they cannot share x."""
+        """The members' call, without settings if they cannot share x."""
         options = tuple([options_of(m) for m in members])
         dense = dtypes[0]
 
@@ -146,10 +145,10 @@ class SharedInput:
         return find((x, *tensors), (autocast_dtype(x), dense, options), check)
 
     def _stops(self, member: int, waiting: "Waiting | None") -> bool:
-        """Notes when members are given different tensors, and says whether the group shares no more from this call on.
+        """Record that members were given different tensors; return whether the group stops sharing from this call on.
 
-        A forward that may be recomputed goes on as it began, because its recomputation has to save the same: the group
-        stops at a call in a forward after that.
+        A forward under checkpointing continues as it began, because its recomputation must save the same tensors. The
+        group stops in a later forward.
         """
         recomputing = torch._C._current_graph_task_id() != -1
         if waiting is not None and waiting.state[-1] == -1:  # a recomputation may end before every member was called
@@ -164,8 +163,8 @@ class SharedInput:
         return self._stopped
 
     def _watch(self, member: Layer, x: Tensor) -> None:
-        """Let the group share again, from the next forward on, after one in which every layer was given the same x: it
-        may have stopped because forwards failed in its midst."""
+        """Share again from the next forward on, after a forward in which every layer got the same x. The group may have
+        stopped because a forward raised halfway."""
         recomputing = torch._C._current_graph_task_id() != -1
         if not recomputing and self._thread.readers(member, x) == len(self.members):
             self.disabled_reason, self._abandoned = None, 0
@@ -173,8 +172,8 @@ class SharedInput:
 
 
 class Waiting:
-    """Outputs for members that are still to come: x and what else must agree, and by the id of each member its output
-    and what it was computed with. The end of x, or of a backward, is theirs too."""
+    """Outputs of members that have not been called yet: x, the state that must match, and by member id the output and
+    what it was computed from. They are dropped when x is freed or a backward runs."""
 
     __slots__ = ("__weakref__", "outputs", "state", "x")
 
@@ -183,13 +182,13 @@ class Waiting:
 
 
 class _Thread(threading.local):
-    """What one thread's forward has come to."""
+    """The state of one thread's forward."""
 
     waiting: Waiting | None = None
     last: weakref.ref[Tensor] | None = None
 
     def readers(self, member: Layer, x: Tensor) -> int:
-        """How many members were given x, one after the other, ``member`` last."""
+        """How many members were called on x in sequence, ``member`` last."""
         if self.last is None or self.last() is not x:
             self.last, self.seen = weakref.ref(x), set()
         self.seen.add(id(member))
@@ -197,13 +196,13 @@ class _Thread(threading.local):
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether a call of ``module`` does more than its class's forward."""
+    """Whether calling ``module`` runs hooks or a forward of its own."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """``getattr``, which takes thrice the time."""
+    """``getattr(module, name)``, three times faster for parameters."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
 
@@ -221,7 +220,7 @@ def options_of(member: Layer) -> tuple:
 
 
 def _version(base: Base, branches: Sequence[Tensor]) -> int:
-    """What grows when the member changes, between the call that computes its output and its own."""
+    """A version that changes whenever the member's parameters are written."""
     (weight, bias, _), (lora_A, lora_B, lora_scaling) = base, branches
     version = lora_A._version + lora_B._version + lora_scaling._version
     if isinstance(weight, Tensor):
@@ -230,5 +229,5 @@ def _version(base: Base, branches: Sequence[Tensor]) -> int:
 
 
 def _state(x: Tensor) -> tuple:
-    """What must be the same for all members, beside x itself."""
+    """What must match for all members, besides x."""
     return x._version, torch.is_grad_enabled(), autocast_dtype(x), torch._C._current_graph_task_id()

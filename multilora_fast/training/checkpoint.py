@@ -1,4 +1,4 @@
-"""What a training run leaves in its output directory, so that it can be broken off at any moment and resumed."""
+"""The output directory of a training run: atomic writes, so that a run can be killed at any time and resumed."""
 
 import filecmp
 import json
@@ -25,18 +25,18 @@ _TO_RESUME = ("optimizer", "scheduler", "scaler", "rng_state")  # how a checkpoi
 
 
 def write_record(folder: Path, record: dict) -> None:
-    """Put RECORD in ``folder``, which is made if missing; on an error nothing has changed. What an earlier run left
-    unfinished there is removed."""
+    """Write RECORD into ``folder``, which is created if missing. An error leaves the folder unchanged. Removes
+    unfinished files of an earlier run."""
     remove_unfinished(folder)
     with made(folder), atomic_file(folder / RECORD) as unfinished:
         unfinished.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in ``folder``, or None. One whose writing was broken off is passed over.
+    """The last complete checkpoint in ``folder``, or None. Skips a checkpoint whose write was interrupted.
 
     Raises:
-        ValueError: it was damaged after it was written.
+        ValueError: the checkpoint is damaged.
     """
     found = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_step_of, reverse=True)
     last = next((path.parent for path in found if _state(path) is not None), None)
@@ -53,11 +53,11 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def finish(checkpoint: Path, settings: TrainSettings) -> bool:
-    """Whether the checkpoint has taken all steps that are asked for. Its adapter, the tokenizer and its state are then
-    put in their places by the first process, each file in one move.
+    """If the checkpoint completed the run, publish its adapter and return True. The first process moves the adapter,
+    the tokenizer and the state into the output directory, each file atomically.
 
     Raises:
-        ValueError: they are there already; the Trainer would take one more step than is asked for.
+        ValueError: they were published before; the Trainer would take one step too many.
     """
     state, folder = cast(TrainerState, _state(checkpoint / STATE)), settings.output
     done = state.epoch >= settings.epochs if settings.max_steps is None else state.global_step >= settings.max_steps
@@ -78,19 +78,19 @@ def finish(checkpoint: Path, settings: TrainSettings) -> bool:
 
 
 def interruption(state: TrainerState, folder: Path) -> str:
-    """What is said of a run that was interrupted in this state."""
+    """The message for a run interrupted in this state."""
     last = last_checkpoint(folder)
     kept = ", before its first checkpoint." if last is None else f": {last.name} is kept, --resume goes on from it."
     return f"Interrupted at step {state.global_step} of {state.max_steps}{kept}"
 
 
 def is_first() -> bool:
-    """Whether this is the only process, or the one of several that speaks and writes, before they form a group."""
+    """Whether this process is rank 0. Works before the process group is initialized."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def save(trainer: Trainer, settings: TrainSettings) -> None:
-    """Write the adapter and the tokenizer into their places, each file in one move."""
+    """Write the adapter and the tokenizer into the output directory, each file atomically."""
     with atomic_dir(settings.output, last=CONFIG) as stage:  # every process has its own, the first one writes
         trainer.save_model(str(stage))
         if trainer.is_world_process_zero():
@@ -98,7 +98,7 @@ def save(trainer: Trainer, settings: TrainSettings) -> None:
 
 
 def _card(settings: TrainSettings) -> str:
-    """The page of the adapter, as on the Hugging Face hub."""
+    """The model card."""
     s = settings
     tags = [f"base_model:adapter:{s.model}", "multilora", "transformers"]
     data = ModelCardData(base_model=s.model, library_name="peft", pipeline_tag="text-generation", tags=tags)
@@ -135,8 +135,8 @@ Or write it as a plain LoRA of rank {s.lora_num * s.r}, which needs this library
 
 @contextmanager
 def failures_named(folder: Path) -> Iterator[None]:
-    """A full disk is an OSError also where safetensors and torch.save tell otherwise of it, and a checkpoint that asks
-    for code a ValueError."""
+    """Convert safetensors' and torch.save's errors on a full disk to OSError, and a checkpoint that needs to run code
+    to ValueError."""
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -149,13 +149,13 @@ def failures_named(folder: Path) -> Iterator[None]:
 
 
 def _step_of(path: Path) -> int:
-    """Of a file in a checkpoint's directory; -1 for a directory that is named otherwise."""
+    """The step of a checkpoint directory's file, or -1 for any other directory name."""
     step = path.parent.name.rpartition("-")[2]
     return int(step) if step.isdecimal() else -1
 
 
 def _state(path: Path) -> TrainerState | None:
-    """None where the writing was broken off."""
+    """None if the write was interrupted."""
     try:
         return TrainerState.load_from_json(str(path))
     except (OSError, ValueError, TypeError):
