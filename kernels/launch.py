@@ -1,4 +1,4 @@
-"""What every launcher needs: the launch itself, the copy of a badly strided input and the types of a tile."""
+"""Shared by all launchers: the cached launch, input layout and the dtypes of a tile."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -48,10 +48,10 @@ _recording = _Recording()
 
 
 def launch(x: torch.Tensor, kernel, grid: tuple[int, int], **arguments) -> None:
-    """`kernel[grid](**arguments)` on the device of `x`, `arguments` being all of the kernel's and the options.
+    """`kernel[grid](**arguments)` on the device of `x`; `arguments` are all of the kernel's and its options.
 
-    Compiled kernels are cached by everything that Triton specializes on, which takes Triton itself longer on the host
-    than most of these kernels run.
+    Cache compiled kernels by everything Triton specializes on. Triton's own lookup takes longer on the host than most
+    of these kernels run.
     """
     if not on_gpu(x) or not is_jitted(kernel):
         kernel[grid](**arguments)
@@ -79,7 +79,7 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 @contextmanager
 def recording() -> Iterator[list[Launch | Product]]:
-    """Collects every launch and product of this thread inside the block, in order, and keeps their tensors alive."""
+    """Record every launch and product of this thread in order, and keep their tensors alive."""
     steps: list[Launch | Product] = []
     _recording.steps = steps
     try:
@@ -90,7 +90,7 @@ def recording() -> Iterator[list[Launch | Product]]:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """What runs inside belongs to no recording."""
+    """Exclude what runs inside from a recording."""
     outer, _recording.steps = _recording.steps, None
     try:
         with _disable_current_modes():
@@ -99,7 +99,7 @@ def unrecorded() -> Iterator[None]:
         _recording.steps = outer
 
 
-# What a machine without a GPU answers otherwise: tests and the bench of the host replace these.
+# Replaced by tests and by the host benchmark, which simulate a GPU.
 
 
 def on_gpu(x: torch.Tensor) -> bool:
@@ -133,7 +133,7 @@ def _runtime_names(kernel) -> frozenset[str]:
 
 
 def _compiled_in(value: torch.Tensor | TensorDescriptor | int | None) -> tuple | None:
-    """What Triton may compile in of an argument that is not constant: its type, alignment, and whether it is one."""
+    """What Triton specializes a runtime argument on: dtype, alignment, and equality to 1."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
@@ -168,13 +168,13 @@ def check_weight(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
 
 @cache
 def launch_options(config: KernelConfig) -> dict[str, int]:
-    """The compiler's options. Told that a thread may have all 255 registers, ptxas does not spill for occupancy."""
+    """Compiler options. maxnreg=255 keeps ptxas from spilling for occupancy."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return options if torch.version.hip else options | {"maxnreg": 255}
 
 
 def small_options() -> dict[str, int]:
-    """The options of kernels without a row in the table: the mask, pack, the second passes."""
+    """Options of kernels without a configuration: mask, pack, second passes."""
     return {"num_warps": 4} if torch.version.hip else {"num_warps": 4, "maxnreg": 255}
 
 

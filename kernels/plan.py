@@ -1,9 +1,9 @@
-"""Launch plans: what a function of tensors launches, recorded once and replayed on other tensors of the same kind.
+"""Launch plans: the launches of a function, recorded once and replayed on other tensors of the same kind.
 
-Checks, choice of tiles, strides and Triton's own look-up take longer on the host than small kernels run. They depend on
-shapes, strides, dtypes and the alignment of addresses alone. A caller keeps a plan under all but the last; a replay
-checks the alignments, allocates, reads addresses and calls `CompiledKernel.run`, and gives every kernel the arguments
-it would have had. A plan is written as a Python function, `source`, in which all that is constant stands as a constant:
+Checks, tile selection and Triton's lookup take longer on the host than small kernels run, and depend only on shapes,
+strides, dtypes and the alignment of addresses. The caller caches a plan by the first three. A replay checks alignments,
+allocates, and calls `CompiledKernel.run` with the same arguments and new addresses. A plan is generated as a Python
+function, `source`, with every constant inlined:
 
     def replay(i0, i1, i2):
         p_i0 = i0.data_ptr()
@@ -187,7 +187,7 @@ def base_of(argument: object) -> object:
 
 
 class _Operations(TorchDispatchMode):
-    """Notes what runs beside launches and products: ``others`` than views and allocations are in no plan."""
+    """Collects operations that a plan cannot replay: anything but launches, products, views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -200,23 +200,22 @@ class _Operations(TorchDispatchMode):
 
 
 def replayable(step: Launch) -> bool:
-    """Whether a kernel can be run again with other addresses: it takes no scratch memory, which Triton allocates for
-    each launch."""
+    """Whether a launch can be replayed: the kernel uses no scratch memory, which Triton allocates per launch."""
     metadata = step.compiled.metadata
     return not (metadata.global_scratch_size or metadata.profile_scratch_size)
 
 
 def hooked() -> bool:
-    """Whether someone, a profiler say, wants to be told of each launch."""
+    """Whether launch hooks are set, as profilers set them."""
     runtime = knobs.runtime
     try:
         return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
-    except AttributeError:  # someone put another hook, or None, in the place of Triton's chains
+    except AttributeError:  # the hooks were replaced by a plain function or None
         return bool(runtime.launch_enter_hook or runtime.launch_exit_hook)
 
 
 def why_not() -> str | None:
-    """Why nothing is replayed in this process and every launch goes through Triton's own way, or None."""
+    """Why plans are disabled in this process, or None."""
     if knobs.runtime.interpret:
         return "TRITON_INTERPRET is set"
     if torch.version.hip:

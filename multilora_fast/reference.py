@@ -1,4 +1,4 @@
-"""The MultiLoRA layer as people write it: a loop over branches, saving one activation per branch.
+"""The reference MultiLoRA layer: a loop over branches, which saves one activation per branch.
 
 It is the oracle of every test and the baseline of every bench. Initialisation after Wang et al. 2023
 (arXiv 2311.11501): A and B Kaiming-uniform, the learned scales zero, so a fresh layer answers as its base does.

@@ -1,4 +1,4 @@
-"""One-sentence errors for the caller's mistakes: the argument, what came, what was wanted."""
+"""Argument validation. Errors are one sentence: the argument, the value, what is expected."""
 
 import math
 import re

@@ -1,5 +1,5 @@
-"""One frozen linear layer timed beside itself with branches on it: the reference loop, PEFT's LoRA of the same total
-rank, and ours. Nothing is timed before its result has been checked."""
+"""Benchmark of one linear layer: frozen, with the reference loop, with PEFT LoRA of the same total rank, and with ours.
+Results are checked before anything is timed."""
 
 import statistics
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ def gate(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: s
 
 
 def candidates(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
-    """The layers by name, as modules of x, each on a base layer of its own."""
+    """The layers by name, each with its own base layer."""
     bases = [base_layer(K, N, dtype, device) for _ in range(4)]
     return {
         FROZEN: bases[0],

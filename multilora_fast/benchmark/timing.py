@@ -1,4 +1,4 @@
-"""Interleaved timing: a drift of the machine's speed meets all candidates, so their ratios can be trusted."""
+"""Interleaved timing: clock drift affects all candidates alike, so ratios are reliable."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

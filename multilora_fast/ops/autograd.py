@@ -1,4 +1,4 @@
-"""The autograd Functions: the op, and the op of layers that share an input."""
+"""Autograd Functions of the op and of layers that share an input."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
@@ -19,8 +19,8 @@ is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def once_differentiable(backward):
-    """torch's, which is called, and takes three microseconds, only where a graph of the backward is made.
-    A batch of gradients is refused."""
+    """torch's once_differentiable, called only with create_graph (it costs three microseconds). Batched gradients are
+    refused."""
     refusing = function.once_differentiable(backward)
 
     @wraps(backward)
@@ -129,7 +129,7 @@ class GroupFunction(torch.autograd.Function):
 
 
 def _direct(function: type[torch.autograd.Function]) -> Callable:
-    """``function.apply`` without its wrapper, which is for functorch and takes five microseconds."""
+    """``function.apply`` without its functorch wrapper, which costs five microseconds."""
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return lambda *inputs: function.apply(*inputs) if transforming() else apply(*inputs)
 
@@ -187,8 +187,8 @@ def _run(ctx, function, inputs: Sequence, *options, new: int | None) -> Sequence
 
 
 def new_in_backward() -> int | None:
-    """How many inputs of a backward, dy, can differ in kind from the forward's. Hooks can give back what is saved laid
-    out in another way."""
+    """How many inputs of a backward can differ in kind from the recorded one: dy alone, or any (None) under
+    saved-tensor hooks, which may change layouts."""
     return 1 if torch._C._autograd._top_saved_tensors_default_hooks(False) is None else None
 
 

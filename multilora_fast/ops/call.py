@@ -1,7 +1,7 @@
-"""What a call of the op is found to be at its first occurrence: checked settings, and the launch plans of its halves.
+"""Cache checked settings and launch plans by call signature.
 
-Eager calls on a GPU that agree in everything that checks and launchers look at are one call: the shapes, strides,
-dtypes and devices of all tensors, the settings, and autocast.
+The signature of an eager call on a GPU is everything that checks and launchers read: the shapes, strides, dtypes and
+devices of all tensors, the settings, and autocast.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -20,8 +20,8 @@ _ALONE = nullcontext()
 
 
 class Call:
-    """``settings``, and in ``plans`` what was recorded of each half: for every alignment of its inputs a plan, or False
-    where none can be replayed, and beside them the plan that was used last.
+    """``settings``, and the launch ``plans`` of forward and backward: one per alignment of the inputs, False where it
+    cannot be replayed, and the plan used last.
 
     Layers that cannot share this input have a call without settings.
     """
@@ -35,8 +35,8 @@ class Call:
     def run(
         self, function: Callable, inputs: Sequence[Tensor | None], *options: Hashable, new: int | None = None
     ) -> Sequence:
-        """``function(*inputs, settings, *options)``, replayed where it was recorded before. ``new`` says that only so
-        many of the first inputs can be of another kind than in an earlier run of this call, None that all can."""
+        """``function(*inputs, settings, *options)``, replayed from its plan if there is one. Only the first ``new``
+        inputs can differ in kind from earlier runs of this call; None: any can."""
         x: Any = inputs[0]
         if self.settings.backend != "triton" or not is_cached(x):
             return self.run_once(function, inputs, *options)
@@ -52,7 +52,7 @@ class Call:
         return self._replay_or_record(key, planning, function, inputs, options)
 
     def _replay_or_record(self, key: Hashable, planning, function: Callable, inputs: Sequence, options) -> Sequence:
-        """The same, of inputs that are aligned in another way than in the last run of this ``key``."""
+        """The same for inputs whose alignment differs from the last run of this ``key``."""
         aligned = key, alignments(inputs)
         plan = self.plans.get(aligned)
         if plan is None:
@@ -69,7 +69,7 @@ class Call:
         return outputs
 
     def run_once(self, function: Callable, inputs: Sequence, *options: Hashable) -> Sequence:
-        """The same, of which nothing is recorded: not all ``inputs`` need to be tensors."""
+        """The same without recording: ``inputs`` need not all be tensors."""
         with no_autocast(inputs[0].device.type):
             return function(*inputs, self.settings, *options)
 
@@ -77,7 +77,7 @@ class Call:
 def find(
     tensors: Sequence[Tensor | None], options: Hashable, check: Callable[[], OpSettings | GroupSettings | None]
 ) -> Call:
-    """The call of these tensors, x first, and options; ``check`` makes the settings of a new one, or raises."""
+    """The call for these tensors (x first) and options. ``check`` validates a new one and returns its settings."""
     if not is_cached(tensors[0]):
         return Call(check())
     key = (options, signature(tensors))
@@ -94,22 +94,22 @@ def find(
 
 
 def is_cached(x: Any) -> bool:
-    """Whether calls on x are kept: on a GPU, where Python is slower than small kernels."""
+    """Whether calls on x are cached: on a GPU, where Python is slower than small kernels."""
     return x.is_cuda
 
 
 def signature(tensors: Sequence[Tensor | None]) -> tuple:
-    """What checks and launchers see of each tensor."""
+    """What checks and launchers read of each tensor."""
     return tuple([None if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.device) for t in tensors])
 
 
 def alignments(tensors: Sequence[Tensor | None]) -> tuple:
-    """What Triton compiles in of each address."""
+    """The low bits of each address, on which Triton specializes."""
     return tuple([None if t is None else t.data_ptr() & 15 for t in tensors])
 
 
 def no_autocast(kind: str):
-    """Autocast off; kernels and products that write to a given tensor know none."""
+    """Autocast off: kernels and products with out= ignore it."""
     return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _ALONE
 
 

@@ -1,4 +1,4 @@
-"""One-sentence errors for tensors that do not agree: the argument, what came, what was wanted."""
+"""Tensor validation. Errors are one sentence: the argument, the value, what is expected."""
 
 from torch import Tensor
 

@@ -1,6 +1,6 @@
-"""The op for torch.compile, which keeps it whole in its graph.
+"""The op as a custom op, opaque to torch.compile.
 
-A library call costs more than the eager Function, so only compilation takes this way.
+A custom op costs more per call than the eager Function, so only compilation uses it.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""What of x is kept until backward: x itself, or x in 8 bits where nothing else keeps it.
+"""The input saved for backward: x itself, or x in 8 bits where nothing else saves it.
 
-Only dÃ = dHᵀ x̂ reads x again, so rounding it touches no other gradient: dx, dB and ds stay exact.
+Only dÃ = dHᵀ x̂ reads x in backward, so rounding affects no other gradient: dx, dB and ds stay exact.
 """
 
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
-"""No GPU is trusted untried: before the Triton kernels first serve a device, dtype and shape of adapter, each runs once
-on a small input there and is compared with torch in float64. It takes milliseconds beside the kernels' compilation."""
+"""Self-check on first use: before the Triton kernels serve a device, dtype and adapter shape, each runs on a small
+input there and is compared with torch in float64. It takes milliseconds, next to the kernels' compilation."""
 
 from functools import cache
 

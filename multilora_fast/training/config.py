@@ -1,4 +1,4 @@
-"""What a training run is asked to do, and the directory it goes to."""
+"""Settings of a training run and their validation."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from multilora_fast.files import UNFINISHED, check_folder
 from multilora_fast.training.data import text_of
 from multilora_fast.validation import check_alpha, check_hyperparameters
 
-FREE = ("output", "resume", "epochs", "max_steps", "save_steps", "report_to")  # what may change when a run is resumed
+FREE = ("output", "resume", "epochs", "max_steps", "save_steps", "report_to")  # may change on resume
 
 FILES = ("files", "named", "eval_files")  # of which the rows count
 
@@ -102,7 +102,7 @@ class TrainSettings:
         return None if path is None else text_of(path, f"--chat-template {path}")
 
     def record(self, rows: Iterable[object]) -> dict:
-        """What must stay the same for a resumed run to be the same run, as JSON holds it."""
+        """The settings that a resumed run must share, as JSON."""
         fixed = {key: value for key, value in asdict(self).items() if key not in (*FREE, *FILES)}
         template = self.template()
         fixed["chat_template"] = template and hashlib.sha256(template.encode()).hexdigest()
@@ -119,7 +119,7 @@ def _is_record(path: Path) -> bool:
 
 
 def check_same_run(folder: Path, record: dict) -> None:
-    """Raise ValueError, naming what differs, if the run in ``folder`` was not one of this record."""
+    """Raise ValueError naming what differs if the run in ``folder`` has another record."""
     try:
         earlier = json.loads((folder / RECORD).read_text())
         changed = [key for key in record if earlier.get(key) != record[key]]

@@ -1,4 +1,4 @@
-"""Fine-tuning data: rows of prompts and completions, chats, or texts, by task; and their tokens with labels."""
+"""Fine-tuning data: prompt/completion, chat and text rows per task, tokenized with labels."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from multilora_fast.training.tables import is_table, table_rows
 
-IGNORED = -100  # a label that takes no part in the loss
+IGNORED = -100  # label ignored by the loss
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
 PROBE = "\ue000"  # stands for an answer, to see what of a chat's text depends on it; no text begins with it
 

@@ -1,4 +1,4 @@
-"""Whole rows in bins, so that batches need no padding: each bin is one sequence whose rows do not see each other."""
+"""Packing: whole rows in bins without padding. Each bin is one sequence whose rows do not attend to each other."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ Bin = list[Example]
 
 
 def pack(rows: Sequence[Example], length: int) -> list[Bin]:
-    """The rows in bins of at most ``length`` tokens: the longest first, each into the fullest bin that has room."""
+    """Best-fit decreasing: rows in bins of at most ``length`` tokens, each row in the fullest bin that has room."""
     bins: list[Bin] = []
     room: list[tuple[int, int]] = []  # of each bin, ascending, with its index
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
@@ -38,7 +38,7 @@ def flatten(items: Sequence[Bin] | Sequence[Example], pad: int) -> dict[str, Ten
 
 @torch.no_grad()
 def check_bins(model: nn.Module, bins: Sequence[Bin]) -> None:
-    """Raise ValueError if a bin's loss is not that of its rows alone, since the model lets them see each other."""
+    """Raise ValueError if a bin's loss differs from that of its rows: the model lets them attend to each other."""
     several = [rows for rows in bins if len(rows) > 1]
     if not several:
         return

@@ -1,4 +1,4 @@
-"""Fine-tuning on tasks in JSON Lines with transformers' Trainer: the data, the adapted model, a log by task."""
+"""Fine-tuning on JSONL tasks with transformers' Trainer."""
 
 import sys
 from dataclasses import replace
@@ -161,7 +161,7 @@ def tokens(
 
 
 def heading(settings: TrainSettings, model: PeftModel, arguments: TrainingArguments) -> str:
-    """What is trained, on what."""
+    """The model and data in one line."""
     dtype = str(choose_dtype(settings.dtype, arguments.device)).removeprefix("torch.")
     where = arguments.device.type + (f" in {arguments.world_size} processes" if arguments.world_size > 1 else "")
     layers = sum(isinstance(module, MultiLoraLinear) for module in model.modules())
@@ -173,7 +173,7 @@ def heading(settings: TrainSettings, model: PeftModel, arguments: TrainingArgume
 
 
 def summary(seconds: float, rate: float, device: torch.device) -> str:
-    """What a run took."""
+    """The duration and throughput of a run."""
     said = f"Took {timedelta(seconds=round(seconds))}, {rate:,.0f} tokens/s without padding and evaluations"
     if device.type == "cuda":
         said += f", at most {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"

@@ -1,4 +1,4 @@
-"""transformers' Trainer as it is used here: counts tokens, evaluates by token, ends when it diverges, logs by task."""
+"""A Trainer that counts tokens, evaluates per token, stops on divergence and logs per task."""
 
 import math
 import sys
@@ -15,8 +15,8 @@ from multilora_fast.training.data import IGNORED
 
 
 class CountingTrainer(Trainer):
-    """Counts the tokens that it trains on, without padding; on the device, so that no step waits for the sum. Ends at
-    the first loss or weight that is not finite, before anything of it is logged or saved."""
+    """Counts training tokens without padding, on the device, so no step synchronizes. Stops at the first non-finite
+    loss or weight, before that step is logged or saved."""
 
     tokens: Tensor | int = 0
     losses: Tensor | float = 0.0  # since the last step
@@ -29,11 +29,11 @@ class CountingTrainer(Trainer):
         return loss
 
     def all_tokens(self) -> int:
-        """Of all processes, which must all ask."""
+        """The count over all processes. A collective: every process must call it."""
         return int(self.accelerator.gather(self.tokens).sum())
 
     def check_step(self) -> None:
-        """Raise ValueError, in all processes together, if in one of them a loss or a weight is not finite."""
+        """Raise ValueError in every process if any of them has a non-finite loss or weight."""
         weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
         local = [p.to_local() if hasattr(p, "to_local") else p for p in weights]  # of FSDP's shards
         total = nn.utils.get_total_norm(local, norm_type=1.0).to(self.args.device) + self.losses
@@ -56,7 +56,7 @@ class CountingTrainer(Trainer):
 
 
 class Finite(TrainerCallback):
-    """Checks every step of the trainer, which makes its callbacks before itself."""
+    """Checks every step of the trainer; a callback is created before its Trainer."""
 
     trainer: CountingTrainer
 
@@ -72,8 +72,7 @@ class Bars(ProgressCallback):
 
 
 class TaskLog(TrainerCallback):
-    """Prints what is trained, then what the Trainer logs, a line for every loss and for every task at an evaluation.
-    Adds up the seconds of the evaluations."""
+    """Prints what is trained, then one line per logged loss and per task at an evaluation. Sums the evaluation time."""
 
     def __init__(self, tasks: Collection[str], heading: str, items: str = "rows"):
         self.width = max(map(len, tasks), default=0)
