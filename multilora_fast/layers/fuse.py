@@ -85,7 +85,7 @@ def fuse(
         report.left[""] = "it is the model itself, which has no parent to swap it in: build a FusedMultiLoRALinear"
     _swap_children(model, swap)
     if share_inputs:
-        assign_groups({name: model.get_submodule(name) for name in report.swapped})
+        assign_groups({name: cast(FusedMultiLoRALinear, model.get_submodule(name)) for name in report.swapped})
     return report
 
 

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,22 @@ SIBLINGS = (
     ("to_q", "to_k", "to_v"), ("w1", "w3"), ("wi_0", "wi_1"),
 )  # fmt: skip
 _NOTHING = (None,) * 5
-Layer = Any  # a fused layer or a PEFT adapter of ours
+
+
+class Layer(Protocol):
+    """What a group reads of its members, which are fused layers or PEFT adapters of ours."""
+
+    training: bool
+    lora_A: Any
+    scaling_factor: float
+    backend: str | None
+    save_inputs: str
+    exact_base: bool
+    shared: "SharedInput | None"
+    _modules: Any
+    _parameters: Any
+
+    def base(self, x: Tensor) -> "Base | None": ...
 
 
 def assign_groups(modules: Mapping[str, Layer]) -> None:
@@ -84,8 +99,9 @@ class SharedInput:
             self._watch(member, x)
             return None
         members = [*self.members.values()]
-        bases, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
-        if None in bases or not any(other is member for other in members):  # a replica is none of them
+        found, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
+        bases = [base for base in found if base is not None]
+        if len(bases) < len(members) or not any(other is member for other in members):  # a replica is none of them
             return None
         if "ds_id" in branches[0][0].__dict__:  # ZeRO gathers parameters for one layer at a time
             return None
@@ -201,7 +217,7 @@ def hooked(module: nn.Module) -> bool:
     return bool(hooks) or "forward" in module.__dict__
 
 
-def parameter(module: nn.Module, name: str) -> Any:
+def parameter(module: nn.Module | Layer, name: str) -> Any:
     """``getattr(module, name)``, three times faster for parameters."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)

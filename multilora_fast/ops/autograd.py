@@ -50,10 +50,11 @@ class MultiLoRAFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, scale, H, weight, *rest = ctx.saved_tensors
+        x, scale, H, weight, lora_A, lora_B, lora_scaling, seed = ctx.saved_tensors
         if ctx.dense is not None and ctx.needs.x:
             weight = ctx.dense()
-        dx, *grads = backward(dy, x, scale, H, weight, *rest, ctx.call, ctx.needs, ctx.new)
+        branches = lora_A, lora_B, lora_scaling, seed
+        dx, *grads = backward(dy, x, scale, H, weight, *branches, ctx.call, ctx.needs, ctx.new)
         return dx, dy if ctx.y_needed else None, *grads, None, None
 
 
@@ -98,14 +99,15 @@ class GroupFunction(torch.autograd.Function):
         ctx.needs, ctx.any_needs = group_needs(ctx.needs_input_grad)
         ctx.call, ctx.waiting, ctx.new = call, waiting, new_in_backward()
         ctx.dense = None if isinstance(weights[0], Tensor) else weights
+        kept: Sequence = weights
         if ctx.dense:
             kept = [None] * len(weights)
-            bases = [
+            bases: Sequence = [
                 partial(_dense, weight, dtype, x, bias, B.shape[1])
                 for weight, bias, B in zip(weights, biases, lora_Bs, strict=True)
             ]
         else:
-            kept, bases = weights, cast_all(weights, dtype)
+            bases = cast_all(weights, dtype)
         below = _below(lora_As, settings.ranks)
         inputs = (as_tokens(x, dtype), below, seed, *bases, *cast_all(biases, dtype), *lora_Bs, *scales)
         *outs, H = _run(ctx, equations.group_forward, inputs, x.shape, new=0)

@@ -69,14 +69,9 @@ def compiled_backward(
 @compiled_backward.register_fake
 def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend, needs, exact_base=False):
     K, N = lora_A.shape[2], lora_B.shape[1]
-    grads = Needs(
-        x=dy.new_empty(*dy.shape[:-1], K, dtype=dtype),
-        weight=dy.new_empty(N, K, dtype=dtype),
-        bias=dy.new_empty(N, dtype=dtype),
-        lora_A=torch.empty_like(lora_A, memory_format=torch.contiguous_format),
-        lora_B=torch.empty_like(lora_B, memory_format=torch.contiguous_format),
-        lora_scaling=torch.empty_like(lora_scaling, memory_format=torch.contiguous_format),
-    )
+    branches = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (lora_A, lora_B, lora_scaling))
+    base = dy.new_empty(N, K, dtype=dtype), dy.new_empty(N, dtype=dtype)
+    grads = [dy.new_empty(*dy.shape[:-1], K, dtype=dtype), *base, *branches]  # in the order of Needs
     return list(compress(grads, needs))
 
 

@@ -31,7 +31,7 @@ class MultiLoraBranches(nn.Module):
     that holds it, outside of its own submodules.
     """
 
-    backend = None
+    backend: str | None = None
     shared: SharedInput | None = None
     layer: MultiLoraLinear
 
