@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import ModelCardData
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerState
 
-from multilora_fast import __version__
 from multilora_fast.adapters.files import CONFIG, RECORD, WEIGHTS, read_multilora
 from multilora_fast.files import atomic_dir, atomic_file, made, remove_unfinished
 from multilora_fast.training.config import TrainSettings
@@ -73,7 +71,6 @@ def finish(checkpoint: Path, settings: TrainSettings) -> bool:
     others = [path.name for path in checkpoint.iterdir() if path.name.startswith(_TO_RESUME)]
     with atomic_dir(folder, last=CONFIG) as stage:
         shutil.copytree(checkpoint, stage, ignore=lambda *_: others, dirs_exist_ok=True)
-        (stage / "README.md").write_text(_card(settings))
     return True
 
 
@@ -93,44 +90,6 @@ def save(trainer: Trainer, settings: TrainSettings) -> None:
     """Write the adapter and the tokenizer into the output directory, each file atomically."""
     with atomic_dir(settings.output, last=CONFIG) as stage:  # every process has its own, the first one writes
         trainer.save_model(str(stage))
-        if trainer.is_world_process_zero():
-            (stage / "README.md").write_text(_card(settings))  # PEFT's own asks for more information
-
-
-def _card(settings: TrainSettings) -> str:
-    """The model card."""
-    s = settings
-    tags = [f"base_model:adapter:{s.model}", "multilora", "transformers"]
-    data = ModelCardData(base_model=s.model, library_name="peft", pipeline_tag="text-generation", tags=tags)
-    length = f"epochs {s.epochs:g}" if s.max_steps is None else f"steps {s.max_steps}"
-    return f"""---
-{data.to_yaml()}
----
-
-# A MultiLoRA adapter of {s.model}
-
-- Method: MultiLoRA, {s.lora_num} branches of rank {s.r} with learned scales ({s.scaling}), alpha \
-{s.r if s.lora_alpha is None else s.lora_alpha:g}, dropout {s.lora_dropout:g}, on {", ".join(s.target_modules)}
-- Training: {length}, AdamW, peak learning rate {s.learning_rate:g}, {s.batch_size * s.gradient_accumulation} rows per \
-process and step, of at most {s.max_length} tokens, seed {s.seed}
-- Base: {"" if s.quantization is None else f"{s.quantization}, "}dtype {s.dtype}
-- Made with multilora-fast {__version__}
-
-Load it:
-
-```python
-import multilora_fast.peft
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({s.model!r})
-model = PeftModel.from_pretrained(base, {str(s.output)!r})
-```
-
-Or write it as a plain LoRA of rank {s.lora_num * s.r}, which needs this library no more:
-
-    multilora-fast export {s.output} lora
-"""
 
 
 @contextmanager

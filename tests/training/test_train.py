@@ -7,7 +7,6 @@ from dataclasses import fields
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from peft import PeftModel
 from tiny import llama
 from tiny_training import PROMPTS, adapter, make_tokenizer, settings, write
@@ -63,21 +62,6 @@ def test_its_peak_on_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**29)
     said = summary(192.4, 1234.5, torch.device("cuda", 0))
     assert said == "Took 0:03:12, 1,234 tokens/s without padding and evaluations, at most 2.50 GiB on cuda:0."
-
-
-def test_the_card_describes_and_loads_the_adapter(model, data, tmp_path):
-    out = tmp_path / "out"
-    run(settings(model, data, out, max_steps=1, learning_rate=2e-3, lora_alpha=6.0))
-    card = ModelCard.load(out / "README.md")
-    assert (card.data.base_model, card.data.library_name) == (model, "peft")
-    assert "multilora" in card.data.tags
-    assert "3 branches of rank 4 with learned scales (vector), alpha 6, dropout 0, on all-linear\n" in card.text
-    assert "Training: steps 1, AdamW, peak learning rate 0.002, 4 rows per process and step" in card.text
-    assert "More Information Needed" not in card.text
-    names: dict = {}
-    exec(re.search(r"```python\n(.*?)```", card.text, re.S)[1], names)
-    assert any(isinstance(module, MultiLoraLinear) for module in names["model"].modules())
-    assert f"multilora-fast export {out} lora" in card.text
 
 
 def test_the_options_defaults_are_the_settings(model):
