@@ -8,9 +8,9 @@ OUT ?= bench/results/$(shell PYTHONPATH=. $(BIN)/python -m bench.environment 2>/
 BENCH = PYTHONPATH=. $(BIN)/python -m pytest -q --benchmark-timer=torch.utils.benchmark.utils.timer.timer $(ARGS) bench
 
 # OpenMP threads that spin while they wait make a busy machine several times slower; benches keep the library's default.
-demo test fuzz soak architectures: export OMP_WAIT_POLICY ?= passive
+demo test fuzz soak architectures trainers: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test fuzz soak architectures gpu versions lint bench memory memory-profile fp8-inputs report clean
+.PHONY: help demo test fuzz soak architectures trainers gpu versions lint bench memory memory-profile fp8-inputs report clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,6 +29,9 @@ soak: $(VENV)/installed ## For about ten minutes: safety, kills and other faults
 
 architectures: $(VENV)/architectures ## Check every architecture and trainer next to LoRA: the table into docs/architectures.md
 	ARCHITECTURES=all HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/architectures tests/memory/test_plan_models.py $(ARGS)
+
+trainers: $(VENV)/installed ## Train, resume and merge in other people's trainers, each in its own environment
+	TRAINERS=1 $(BIN)/python -m pytest -q tests/trainers $(ARGS)
 
 gpu: $(VENV)/installed ## On a machine with a GPU: test, tune and measure (bench/gpu.sh does one stage alone)
 	PYTHON=$(BIN)/python bench/gpu.sh all $(OUT)
@@ -61,7 +64,7 @@ report: $(VENV)/installed ## Tables and plots from the JSON under bench/results
 	PYTHONPATH=. $(BIN)/python -m bench.report
 
 clean: ## Remove the virtual environment and what was built
-	rm -rf $(VENV) .versions build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .versions .trainers build dist *.egg-info demo-output .pytest_cache .ruff_cache .mypy_cache
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)

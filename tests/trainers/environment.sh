@@ -1,0 +1,22 @@
+#!/bin/sh
+# Makes .trainers/NAME, a virtual environment of its own for each trainer: what NAME.txt beside this file asks for, and
+# this checkout without its own requirements, of which trainers pin older releases.
+#
+#   tests/trainers/environment.sh NAME [PYTHON]
+#
+# What follows the line "# overrides" in NAME.txt replaces the requirements of others. For CPU builds of torch from
+# elsewhere than PyPI, set UV_FIND_LINKS or UV_INDEX.
+set -eu
+cd "$(dirname "$0")/../.."
+name=$1 home=.trainers/$1 file=tests/trainers/$1.txt python=${2-.venv/bin/python}
+export UV_FIND_LINKS="${UV_FIND_LINKS-${PIP_FIND_LINKS-}}" PIP_DISABLE_PIP_VERSION_CHECK=1
+if cmp -s "$file" "$home/installed"; then exit; fi
+uv=.trainers/uv/bin/uv
+[ -x $uv ] || { "$python" -m venv .trainers/uv && .trainers/uv/bin/python -m pip install --quiet uv; }
+rm -rf "$home"
+$uv venv --quiet --seed --python "$python" "$home"
+sed '1,/^# overrides/d' "$file" >"$home/overrides.txt"
+sed '/^# overrides/,$d' "$file" >"$home/wanted.txt"
+$uv pip install --quiet --python "$home/bin/python" --requirements "$home/wanted.txt" --overrides "$home/overrides.txt"
+$uv pip install --quiet --python "$home/bin/python" --no-deps --editable .
+cp "$file" "$home/installed"
