@@ -11,6 +11,7 @@ from multilora_fast.adapters.branches import Branches, as_lora
 from multilora_fast.layers.shared_input import hooked
 from multilora_fast.ops.grouped import multilora_grouped, route
 from multilora_fast.peft.layer import MultiLoraBranches, MultiLoraLayer, not_finite
+from multilora_fast.peft.quantization import check_writable
 
 # Set by transformers' use_experts_implementation; all that is read of an experts module, beside its parameters.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
@@ -81,6 +82,7 @@ class MultiLoraProjection(nn.Module, MultiLoraLayer):
     @torch.no_grad()
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
         """One expert after the other, so that nothing of the parameter's size is made."""
+        self.check_writable()
         weight = self.weight.data
         if check:
             merged = (torch.add(own, self._delta(name, e), alpha=sign).to(own.dtype) for e, own in enumerate(weight))
@@ -88,6 +90,9 @@ class MultiLoraProjection(nn.Module, MultiLoraLayer):
                 raise not_finite(name)
         for e, own in enumerate(weight):
             own.copy_(torch.add(own, self._delta(name, e), alpha=sign))
+
+    def check_writable(self) -> None:
+        check_writable(self, None)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return False

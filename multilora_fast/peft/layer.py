@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from multilora_fast.adapters.branches import Branches, as_lora
 from multilora_fast.layers.shared_input import Base, SharedInput, branches_of, hooked, options_of, parameter
 from multilora_fast.ops.functional import apply
-from multilora_fast.peft.quantization import base_weight, compute_as, dense_4bit, is_4bit, resolve_quantization_backend
+from multilora_fast.peft.quantization import backend_of, base_weight, check_writable, compute_as, dense_4bit, is_4bit
 
 _PLAIN = (nn.Linear, Conv1D)
 _DENSE = (nn.Parameter, Tensor, FakeTensor)  # weights that are what their layer multiplies by
@@ -124,7 +124,12 @@ class MultiLoraLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
-            self._add_to_weight(self.merged_adapters.pop(), -1.0)
+            self._add_to_weight(self.merged_adapters[-1], -1.0)
+            self.merged_adapters.pop()
+
+    def check_writable(self) -> None:
+        """Raise a ValueError where merging cannot write the base weight."""
+        raise NotImplementedError
 
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
         raise NotImplementedError
@@ -174,10 +179,16 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
         base = self.get_base_layer()
         self.in_features, self.out_features = _get_in_out_features(base)
         self.fan_in_fan_out = isinstance(base, Conv1D)
-        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self._quantization = quantization
         self.multilora_branches = nn.ModuleDict()
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, adapter_name, []
         self.update_layer(adapter_name, **options)
+
+    @property
+    def quantization_backend(self) -> Any:  # type: ignore[override]  # an attribute in some versions of PEFT
+        """What reads and writes a quantized base weight, None for a dense layer: found when it is asked for, because
+        training does not need it."""
+        return backend_of(self.get_base_layer(), **self._quantization)
 
     def update_layer(self, adapter_name: str, *, inference_mode: bool, **options) -> None:
         """Add an adapter; ``options`` are those of :class:`MultiLoraBranches`."""
@@ -256,8 +267,12 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
         delta = self.multilora_branches[adapter].delta()
         return delta.t() if self.fan_in_fan_out else delta
 
+    def check_writable(self) -> None:
+        check_writable(self.get_base_layer(), self.quantization_backend)
+
     @torch.no_grad()
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
+        self.check_writable()
         base, backend = self.get_base_layer(), self.quantization_backend
         weight = base_weight(base, backend)
         merged = torch.add(weight, self.get_delta_weight(name), alpha=sign).to(weight.dtype)

@@ -23,7 +23,7 @@ from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.experts import MultiLoraExperts, MultiLoraProjection, experts_per_token
 from multilora_fast.peft.layer import MultiLoraLayer, MultiLoraLinear
 from multilora_fast.peft.precision import warn_of_half_scales
-from multilora_fast.peft.quantization import get_quantization_kwargs, resolve_quantization_backend
+from multilora_fast.peft.quantization import backend_of, get_quantization_kwargs
 from multilora_fast.peft.targets import (
     check_experts,
     check_mamba,
@@ -182,12 +182,19 @@ class MultiLoraModel(BaseTuner):
                 f"Target module {name} belongs to an nn.MultiheadAttention, which reads its weight and not its output: "
                 "leave it out with exclude_modules."
             )
-        backend = None if isinstance(base, (nn.Linear, Conv1D)) else resolve_quantization_backend(base, **quantization)
+        backend = None if isinstance(base, (nn.Linear, Conv1D)) else backend_of(base, **quantization)
         if not isinstance(base, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
             raise ValueError(
                 f"Target module {name} is a {type(base).__name__}, which is not supported: MultiLoRA adapts nn.Linear, "
                 "transformers' Conv1D and quantized linear layers."
             )
+
+    def _check_merge_allowed(self) -> None:
+        """Before any layer is written, that each can be."""
+        super()._check_merge_allowed()
+        for _, layer in _layers(self):
+            if any(name in layer.multilora_branches for name in layer.active_adapters):
+                layer.check_writable()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, num_beams=None, **kwargs):

@@ -1,4 +1,5 @@
-"""Quantized base layers: their dense weight, through PEFT's backends, or for bitsandbytes also before PEFT had them."""
+"""Quantized base layers: their dense weight and how to write it, through PEFT's backends, or for bitsandbytes also
+before PEFT had them."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 from peft.import_utils import is_bnb_available
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -21,10 +23,15 @@ except ImportError:  # peft < 0.20
         return _Bitsandbytes() if _is(base, "Linear4bit") or _is(base, "Linear8bitLt") else None
 
 
+_PLAIN_FUNCTIONS: Any = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+
+
 class _Bitsandbytes:
     """What the layer needs of PEFT's backends, for the versions without them."""
 
     layer_type = "linear"
+    supports_merge = True
+    backend_name = "bnb"
 
     def get_base_weight(self, base: Any) -> Tensor:
         return dequantize_bnb_weight(base.weight, state=base.state)
@@ -37,6 +44,37 @@ class _Bitsandbytes:
         base.weight = type(kept)(dense.cpu(), requires_grad=False, **options).to(kept.device)
         if not is_4bit(base):
             base.state.reset_grads()
+
+
+def backend_of(base: nn.Module, **quantization) -> Any:
+    """PEFT's backend of a base layer, None for one that PEFT takes for a dense layer."""
+    try:
+        return resolve_quantization_backend(base, **quantization)
+    except ValueError:  # torchao's quantize_ made the weight, and the model does not say how
+        from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+
+        return ForwardOnlyQuantizationBackend("torchao")
+
+
+def check_writable(base: Any, backend) -> None:
+    """Raise a ValueError where merging cannot write the weight of ``base``."""
+    if backend.supports_merge if backend else _is_dense(base.weight):
+        return
+    weight = getattr(base, "weight", None)
+    kind = "" if weight is None else f" with a weight of class {type(weight).__name__}"
+    raise ValueError(
+        f"Adapters cannot be merged into a {type(base).__name__}{kind}, which cannot be written: keep them apart, "
+        "write them with export_lora, or merge them into the base model before it is quantized."
+    )
+
+
+def _is_dense(weight: Tensor) -> bool:
+    """Whether ``weight`` holds what is copied into it. A subclass of its own ways may keep it in another form; that of
+    a DTensor is the same."""
+    kind: Any = type(weight)
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    plain = kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in _PLAIN_FUNCTIONS
+    return weight.is_floating_point() and (plain or isinstance(weight, FakeTensor) or hasattr(weight, "device_mesh"))
 
 
 def is_4bit(base: nn.Module) -> bool:
