@@ -24,7 +24,7 @@ Core = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 class Factors(NamedTuple):
-    """ΔW = B A of an adapted module: A (R, K), B (N, R)."""
+    """ΔW = B A of an adapted module: A (R, K), B (N, R), or of a projection of experts A (E, R, K), B (E, N, R)."""
 
     A: Tensor
     B: Tensor
@@ -54,6 +54,8 @@ def singular_values(
     adapter_name: str | None = None,
 ) -> dict[str, Tensor]:
     """The singular values of ΔW of every adapted module, by its name: 1-D, float64, descending, min(R, N, K) of them.
+
+    A projection of experts has them for each expert, under names such as ``….experts.3.down_proj``.
 
     Args:
         source: a PEFT model with a MultiLoRA or LoRA adapter, any model with MultiLoRA layers (ours or fused), or the
@@ -152,16 +154,33 @@ def updates(
         found = _of_model(source, adapter_name)
     else:
         found = _of_directory(source)
+    found, whole = _by_expert(found)
     if modules is None:
-        return dict(found)
+        return found
     wanted = [modules] if isinstance(modules, str) else list(modules)
-    hits = {end: [name for name in found if f".{name}".endswith(f".{end}")] for end in wanted}
+    names = {name: (f".{name}", f".{whole[name]}") for name in found}
+    hits = {end: [name for name in found if any(one.endswith(f".{end}") for one in names[name])] for end in wanted}
     missing = [end for end, names in hits.items() if not names]
     if missing or not wanted:
         kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in found))
         raise ValueError(f"modules {missing} match nothing: the adapted modules end in {kinds}.")
     chosen = {name for names in hits.values() for name in names}
     return {name: update for name, update in found.items() if name in chosen}
+
+
+def _by_expert(found: Mapping[str, Factors | Difference]) -> tuple[dict[str, Factors | Difference], dict[str, str]]:
+    """The updates with those of experts apart, and the name in ``found`` of each."""
+    apart: dict[str, Factors | Difference] = {}
+    whole: dict[str, str] = {}
+    for name, update in found.items():
+        parts = {name: update}
+        if isinstance(update, Factors) and update.A.dim() == 3:
+            path, _, projection = name.rpartition(".")
+            pairs = enumerate(zip(update.A, update.B, strict=True))
+            parts = {f"{path}.{e}.{projection}": Factors(A, B) for e, (A, B) in pairs}
+        apart |= parts
+        whole |= dict.fromkeys(parts, name)
+    return apart, whole
 
 
 def _of_model(model: Any, adapter_name: str | None) -> dict[str, Factors]:

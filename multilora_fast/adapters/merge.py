@@ -12,7 +12,9 @@ from torch import Tensor
 
 from multilora_fast.adapters.branches import Branches, clean, stack
 from multilora_fast.adapters.config import check_fields, pattern_value
+from multilora_fast.adapters.experts import is_stacked
 from multilora_fast.adapters.files import PREFIX, Adapter, check_new_adapter, is_whole, read_files, write_multilora
+from multilora_fast.adapters.naming import base_model_type
 from multilora_fast.files import as_path
 from multilora_fast.validation import check_hyperparameters
 
@@ -88,6 +90,7 @@ def from_loras(
         if lora.config.get("modules_to_save"):
             saved = lora.config["modules_to_save"]
             raise ValueError(f"{directory} has modules_to_save={saved!r}, which MultiLoRA branches cannot hold.")
+        _check_no_experts(directory, lora)
     generator = torch.Generator().manual_seed(seed)
     modules = {}
     for name in dict.fromkeys(name for lora in loras for name in lora.modules):
@@ -176,6 +179,16 @@ def _whole(directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> d
             if not torch.equal(whole.setdefault(name, tensor), tensor):
                 raise ValueError(f"{directory} holds another {name} than the LoRA adapters before it.")
     return whole
+
+
+def _check_no_experts(directory: str | os.PathLike, lora: Lora) -> None:
+    kind = base_model_type(lora.config)
+    stacked = next((name for name in lora.modules if is_stacked(name, kind)), None)
+    if stacked is not None:
+        raise ValueError(
+            f"{directory} adapts {stacked}, which {kind} models keep together with other experts: only LoRAs of linear "
+            "layers can be merged."
+        )
 
 
 def _check_shapes(name: str, directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> None:

@@ -8,10 +8,13 @@ parameter ``weight`` of a linear layer is the same function as one on the layer.
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from multilora_fast.adapters.experts import checkpoint_names
 
 
 def lora_targets(names: Iterable[str], model_type: str | None) -> dict[str, list[str] | None]:
@@ -28,10 +31,39 @@ def lora_targets(names: Iterable[str], model_type: str | None) -> dict[str, list
             "of the experts: export it from the model, or write the model's model_type as base_model_type into its "
             "adapter_config.json."
         )
-    moved = {end for end in {name.rpartition(".")[2] for name in names} if _is_rewritten(end, model_type)}
+    moved = {end for end in {name.rpartition(".")[2] for name in names} if is_rewritten(end, model_type)}
     parameters = [f"{name}.weight" for name in names if name.rpartition(".")[2] in moved]
     modules = [name for name in names if name.rpartition(".")[2] not in moved]
     return {"target_modules": modules, "target_parameters": parameters or None}
+
+
+def expert_targets(config: dict, ranks: Mapping[str, int], layout: str, model_type: str | None) -> dict:
+    """``config``, of a LoRA on linear layers, with the projections of experts beside them, whose ``ranks`` are given by
+    name.
+
+    Per expert, PEFT joins the LoRAs of gate and up to one of twice the rank. Where it rewrites their names, it takes
+    twice the common rank if no pattern says otherwise.
+    """
+    ends: set[str] = set()
+    patterns: dict[str, int] = {}
+    for name in sorted(ranks):
+        path, _, projection = name.rpartition(".")
+        r, usual = ranks[name], config["r"]
+        if layout == "per-expert":
+            experts, leaves = checkpoint_names(path, model_type)
+            here = leaves[projection]
+            ends.update(here)
+            if r != usual:
+                patterns |= {rf"^{re.escape(experts)}\.\d+\.{end}": r for end in here}
+            r *= len(here)
+            usual *= len(here) if all(is_rewritten(end, model_type) for end in here) else 1
+        if r != usual:
+            patterns[f"^{re.escape(name)}"] = r
+    if ends and all(is_rewritten(end, model_type) for end in ends):
+        found = {"target_modules": [*config["target_modules"], *sorted(ends)]}
+    else:
+        found = {"target_parameters": sorted({*(config["target_parameters"] or ()), *ranks})}
+    return config | found | {"rank_pattern": patterns, "alpha_pattern": patterns}
 
 
 def base_model_type(config: dict) -> str | None:
@@ -64,7 +96,7 @@ def _cached(model: str, revision: str | None) -> Path | None:
     return Path(path) if isinstance(path, (str, os.PathLike)) else None
 
 
-def _is_rewritten(end: str, model_type: str | None) -> bool:
+def is_rewritten(end: str, model_type: str | None) -> bool:
     """Whether PEFT, for a model of this type, would make something else of a target module whose name ends so."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
