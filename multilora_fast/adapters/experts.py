@@ -106,7 +106,8 @@ def is_stacked(name: str, model_type: str | None) -> bool:
 
 
 def _has_no_gate(model_type: str | None) -> bool:
-    return any(_stacks_experts(conversion, f".{UP}") for conversion in _conversions(model_type))
+    targets = (target for conversion in _conversions(model_type) for target in conversion.target_patterns)
+    return any(target.endswith(f"experts.{UP}") for target in targets)
 
 
 def _unknown_type(what: str) -> ValueError:

@@ -72,13 +72,13 @@ def export_lora(
     head that PEFT trains with a classifier, and embeddings that were resized or adapted, are kept as a LoRA's file
     keeps them.
 
-    Experts keep their own rank, by rank_pattern, which vLLM reads off the tensors. Both of their projections are
-    written, with zeros for one that is not adapted. There are two layouts of experts, and a server takes one by type of
-    model. "peft" is what PEFT writes for target_parameters; vLLM takes it for the models whose experts it keeps as 3-D
-    weights (gpt-oss, Qwen3-VL-MoE, Qwen3.5-MoE, GLM-4.7-Flash). "per-expert" is one LoRA for each expert's gate, up and
-    down projection, as vLLM takes it for the others (Qwen3-MoE, Mixtral, OLMoE, DeepSeek). PEFT reads both from 0.19.1
-    on; before it had in and out the other way round, and one file for both is not possible. Where ranks differ, PEFT
-    0.21 warns that rank_pattern matched no module, although it takes it.
+    Experts keep their own rank, by rank_pattern; vLLM reads it off the tensors. Both of their projections are written,
+    with zeros for one that is not adapted. They have two layouts, and a server wants one by type of model. "peft" is
+    what PEFT writes for target_parameters, and what vLLM takes for models whose experts it keeps as 3-D weights
+    (gpt-oss, Qwen3-VL-MoE, Qwen3.5-MoE). "per-expert" is one LoRA for each expert's gate, up and down projection, as
+    vLLM takes them for other models (Qwen3-MoE, Mixtral, DeepSeek-V3). PEFT loads both from 0.19.1 on; before, it
+    had the experts' in and out swapped, so that no file is right for older and newer versions. Where experts have
+    another rank than linear layers, PEFT 0.21 warns that rank_pattern matches no module, and yet follows it.
 
     Args:
         source: a PEFT model, any model with MultiLoRA layers (ours or fused), or the directory of a saved adapter.
