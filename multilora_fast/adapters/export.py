@@ -76,9 +76,10 @@ def export_lora(
     with zeros for one that is not adapted. They have two layouts, and a server wants one by type of model. "peft" is
     what PEFT writes for target_parameters, and what vLLM takes for models whose experts it keeps as 3-D weights
     (gpt-oss, Qwen3-VL-MoE, Qwen3.5-MoE). "per-expert" is one LoRA for each expert's gate, up and down projection, as
-    vLLM takes them for other models (Qwen3-MoE, Mixtral, DeepSeek-V3). PEFT loads both from 0.19.1 on; before, it
-    had the experts' in and out swapped, so that no file is right for older and newer versions. Where experts have
-    another rank than linear layers, PEFT 0.21 warns that rank_pattern matches no module, and yet follows it.
+    vLLM takes them for other models (Qwen3-MoE, Mixtral, DeepSeek-V3). PEFT 0.21 loads both, and 0.19.1 the first.
+    Before 0.19.1 it had the experts' in and out swapped, so that no file is right for older and newer versions. Where
+    experts have another rank than linear layers, PEFT 0.21 warns that rank_pattern matches no module, and yet follows
+    it.
 
     Args:
         source: a PEFT model, any model with MultiLoRA layers (ours or fused), or the directory of a saved adapter.

@@ -153,6 +153,14 @@ def test_other_ranks_and_some_projections_or_layers(layout, options, tmp_path):
         assert (written["r"], written["rank_pattern"], written["alpha_pattern"]) == (6, {}, {})
 
 
+def test_the_projection_that_is_missing_where_there_is_no_gate(tmp_path):
+    for name in ("experts.up_proj", "experts.down_proj"):
+        model = adapted("nemotron_h", target_parameters=[name])
+        model.save_pretrained(tmp_path / "source")
+        export_lora(tmp_path / "source", tmp_path / "out")
+        assert_same(model, reloaded(tmp_path / "out", "nemotron_h"))
+
+
 def test_what_servers_read_in_the_files(tmp_path):
     model = adapted("mixtral", target_parameters=["experts.down_proj"])
     reports = [export_lora(model, tmp_path / layout, layout=layout) for layout in LAYOUTS]
