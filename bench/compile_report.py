@@ -1,6 +1,6 @@
 """Compiles every row of kernels/configs.py for its architectures, without a GPU, and reports what came out.
 
-    python -m bench.compile_report [--quick] [--arch ARCH] [--jobs N] [--json OUT]
+    python -m bench.compile_report [--quick] [--arch ARCH] [--kernel KERNEL] [--jobs N] [--json OUT]
 
 The launchers themselves are called, on unread tensors of the real shapes, and what they would have launched is compiled
 with the attributes a real call has. A row falls short when a kernel spills, needs more shared memory than the
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import triton
 
-from bench import compile_product
+from bench import compile_grouped, compile_product
 from bench.compiled import NOT_COMPILED, compile_for, inspect, launches, options, sass_per_element, source
 from multilora_fast.kernels.configs import PRODUCT_WINS, TUNED_CONFIGS, find_row, rank_tiles
 from multilora_fast.kernels.dropout import draw, dropout_mask
@@ -43,7 +43,7 @@ SHARED_LIMITS = {
     "sm_120": 99 * KIB,
     "gfx942": 64 * KIB,
 }
-MATRIX_KERNELS = ("shrink_kernel", "expand_kernel", "reduce_kernel")
+MATRIX_KERNELS = tuple(f"{group}{name}_kernel" for group in ("", "grouped_") for name in ("shrink", "expand", "reduce"))
 # use -> whether dropout can be on
 USES = {
     "shrink.forward": True, "shrink.pack": True, "shrink.backward": False, "expand.forward": False,
@@ -253,17 +253,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the widest rank of each row in one dtype")
     parser.add_argument("--arch", choices=list(SHARED_LIMITS), help="only this architecture")
+    parser.add_argument("--kernel", default="", help="only kernels whose name begins so: shrink, grouped_reduce")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes (default: cores)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the rows as JSON")
     args = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set, and the interpreter compiles nothing: unset it.")
     cases = quick_cases() if args.quick else [*all_cases(), *odd_cases()]
+    cases += compile_grouped.cases(SHARED_LIMITS, args.quick)
     assert not unserved_rows(cases), f"rows nothing compiles: {unserved_rows(cases)}"
-    work = jobs([case for case in cases if args.arch in (None, case.arch)])
+    work = jobs([case for case in cases if args.arch in (None, case.arch) and case.use.startswith(args.kernel)])
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         found = list(pool.map(examine, work))
-        wanted = [case for case in compile_product.cases(args.quick) if args.arch in (None, case["arch"])]
+        joint = compile_product.cases(args.quick) if "product".startswith(args.kernel) else ()
+        wanted = [case for case in joint if args.arch in (None, case["arch"])]
         found += pool.map(compile_product.examine, [(case, SHARED_LIMITS[case["arch"]]) for case in wanted])
     print(" | ".join(HEADER))
     for row in found:

@@ -8,7 +8,19 @@ from unittest import mock
 
 import triton.language as tl
 
-from multilora_fast.kernels import expand, finish, launch, linear, plan, product, reduce, shrink
+from multilora_fast.kernels import (
+    expand,
+    finish,
+    grouped_expand,
+    grouped_reduce,
+    grouped_shrink,
+    launch,
+    linear,
+    plan,
+    product,
+    reduce,
+    shrink,
+)
 from multilora_fast.ops import backends, call, functional
 
 ARCH, PROCESSORS = "sm_90", 132
@@ -51,7 +63,8 @@ def simulated_gpu(compile_and_run: Callable, arch: str = ARCH) -> Iterator[None]
             ("why_not", lambda: None),
         ):
             replace(plan, name, answer)
-        for module in (shrink, expand, reduce, finish, product, linear):
+        grouped = (grouped_shrink, grouped_expand, grouped_reduce)
+        for module in (shrink, expand, reduce, finish, product, linear, *grouped):
             if hasattr(module, "device_of"):
                 replace(module, "device_of", lambda x: (arch, PROCESSORS))
         replace(call, "is_cached", lambda x: True)

@@ -27,6 +27,7 @@ def test_candidates_start_with_the_present_row_and_fit(stage):
 
 
 def test_every_use_of_the_table_has_stages_of_its_own():
+    """But those of experts, which are chosen from compiler output."""
     timed = {stage.kernel for stage in tune.stages()}
     uses = {
         (k, add, p)
@@ -36,7 +37,7 @@ def test_every_use_of_the_table_has_stages_of_its_own():
         if not add or k == "expand"
     }
     assert timed == {kernel + " add" * add + " dropout" * p for kernel, add, p in uses}
-    assert {key[0] for key in TUNED_CONFIGS} <= timed
+    assert {key[0] for key in TUNED_CONFIGS if not key[0].startswith("grouped")} <= timed
     for stage in tune.stages():
         kernel, *use = stage.kernel.split()
         row = find_row(

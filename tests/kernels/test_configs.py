@@ -10,7 +10,7 @@ from multilora_fast.kernels.configs import KernelConfig
 
 
 def test_every_lookup_finds_a_row():
-    for kernel in ("shrink", "expand", "reduce"):
+    for kernel in ("shrink", "expand", "reduce", "grouped_shrink", "grouped_expand", "grouped_reduce"):
         for M in (1, 64, 65, 1024, 1025, 4096, 10**6):
             for R in (1, 64, 65, 128, 129, 256, 257, 1000):
                 for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):

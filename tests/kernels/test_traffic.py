@@ -12,6 +12,9 @@ from multilora_fast.kernels import configs
 from multilora_fast.kernels.configs import KernelConfig
 from multilora_fast.kernels.dropout import draw
 from multilora_fast.kernels.expand import expand
+from multilora_fast.kernels.grouped_expand import grouped_expand
+from multilora_fast.kernels.grouped_reduce import grouped_reduce, grouped_reduce_scaled
+from multilora_fast.kernels.grouped_shrink import grouped_shrink
 from multilora_fast.kernels.reduce import reduce, reduce_all, reduce_scaled
 from multilora_fast.kernels.shrink import shrink
 
@@ -204,3 +207,35 @@ def test_the_mask_is_an_eighth_of_a_byte_an_element(watch):
     traffic = watch()
     draw(torch.tensor([5]), M, 256, 0.1)
     assert traffic.stores["other"] == M * 256 / 8
+
+
+def test_experts_read_their_rows_once_and_no_weight_but_of_those_that_have_rows(watch):
+    """x by row without a sorted copy, nothing of rows of no expert, and no gradient but those that are asked for."""
+    counts, E, n, r = [40, 0, 3], 3, 2, 8
+    live, S = sum(counts), sum(counts) + 5
+    offs, index = torch.tensor(counts).cumsum(0).int(), torch.randperm(S) // 2
+    x, dy, h = torch.randn(S // 2 + 1, K), torch.randn(S, N), torch.randn(S, n * r)
+    a, b, scale = torch.randn(E, n, r, K), torch.randn(E, n, N, r), torch.randn(E, n, N)
+    row, tile, tiles = K * 4, KernelConfig(32, 32, 4, 1), [2, 0, 1]
+
+    traffic = watch(x=x, a=a, empty=a[1])
+    out = grouped_shrink(x, a, offs, index=index, config=tile)
+    assert traffic.loads["x"] == live * row
+    assert traffic.loads["a"] == sum(tiles) * a[0].nbytes
+    assert traffic.loads["empty"] == 0
+    assert traffic.stores["other"] == out.nbytes
+    y = dy.clone()
+    traffic = watch(y=y, b=b)
+    grouped_expand(y, h, b.transpose(2, 3), offs, scale, 0.5, config=tile)
+    assert traffic.loads["y"] == traffic.stores["y"] == live * N * 4
+    assert traffic.loads["b"] == sum(tiles) * b[0].nbytes
+    assert traffic.stores["other"] == 0
+    traffic = watch(x=x)
+    da = grouped_reduce(h, x, offs, n, x.dtype, index, config=tile)
+    assert traffic.loads["x"] == live * row
+    assert traffic.stores["other"] == da.nbytes
+    traffic = watch(dy=dy, b=b, scale=scale)
+    db, ds = grouped_reduce_scaled(h, dy, b.transpose(2, 3), offs, scale, 0.5, config=tile)
+    assert traffic.loads["dy"] == live * N * 4
+    assert traffic.loads["b"] == b.nbytes
+    assert traffic.stores["other"] == db.nbytes + ds.nbytes
