@@ -1,15 +1,15 @@
 """What operations on a CUDA GPU keep and make that the same on a CPU do not, in shapes and dtypes alone."""
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from multilora_fast.ops import equations
-from multilora_fast.ops.backends import Backend, load
+from multilora_fast.ops import equations, grouped
 
 
 @contextmanager
@@ -71,12 +71,18 @@ class FlashAttention(torch.autograd.Function):
 
 @contextmanager
 def kernels():
-    """Inside, the op holds what its Triton kernels hold of dropout: for one forward, and for one backward, a mask of a
-    bit per element."""
-    products = load("torch")
-    fields = {name: _without_mask(function) for name, function in products._asdict().items()}
-    with patch.object(equations, "load", lambda name: Backend(**{**fields, "draw": _draw})):
+    """Inside, the ops hold what their Triton kernels hold of dropout: for one forward, and for one backward, a mask of
+    a bit per element."""
+    both = {module: _packing(module.load("torch")) for module in (equations, grouped)}
+    with ExitStack() as stack:
+        for module, products in both.items():
+            stack.enter_context(patch.object(module, "load", lambda name, products=products: products))
         yield
+
+
+def _packing(products: Any) -> Any:
+    """``products`` of torch, whose mask is the packed one and takes no part."""
+    return type(products)(**{name: _without_mask(f) for name, f in products._asdict().items()} | {"draw": _draw})
 
 
 def _draw(seed: Tensor | None, M: int, K: int, p: float, dtype: torch.dtype) -> tuple[Tensor] | None:
@@ -85,6 +91,7 @@ def _draw(seed: Tensor | None, M: int, K: int, p: float, dtype: torch.dtype) -> 
 
 def _without_mask(function):
     def called(*args, **kwargs):
-        return function(*[None if isinstance(a, tuple) else a for a in args], **kwargs)
+        given = [None if isinstance(a, tuple) else a for a in args]
+        return function(*given, **{k: None if isinstance(a, tuple) else a for k, a in kwargs.items()})
 
     return called

@@ -20,6 +20,7 @@ from multilora_fast.ops.backends import Grouped, choose, load_grouped
 from multilora_fast.ops.call import no_autocast
 from multilora_fast.ops.equations import OpSettings
 from multilora_fast.ops.functional import seed_for
+from multilora_fast.ops.grouped_torch import valueless
 from multilora_fast.ops.saved_input import cast
 from multilora_fast.validation import check_dropout, check_scaling_factor
 
@@ -168,7 +169,7 @@ def _is_served(x: Tensor, weight: Tensor) -> bool:
     if x.dtype == torch.float64 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
         return False
     rows = {x.stride(0), *weight.stride()} - {1}
-    aligned = x.is_meta or not (x.data_ptr() | weight.data_ptr()) % 16
+    aligned = valueless(x) or not (x.data_ptr() | weight.data_ptr()) % 16
     return aligned and x.stride(1) == 1 and not any(stride * x.itemsize % 16 for stride in rows)
 
 

@@ -16,10 +16,15 @@ from multilora_fast.ops import torch_backend
 from multilora_fast.ops.torch_backend import Mask
 
 
+def valueless(t: Tensor) -> bool:
+    return t.is_meta or isinstance(t, FakeTensor)
+
+
 def segments(ends: Tensor, S: int) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and which. A tensor without values stands for one expert with all rows."""
-    if ends.is_meta or isinstance(ends, FakeTensor):
-        yield 0, slice(0, S)
+    """Each expert that has rows, and which. Where ``ends`` has no values, one expert with an even share of the rows
+    stands for all: their temporaries are made one after the other."""
+    if valueless(ends):
+        yield 0, slice(0, -(-S // len(ends)))
         return
     start = 0
     for expert, end in enumerate(ends.tolist()):
