@@ -1,4 +1,5 @@
-"""Bytes one real LLaMA decoder layer saves for backward, on the CPU: ``python -m bench.memory [--out DIR] [--quick]``.
+"""Bytes one real LLaMA decoder layer saves for backward, on the CPU: ``python -m bench.memory [--out DIR] [--quick]``,
+or with ``--experts`` what the experts of one layer of two mixtures of experts save and hold (``experts.py``).
 
 Counted by storage, without the parameters, beyond what the frozen layer saves, in bytes per token. All seven linear
 layers are adapted, adapters in the base's bfloat16. PyTorch's CPU dropout keeps its mask in the dtype of x; here it is
@@ -15,8 +16,10 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from bench import experts
 from bench.candidates import FP8
 from bench.environment import conditions
+from bench.experts_tables import memory_text
 from multilora_fast.memory import saved_bytes
 from multilora_fast.memory.cuda import cuda_operations
 from multilora_fast.memory.methods import LORA, OURS, REFERENCE, adapt
@@ -82,9 +85,15 @@ def growth(size: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="directory for memory.json")
-    parser.add_argument("--quick", action="store_true", help="a tiny layer instead of LLaMA's")
+    parser.add_argument("--out", type=Path, help="directory for the JSON")
+    parser.add_argument("--quick", action="store_true", help="a tiny layer")
+    parser.add_argument("--experts", action="store_true", help="experts of one layer, into experts_memory.json")
     arguments = parser.parse_args()
+    if arguments.experts:
+        found = experts.rows({"tiny": experts.TINY} if arguments.quick else experts.SIZES)
+        print(f"\n{memory_text(found)}")
+        _write(arguments.out, "experts_memory.json", {"rows": found})
+        return
     sizes = ["tiny"] if arguments.quick else ["7B", "13B", "65B"]
     rows, more = table(sizes), growth(sizes[0])
     print("\nbytes per token saved beyond the frozen layer (n·r = 160, bfloat16)")
@@ -102,10 +111,13 @@ def main() -> None:
     for row in more:
         counts = ", ".join(f"{name} {count:,.0f}" for name, count in row["beyond"].items())
         print(f"n = {row['n']}, r = {row['r']}, {row['tokens']} tokens: {counts}")
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        document = {"conditions": conditions(), "rows": rows, "growth": more}
-        (arguments.out / "memory.json").write_text(json.dumps(document, indent=1) + "\n")
+    _write(arguments.out, "memory.json", {"rows": rows, "growth": more})
+
+
+def _write(out: Path | None, name: str, found: dict) -> None:
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text(json.dumps({"conditions": conditions(), **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

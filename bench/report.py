@@ -1,6 +1,6 @@
 """Committed JSON → tables and plots: ``python -m bench.report [DIR ...]`` (default: every bench/results/<device>/).
 
-Each directory gets a README.md and PNGs. The project's README and docs/benchmarks.md get the tables between their
+Each directory gets a README.md and PNGs. The project's README and two pages of docs get the tables between their
 ``<!-- name -->`` markers, of the first directory that has them; the headline is of all. A number that is in no JSON
 appears nowhere.
 """
@@ -10,13 +10,14 @@ import json
 import re
 from pathlib import Path
 
+from bench import experts_tables
 from bench.candidates import FP8
 from bench.tables import benches, clock_tables, conditions_line, layer_case, milliseconds, table
 from multilora_fast.benchmark.layer import FROZEN, LORA, OURS, REFERENCE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench/results"
-PAGES = ROOT / "README.md", ROOT / "docs/benchmarks.md"
+PAGES = [ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/experts.md")]
 
 
 def layer_tables(path: Path) -> str:
@@ -247,7 +248,8 @@ def plot(directory: Path, rows: list[dict]) -> None:
 
 SECTIONS = {
     "ops": ops_table, "layer": layer_tables, "group": group_table, "step": step_table, "memory": memory_table,
-    "plan": plan_table, "fp8_inputs": fp8_table,
+    "plan": plan_table, "fp8_inputs": fp8_table, "experts": experts_tables.time_section,
+    "experts_memory": experts_tables.memory_section,
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What operations on a CUDA GPU keep and make that the same on a CPU do not, in shapes and dtypes alone."""
 
 import math
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from multilora_fast.ops import equations, grouped
+from multilora_fast.ops.backends import load, load_grouped
 
 
 @contextmanager
@@ -73,10 +74,11 @@ class FlashAttention(torch.autograd.Function):
 def kernels():
     """Inside, the ops hold what their Triton kernels hold of dropout: for one forward, and for one backward, a mask of
     a bit per element."""
-    both = {module: _packing(module.load("torch")) for module in (equations, grouped)}
-    with ExitStack() as stack:
-        for module, products in both.items():
-            stack.enter_context(patch.object(module, "load", lambda name, products=products: products))
+    products, experts = _packing(load("torch")), _packing(load_grouped("torch"))
+    with (
+        patch.object(equations, "load", lambda name: products),
+        patch.object(grouped, "load_grouped", lambda name: experts),
+    ):
         yield
 
 
