@@ -4,7 +4,7 @@ import pytest
 from tiny import llama
 from tiny_training import make_tokenizer
 
-from examples import finetune_peft, fuse_existing, serve_export, sft_trl
+from examples import experts, finetune_peft, fuse_existing, serve_export, sft_trl
 
 
 @pytest.fixture
@@ -30,3 +30,8 @@ def test_sft_with_trl(model, tmp_path):
 
 def test_fused(tmp_path):
     assert fuse_existing.main(str(tmp_path / "adapter")) == 0
+
+
+def test_experts_beside_lora(tmp_path):
+    losses = experts.main(str(tmp_path))
+    assert max(losses.values()) < 4.05  # log(64) is 4.16
