@@ -57,13 +57,11 @@ def check_experts(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
 
 def check_offsets(offs: torch.Tensor, E: int | None = None) -> int:
     """The number of experts, one or more, that the offsets are of."""
-    wanted = "(E,) with E at least 1" if E is None else str((E,))
-    if offs.dim() != 1 or offs.dtype != torch.int32 or not offs.is_contiguous() or offs.numel() != (E or offs.numel()):
+    wanted = (max(1, offs.numel()) if E is None else E,)
+    if offs.shape != wanted or offs.dtype != torch.int32 or not offs.is_contiguous():
         raise ValueError(
             f"offs has shape {tuple(offs.shape)} and dtype {offs.dtype}, wanted {wanted}, int32, contiguous."
         )
-    if offs.numel() == 0:
-        raise ValueError(f"offs has shape (0,), wanted {wanted}, int32, contiguous.")
     return offs.numel()
 
 
