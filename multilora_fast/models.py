@@ -81,15 +81,16 @@ def model_source(name: str, model: str) -> str | Path:
     return folder
 
 
-def pretrained(auto: Any, model: str, **options: Any) -> Any:
-    """What ``auto.from_pretrained`` makes of --model, a directory or hub id; code that comes with it is not run.
+def pretrained(auto: Any, model: str, name: str = "--model", **options: Any) -> Any:
+    """What ``auto.from_pretrained`` makes of ``model``, a directory or hub id that was given as the argument ``name``;
+    code that comes with it is not run.
 
     Raises:
         ValueError: it cannot be loaded.
     """
-    source = model_source("--model", model)
+    source = model_source(name, model)
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
-        raise ValueError(f"--model {model} could not be loaded: it holds no config.json, so it is no model.")
+        raise ValueError(f"{name} {model} could not be loaded: it holds no config.json, so it is no model.")
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
     except Exception as error:  # each library that reads a part of it has its own
@@ -97,7 +98,7 @@ def pretrained(auto: Any, model: str, **options: Any) -> Any:
         reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         if reason.startswith("Couldn't instantiate the backend tokenizer"):
             reason = "it holds no tokenizer that can be read."
-        raise ValueError(f"--model {model} could not be loaded: {reason}") from error
+        raise ValueError(f"{name} {model} could not be loaded: {reason}") from error
 
 
 def causal_lm(model: str, **options: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from multilora_fast import __version__
-from multilora_fast.cli import adapters, bench, demo, info, plan, spectrum, train
+from multilora_fast.cli import adapters, bench, demo, info, init, plan, spectrum, train
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 ClickException: Any = typer.BadParameter.__mro__[2]  # click's, or that of the copy of click inside newer typer
@@ -48,6 +48,11 @@ _command(
     "train boolq.jsonl rte.jsonl --model MODEL --output out",
     "train --task math=gsm8k.jsonl --model MODEL --output out --resume",
 )(train.train)
+_command(
+    "Write an untrained adapter, for any trainer.",
+    "init MODEL adapter --lora-num 3 --r 8",
+    "init MODEL adapter --target-modules q_proj,v_proj --rank-pattern '{\"q_proj\": 16}'",
+)(init.init)
 _command("Write an adapter as a plain LoRA.", "export out lora", "export out lora --model MODEL --json")(
     adapters.export
 )

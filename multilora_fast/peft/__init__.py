@@ -9,7 +9,8 @@ from multilora_fast.peft.layer import MultiLoraLinear
 from multilora_fast.peft.model import MultiLoraModel
 from multilora_fast.peft.precision import restore_float32
 from multilora_fast.peft.register import register
+from multilora_fast.peft.untrained import init_adapter
 
 register(MultiLoraConfig, MultiLoraModel)
 
-__all__ = ["MultiLoraConfig", "MultiLoraLinear", "MultiLoraModel", "restore_float32"]
+__all__ = ["MultiLoraConfig", "MultiLoraLinear", "MultiLoraModel", "init_adapter", "restore_float32"]

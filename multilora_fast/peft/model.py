@@ -31,6 +31,7 @@ from multilora_fast.peft.targets import (
     choose_parameters,
     in_attention,
     is_all_linear,
+    unmatched,
     warn_of_experts,
 )
 
@@ -62,10 +63,9 @@ class MultiLoraModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.base_model_type = model_type(model)
         if not isinstance(config.target_modules, str):
-            names = [f".{name}" for name, _ in model.named_modules()]
-            idle = [key for key in config.target_modules if not any(name.endswith(f".{key}") for name in names)]
+            idle = unmatched(model, config.target_modules)
             if idle:
-                warnings.warn(f"target_modules {', '.join(sorted(idle))} match no module of the model.", stacklevel=2)
+                warnings.warn(f"target_modules {', '.join(idle)} match no module of the model.", stacklevel=2)
         adapted = {n: layer for n, layer in _layers(model) if adapter_name in layer.multilora_branches}
         if not config.inference_mode:
             warn_of_experts(config, model, adapted, everything=all_linear)

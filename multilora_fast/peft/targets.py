@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.peft.experts import is_experts, projections
 
@@ -21,6 +22,18 @@ _MAMBA_LAYERS = ("out_proj", "conv1d")
 
 def is_all_linear(config: Any) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+
+
+def unmatched(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of ``names`` that no module's name ends in."""
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    return sorted(name for name in names if not any(module.endswith(f".{name}") for module in modules))
+
+
+def linear_kinds(model: nn.Module) -> str:
+    """What the names of the linear layers end in, in their order."""
+    linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
 
 def in_attention(module: nn.Module) -> bool:

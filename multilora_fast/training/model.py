@@ -4,13 +4,12 @@ from typing import Any, Literal, cast
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
-from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.devices import choose_dtype
 from multilora_fast.models import causal_lm, pretrained
 from multilora_fast.peft import MultiLoraConfig
+from multilora_fast.peft.targets import linear_kinds, unmatched
 from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.data import Example, Row, encode
 
@@ -54,10 +53,8 @@ def adapted_model(settings: TrainSettings, device: torch.device) -> PeftModel:
     for config in (base.config, base.config.get_text_config()):
         config.use_cache = False  # a cache would also let the rows of a bin see each other
     targets = settings.target_modules
-    names = [f".{name}" for name, _ in base.named_modules()]
-    if targets != ("all-linear",) and not any(name.endswith(f".{target}") for name in names for target in targets):
-        linear = (name for name, module in base.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
-        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    if targets != ("all-linear",) and len(unmatched(base, targets)) == len(targets):
+        kinds = linear_kinds(base)
         raise ValueError(f"--target-modules {','.join(targets)} match nothing: the linear layers end in {kinds}.")
     config = MultiLoraConfig(
         r=settings.r,

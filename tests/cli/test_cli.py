@@ -25,7 +25,7 @@ from multilora_fast.console import progress
 from multilora_fast.reference import MultiLoRALinear
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["demo", "info", "plan", "train", "export", "merge", "spectrum", "bench"]
+COMMANDS = ["demo", "info", "plan", "train", "init", "export", "merge", "spectrum", "bench"]
 
 
 def run(*words: object) -> str:
