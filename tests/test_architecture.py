@@ -14,7 +14,7 @@ PACKAGE = ROOT / "multilora_fast"
 FLOORS = [
     ("validation", "files", "devices", "models", "console", "reference", "testing"),
     ("kernels",), ("ops",), ("layers",), ("adapters",), ("peft",), ("spectrum", "memory"), ("benchmark",),
-    ("training", "demo"), ("cli",),
+    ("training", "demo"), ("cli",), ("startup",),
 ]  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 

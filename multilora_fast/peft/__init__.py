@@ -1,7 +1,8 @@
 """MultiLoRA as a PEFT method: importing this package makes it known to PEFT.
 
 ``get_peft_model(model, MultiLoraConfig(...))`` then works as with LoraConfig, and so do save_pretrained,
-PeftModel.from_pretrained, AutoPeftModel and transformers' load_adapter.
+PeftModel.from_pretrained, AutoPeftModel and transformers' load_adapter. A program that does not import this package
+knows the method too when it is run by ``python -m multilora_fast.peft PROGRAM``.
 """
 
 from multilora_fast.peft.config import MultiLoraConfig
