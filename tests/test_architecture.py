@@ -14,7 +14,7 @@ PACKAGE = ROOT / "multilora_fast"
 FLOORS = [
     ("validation", "files", "devices", "models", "console", "reference", "testing"),
     ("kernels",), ("ops",), ("layers",), ("adapters",), ("peft",), ("spectrum", "memory"), ("benchmark",),
-    ("training", "demo"), ("cli",), ("startup",),
+    ("training", "demo", "integrations"), ("cli",), ("startup",),
 ]  # fmt: skip
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -105,6 +105,13 @@ def test_the_layout_stays_flat():
 def test_the_library_imports_nothing_that_stays_in_the_repository():
     for name, path in MODULES.items():
         assert not {top.split(".")[0] for top in imported(path)} & {"bench", "tests", "examples", "kernels"}, name
+
+
+def test_integrations_load_when_their_trainer_asks_and_stay_short():
+    paths = list((PACKAGE / "integrations").glob("*.py"))
+    assert not [name for name, path in MODULES.items() if room(name) != "integrations" and
+                any(room(other) == "integrations" for other in own(path))]  # fmt: skip
+    assert sum(len(path.read_text().splitlines()) for path in paths) < 150
 
 
 def test_the_demo_is_a_leaf():

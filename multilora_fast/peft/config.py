@@ -82,6 +82,9 @@ class MultiLoraConfig(PeftConfig):
     alpha_pattern: dict | None = field(default_factory=dict)
     lora_num_pattern: dict | None = field(default_factory=dict)
 
+    # No fields: what trainers ask of a LoRA's config.
+    use_dora = use_rslora = lora_bias = False
+
     def __post_init__(self):
         super().__post_init__()
         self.peft_type = peft_type()
