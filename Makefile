@@ -30,8 +30,8 @@ soak: $(VENV)/installed ## For about ten minutes: safety, kills and other faults
 architectures: $(VENV)/architectures ## Check every architecture and trainer next to LoRA: the table into docs/architectures.md
 	ARCHITECTURES=all HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/architectures tests/memory/test_plan_models.py $(ARGS)
 
-trainers: $(VENV)/installed ## Train, resume and merge in other people's trainers, each in its own environment
-	TRAINERS=1 $(BIN)/python -m pytest -q tests/trainers $(ARGS)
+trainers: $(VENV)/installed ## Train, resume and merge in other people's trainers: the table into docs/trainers.md
+	TRAINERS=1 $(BIN)/python -m pytest -q -s tests/trainers $(ARGS)
 
 gpu: $(VENV)/installed ## On a machine with a GPU: test, tune and measure (bench/gpu.sh does one stage alone)
 	PYTHON=$(BIN)/python bench/gpu.sh all $(OUT)

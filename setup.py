@@ -6,20 +6,8 @@ from setuptools import setup
 here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"', (here / "multilora_fast/__init__.py").read_text(), re.M).group(1)
 
-rooms = [
-    "kernels",
-    "ops",
-    "layers",
-    "adapters",
-    "peft",
-    "memory",
-    "benchmark",
-    "training",
-    "demo",
-    "integrations",
-    "cli",
-    "startup",
-]
+rooms = ["kernels", "ops", "layers", "adapters", "peft", "memory", "benchmark", "training", "demo"]
+rooms += ["integrations", "cli", "startup"]
 
 train = ["accelerate>=1.1", "bitsandbytes>=0.49; sys_platform == 'linux'"]
 data = ["datasets>=4"]  # which run no code of a data set

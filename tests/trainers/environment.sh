@@ -19,4 +19,6 @@ sed '1,/^# overrides/d' "$file" >"$home/overrides.txt"
 sed '/^# overrides/,$d' "$file" >"$home/wanted.txt"
 $uv pip install --quiet --python "$home/bin/python" --requirements "$home/wanted.txt" --overrides "$home/overrides.txt"
 $uv pip install --quiet --python "$home/bin/python" --no-deps --editable .
+# PyPI builds torchaudio for CUDA alone; on a CPU build of torch it works without its library.
+[ -d /proc/driver/nvidia ] || rm -f "$home"/lib/python*/site-packages/torchaudio/lib/*.so
 cp "$file" "$home/installed"
