@@ -46,13 +46,14 @@ lint: $(VENV)/installed ## Check style, imports and types
 
 bench: $(VENV)/demo-data ## Time products, a layer, a step and the host beside the peers: JSON into $(OUT)
 	rm -rf build/bench && mkdir -p build/bench $(OUT)
-	for name in ops layer group step; do \
+	for name in ops layer group experts step; do \
 		$(BENCH)/test_$$name.py --benchmark-json=build/bench/$$name.json || exit 1; done
 	PYTHONPATH=. $(BIN)/python -m bench.host --check --out build/bench; checked=$$?; \
 		mv build/bench/*.json $(OUT) && exit $$checked
 
-memory: $(VENV)/installed ## Count what LLaMA decoder layers save for backward: JSON into $(OUT)
+memory: $(VENV)/installed ## Count what LLaMA decoder layers and experts save for backward: JSON into $(OUT)
 	PYTHONPATH=. $(BIN)/python -m bench.memory --out $(OUT)
+	PYTHONPATH=. $(BIN)/python -m bench.memory --experts --out $(OUT)
 
 memory-profile: $(VENV)/installed ## Draw the bytes alive over a training step into $(OUT)
 	PYTHONPATH=. $(BIN)/python -m bench.memory_profile --out $(OUT)
