@@ -41,7 +41,7 @@ def report():
     yield add
     if rows:
         text = DOCS.read_text()
-        earlier = dict(re.findall(r"^(?=\| (\S+) \|)(\|.*\|)$", text.partition("<!-- /report -->")[0], re.M))
+        earlier = dict(re.findall(r"^(?=\| ([A-Za-z]\S*) \|)(\|.*\|)$", text.partition("<!-- /report -->")[0], re.M))
         earlier.pop("trainer", None)
         head = ["trainer", "version", *NAMES, *FIGURES]
         table = [f"| {' | '.join(head)} |", "|" + " --- |" * len(head)]
