@@ -17,7 +17,18 @@ LLAMA = {
 }
 OTHERS = {"vocab_size": V, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+FALCON = OTHERS | {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H}
 MLA = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64}
+DEEPSEEK = LLAMA | MLA | ROUTED | {"num_key_value_heads": H, "topk_group": 1, "n_group": 1}
+STATE = OTHERS | {"hidden_size": D, "num_hidden_layers": L, "state_size": 16}
+HYBRID = LLAMA | {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 64,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    "mamba_chunk_size": 32,
+}
 TYPES = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -49,6 +60,7 @@ TYPES = {
     "glm4": LLAMA | {"head_dim": 64},
     "granite": LLAMA,
     "nemotron": LLAMA | {"head_dim": 64},
+    "persimmon": LLAMA | {"num_key_value_heads": H},
     "helium": LLAMA | {"head_dim": 64},
     "llama4_text": LLAMA | {"head_dim": 64, "intermediate_size_mlp": F, "num_local_experts": 2, "moe_layers": []},
     "gpt2": OTHERS | {"n_embd": D, "n_layer": L, "n_head": H},
@@ -56,7 +68,8 @@ TYPES = {
     | {"hidden_size": D, "num_layers": L, "num_heads": H, "attention_types": [[["global", "local"], 1]]},
     "gptj": OTHERS | {"n_embd": D, "n_layer": L, "n_head": H, "rotary_dim": 32},
     "gpt_neox": LLAMA,
-    "falcon": OTHERS | {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H},
+    "falcon": FALCON,
+    "falcon, new architecture": FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
     "mpt": OTHERS | {"d_model": D, "n_layers": L, "n_heads": H},
     "bloom": OTHERS | {"hidden_size": D, "n_layer": L, "n_head": H},
     "opt": OTHERS
@@ -68,28 +81,8 @@ TYPES = {
     "qwen2_moe": LLAMA | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 128},
     "qwen3_moe": LLAMA | EXPERTS | {"num_experts": 4, "head_dim": 64},
     "olmoe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2},
-    "deepseek_v2": LLAMA
-    | MLA
-    | EXPERTS
-    | {
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "num_key_value_heads": H,
-        "topk_group": 1,
-        "n_group": 1,
-    },
-    "deepseek_v3": LLAMA
-    | MLA
-    | EXPERTS
-    | {
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "num_key_value_heads": H,
-        "topk_group": 1,
-        "n_group": 1,
-    },
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
     "jetmoe": OTHERS
     | {
         "hidden_size": D,
@@ -102,9 +95,7 @@ TYPES = {
     },
     "phimoe": LLAMA | {"num_local_experts": 4},
     "granitemoe": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "glm4_moe": LLAMA
-    | EXPERTS
-    | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 64},
+    "glm4_moe": LLAMA | ROUTED | {"head_dim": 64},
     "ernie4_5_moe": LLAMA
     | {
         "moe_num_experts": 4,
@@ -132,36 +123,12 @@ TYPES = {
         "linear_key_head_dim": 32,
         "linear_value_head_dim": 32,
     },
-    "mamba": OTHERS | {"hidden_size": D, "num_hidden_layers": L, "state_size": 16},
-    "mamba2": OTHERS
-    | {
-        "hidden_size": D,
-        "num_hidden_layers": L,
-        "state_size": 16,
-        "num_heads": 8,
-        "head_dim": 64,
-        "n_groups": 2,
-        "chunk_size": 32,
-    },
-    "falcon_mamba": OTHERS | {"hidden_size": D, "num_hidden_layers": L, "state_size": 16},
-    "falcon_h1": LLAMA
-    | {
-        "mamba_d_ssm": 512,
-        "mamba_n_heads": 8,
-        "mamba_d_head": 64,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 16,
-        "mamba_chunk_size": 32,
-    },
-    "bamba": LLAMA
-    | {
-        "mamba_n_heads": 8,
-        "mamba_d_head": 64,
-        "mamba_n_groups": 1,
-        "mamba_d_state": 16,
-        "mamba_chunk_size": 32,
-        "attn_layer_indices": [1],
-    },
+    "mamba": STATE,
+    "mamba2": STATE | {"num_heads": 8, "head_dim": 64, "n_groups": 2, "chunk_size": 32},
+    "falcon_mamba": STATE,
+    "falcon_h1": HYBRID | {"mamba_d_ssm": 512},
+    "bamba": HYBRID | {"attn_layer_indices": [1]},
+    "rwkv": OTHERS | {"hidden_size": D, "attention_hidden_size": D, "num_hidden_layers": L, "intermediate_size": F},
     "jamba": LLAMA
     | {
         "num_experts": 4,
@@ -187,5 +154,16 @@ TYPES = {
 }
 
 
+# What "all-linear" names of a type though no adapter can be put on it.
+LEFT_OUT = {
+    "mamba": ["out_proj"],
+    "mamba2": ["out_proj"],
+    "falcon_mamba": ["out_proj"],
+    "falcon_h1": ["out_proj"],
+    "phimoe": ["router"],
+}
+
+
 def config(kind: str) -> PreTrainedConfig:
-    return AutoConfig.for_model(kind, **TYPES[kind])
+    """Of a type of TYPES, whose name may go on after a comma."""
+    return AutoConfig.for_model(kind.partition(",")[0], **TYPES[kind])

@@ -4,7 +4,8 @@ A training step (forward, backward, AdamW) of SmolLM2-135M, on a GPU of four LLa
 in the base's dtype, by all methods, one after the other: the peak that ``plan_memory`` predicts from the config, and
 that of the real step, as bytes of tensors alive beyond the weights, the adapter and the optimizer's state. On a CPU
 these are torch's allocations, on a GPU its allocator's peak. ``--all`` does so, on the CPU, with small models of many
-types and under FSDP2 (``plan_models.py``), and lists the types that are refused.
+types and under FSDP2 (``plan_models.py``), and lists the types that are refused; run again with the same DIR and
+commit, it goes on where it was.
 """
 
 import argparse
@@ -17,9 +18,11 @@ from pathlib import Path
 import torch
 
 from bench import plan_models
+from bench.causal_lms import LEFT_OUT, TYPES
 from bench.environment import conditions
 from bench.plan_models import beyond, measure
 from bench.step_models import builders, decoder
+from bench.tables import conditions_line, table
 from multilora_fast import plan_memory
 from multilora_fast.memory.methods import FULL, METHODS
 from multilora_fast.models import LINEARS
@@ -61,41 +64,59 @@ def rows(quick: bool, device: str):
 
 def everything(out: Path | None) -> None:
     """The rows of many types, and which types are refused; into ``out`` as plan_models.json and plan_models.md."""
-    found: list[dict] = []
-    for row in chain(plan_models.rows(), plan_models.sharded_rows()):
-        found.append(row)
+    document = {"conditions": conditions(), "rows": [], "refused": {}}
+    path = out and out / "plan_models.json"
+    if path and path.exists():
+        before = json.loads(path.read_text())
+        if before["conditions"] == document["conditions"]:
+            document = before
+    rows = document["rows"]
+    done = {_asked(row) for row in rows}
+    known = lambda row: _asked(row) in done  # noqa: E731
+    for row in chain(plan_models.rows(known), plan_models.sharded_rows(known)):
+        rows.append(row)
         name = f"{row['model']}{', FSDP2' if 'fsdp' in row else ''}"
         print(f"{name:20}{row['dtype']:>9}{row['adapters']:>9}{row['lora_dropout']:6g} {row['checkpointing']!s:6}"
-              f"{row['method']:18}{row.get('refused') or format(row['error'], '+.2%')}", flush=True)  # fmt: skip
-        if out:
-            _write(out, found, {})
-    refused = plan_models.refusals()
-    print(json.dumps(refused, indent=1))
-    if out:
-        _write(out, found, refused)
+              f"{row['method']:18}{row.get('refused') or format(row['error'], '+.3%')}", flush=True)  # fmt: skip
+        if path:
+            path.write_text(json.dumps(document, indent=1) + "\n")
+    document["refused"] = plan_models.refusals()
+    print(json.dumps(document["refused"], indent=1))
+    print(f"largest error {max(abs(row['error']) for row in rows if 'error' in row):.2%} of {len(rows)} rows")
+    if path:
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        path.with_suffix(".md").write_text(_table(document))
 
 
-def _write(out: Path, found: list[dict], refused: dict[str, str]) -> None:
-    document = {"conditions": conditions(), "rows": found, "refused": refused}
-    (out / "plan_models.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "plan_models.md").write_text(_table(found, refused))
+def _asked(row: dict) -> tuple:
+    return tuple(row.get(name) for name in (*plan_models.NAMES, "fsdp", "gradient_accumulation"))
 
 
-def _table(found: list[dict], refused: dict[str, str]) -> str:
-    lines = [
-        "# The largest error of plan_memory's peak, by model type", "", str(plan_models.__doc__).strip(), "",
-        f"| model type | {' | '.join(METHODS)} |", f"|---{'|---:' * len(METHODS)}|",
-    ]  # fmt: skip
-    for model, sharded in dict.fromkeys((row["model"], "fsdp" in row) for row in found):
-        cells = []
+def _table(document: dict) -> str:
+    rows = document["rows"]
+    cells = []
+    for model, sharded in dict.fromkeys((row["model"], "fsdp" in row) for row in rows):
+        line = [f"{model}{', a rank of two under FSDP2' if sharded else ''}"]
         for method in METHODS:
-            rows = [r for r in found if (r["model"], "fsdp" in r, r["method"]) == (model, sharded, method)]
-            errors = [row["error"] for row in rows if "error" in row]
-            cells.append(f"{max(errors, key=abs):+.2%}" if errors else "cannot adapt these modules")
-        lines.append(f"| {model}{', two ranks of FSDP2' if sharded else ''} | {' | '.join(cells)} |")
-    lines += ["", *(f"- {kind} is refused: {reason}" for kind, reason in refused.items()), ""]
-    lines.append("Written by `python -m bench.plan_check --all --out DIR`; every setting is in plan_models.json.")
-    return "\n".join(lines) + "\n"
+            errors = [
+                row["error"] for row in rows
+                if "error" in row and (row["model"], "fsdp" in row, row["method"]) == (model, sharded, method)
+            ]  # fmt: skip
+            line.append(f"{max(errors, key=abs):+.2%}" if errors else "cannot adapt these modules")
+        cells.append(line)
+    left_out = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in LEFT_OUT.items())
+    refused = [
+        f"- {kind}{'' if method == 'all' else f', {method}'}: {reason}"
+        for kind, reasons in document["refused"].items()
+        for method, reason in reasons.items()
+    ]
+    return "\n".join([
+        "# The largest error of plan_memory's peak, by model type", "", str(plan_models.__doc__).strip(), "",
+        f"{len(rows)} rows. {conditions_line(document['conditions'])}", "", table(["model type", *METHODS], cells), "",
+        f"## Refused, of {len(TYPES)} types", "", *refused, "",
+        f"All linear layers are adapted, without those on which no adapter can be put ({left_out}).", "",
+        "Written by `python -m bench.plan_check --all --out DIR`; every setting is in plan_models.json.", "",
+    ])  # fmt: skip
 
 
 def main() -> None:

@@ -1,13 +1,16 @@
 """Small causal LMs of many types, and what plan_memory says of a step of each, against a real one on this CPU.
 
-Hidden size 256, two layers, so that a per cent is no luck. Measured are torch's allocations; oneDNN is off, whose
-bfloat16 products take buffers of their own, which are no tensors and differ from processor to processor.
+Hidden size 256 and two layers, so that a per cent is no luck. Each base is in float32 and in bfloat16, its adapters in
+its dtype and in float32, with and without dropout and checkpointing; full fine-tuning has no adapters and no dropout.
+Measured are torch's allocations; oneDNN is off, whose bfloat16 products take buffers of their own, which are no tensors
+and differ from processor to processor.
 """
 
 import gc
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +19,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from bench.causal_lms import TYPES, config
+from bench.causal_lms import LEFT_OUT, TYPES, config
 from multilora_fast.memory import fsdp, peak_bytes
 from multilora_fast.memory.methods import FULL, LORA, METHODS, OURS, adapt
 from multilora_fast.memory.plan import plan_memory
@@ -24,18 +27,16 @@ from multilora_fast.memory.report import MethodPlan
 from multilora_fast.memory.step import decoder_layers
 
 BRANCHES = {"r": 8, "lora_num": 3}
-BATCH, LENGTH = 4, 128
+BATCH, LENGTH = 2, 64
 # Base, adapters, dropout, checkpointing.
-SETTINGS = [
-    ("float32", "float32", 0.0, False),
-    ("bfloat16", "bfloat16", 0.05, False),
-    ("bfloat16", "float32", 0.0, True),
-]
-# Of those that are measured, several are no decoders of the Llama kind.
+DTYPES = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "float32"))
+SETTINGS = [(*dtypes, p, checkpointing) for dtypes, p, checkpointing in product(DTYPES, (0.0, 0.05), (False, True))]
+NAMES = ("model", "dtype", "adapters", "lora_dropout", "checkpointing", "method")
 MEASURED = (
     "llama", "gemma2", "phi", "gpt2", "gpt_neo", "gptj", "gpt_neox", "falcon", "mpt", "bloom", "opt", "mixtral",
-    "qwen3_moe",
+    "qwen3_moe", "mamba2",
 )  # fmt: skip
+SHARDED = ("llama", "gpt2")
 
 
 def beyond(plan: MethodPlan) -> int:
@@ -50,7 +51,9 @@ def measure(model: nn.Module, batch: int, length: int, device: str, accumulation
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device == "cuda")
 
     def step(ids):
-        for _ in range(accumulation):
+        for left in reversed(range(accumulation)):
+            if hasattr(model, "set_requires_gradient_sync"):  # under FSDP2, as the Trainer does
+                model.set_requires_gradient_sync(left == 0)
             model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -66,7 +69,8 @@ def model_of(kind: str, method: str, dtype: str, adapters: str, p: float, checkp
     model.config.use_cache = False
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = adapt(model, method, "all-linear", **BRANCHES, lora_dropout=p).train()
+    options = {**BRANCHES, "lora_dropout": p, "exclude_modules": LEFT_OUT.get(kind)}
+    model = adapt(model, method, "all-linear", **options).train()
     if method in (LORA, OURS):
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -77,45 +81,46 @@ def model_of(kind: str, method: str, dtype: str, adapters: str, p: float, checkp
 def planned(kind: str, dtype: str, adapters: str, p: float, checkpointing: bool, **options):
     return plan_memory(
         config(kind), batch=BATCH, seq_len=LENGTH, dtype=dtype, adapter_dtype=adapters, lora_dropout=p,
-        checkpointing=checkpointing, device="cpu", **BRANCHES, **options,
+        checkpointing=checkpointing, device="cpu", exclude_modules=LEFT_OUT.get(kind), **BRANCHES, **options,
     )  # fmt: skip
 
 
-def rows(kinds: tuple[str, ...] = MEASURED, settings: list[tuple] = SETTINGS) -> Iterator[dict]:
-    """One row per type, setting and method; for a type that is refused, one that says why."""
+def rows(known: Callable[[dict], bool]) -> Iterator[dict]:
+    """One row per type, setting and method, but for those that are ``known``; of a method that cannot adapt the type,
+    one that says why."""
     warnings.simplefilter("ignore")
-    for kind in kinds:
-        for setting in settings:
-            dtype, adapters, p, checkpointing = setting
-            asked = {
-                "model": kind, "dtype": dtype, "adapters": adapters, "lora_dropout": p, "checkpointing": checkpointing,
-            }  # fmt: skip
-            plan = planned(kind, *setting)
-            for method in METHODS:
-                if method in plan.refused:
-                    yield {**asked, "method": method, "refused": plan.refused[method]}
-                elif method != FULL or not p:
-                    predicted = beyond(plan[method])
-                    real = measure(model_of(kind, method, *setting), BATCH, LENGTH, "cpu")
-                    yield {
-                        **asked, "method": method, "phase": plan[method].phase, "predicted": predicted,
-                        "measured": real, "error": predicted / real - 1,
-                    }  # fmt: skip
-                gc.collect()
+    for kind, setting in product(MEASURED, SETTINGS):
+        dtype, adapters, p, _ = setting
+        methods = [m for m in METHODS if m != FULL or (dtype == adapters and not p)]
+        asked = [dict(zip(NAMES, (kind, *setting, method), strict=True)) for method in methods]
+        asked = [row for row in asked if not known(row)]
+        plan = planned(kind, *setting) if asked else None
+        for row in asked:
+            method = row["method"]
+            if method in plan.refused:
+                yield {**row, "refused": plan.refused[method]}
+            else:
+                real = measure(model_of(kind, method, *setting), BATCH, LENGTH, "cpu")
+                yield {**row, **compared(plan[method], real)}
+            gc.collect()
 
 
-def refusals() -> dict[str, str]:
-    """The types that are not planned, and why."""
-    return {kind: reason for kind in TYPES if (reason := refusal(kind))}
+def compared(plan: MethodPlan, real: int) -> dict:
+    predicted = beyond(plan)
+    return {"phase": plan.phase, "predicted": predicted, "measured": real, "error": predicted / real - 1}
 
 
-def refusal(kind: str, dtype: str = "float32") -> str:
+def refusals() -> dict[str, dict[str, str]]:
+    """The types that are not planned, or not by every method: the reasons, by method, "all" for all of them."""
+    return {kind: reasons for kind in TYPES if (reasons := refusal(kind))}
+
+
+def refusal(kind: str, dtype: str = "float32") -> dict[str, str]:
     """Why a type is not planned; nothing where it is."""
     try:
-        planned(kind, dtype, dtype, 0.05, False)
+        return dict(planned(kind, dtype, dtype, 0.05, False).refused)
     except ValueError as error:
-        return str(error)
-    return ""
+        return {"all": str(error)}
 
 
 def measure_sharded(rank: int, folder: str, kind: str, setting: tuple, accumulation: int, ranks: int = 2) -> None:
@@ -133,20 +138,18 @@ def measure_sharded(rank: int, folder: str, kind: str, setting: tuple, accumulat
     dist.destroy_process_group()
 
 
-def sharded_rows(kinds: tuple[str, ...] = ("llama", "gpt2"), ranks: int = 2) -> Iterator[dict]:
+def sharded_rows(known: Callable[[dict], bool], ranks: int = 2) -> Iterator[dict]:
     """Of the first of two processes, without and with gradient accumulation."""
-    for kind in kinds:
-        for setting, accumulation in ((SETTINGS[0], 1), (SETTINGS[2], 2)):
-            plan = planned(kind, *setting, fsdp=ranks, gradient_accumulation=accumulation)
-            with TemporaryDirectory() as folder:
-                arguments = (folder, kind, setting, accumulation, ranks)
-                torch.multiprocessing.spawn(measure_sharded, arguments, nprocs=ranks)
-                measured = torch.load(Path(folder, "0.pt"))
-            for method in METHODS:
-                predicted, real = beyond(plan[method]), measured[method]
-                yield {
-                    "model": kind, "dtype": setting[0], "adapters": setting[1], "lora_dropout": setting[2],
-                    "checkpointing": setting[3], "method": method, "phase": plan[method].phase, "predicted": predicted,
-                    "measured": real, "error": predicted / real - 1, "fsdp": ranks,
-                    "gradient_accumulation": accumulation,
-                }  # fmt: skip
+    accumulated = (1, SETTINGS[0]), (3, ("bfloat16", "float32", 0.0, True))
+    for kind, (accumulation, setting) in product(SHARDED, accumulated):
+        shared = {"fsdp": ranks, "gradient_accumulation": accumulation}
+        asked = [dict(zip(NAMES, (kind, *setting, method), strict=True)) | shared for method in METHODS]
+        if all(known(row) for row in asked):
+            continue
+        plan = planned(kind, *setting, **shared)
+        with TemporaryDirectory() as folder:
+            arguments = (folder, kind, setting, accumulation, ranks)
+            torch.multiprocessing.spawn(measure_sharded, arguments, nprocs=ranks)
+            measured = torch.load(Path(folder, "0.pt"))
+        for row in asked:
+            yield {**row, **compared(plan[row["method"]], measured[row["method"]])}

@@ -16,7 +16,7 @@ FULL, LORA, REFERENCE, OURS = METHODS = ("full fine-tuning", "PEFT LoRA", "refer
 
 
 class CannotAdapt(ValueError):
-    """A method that cannot adapt the modules that the others adapt, and why."""
+    """A method that cannot adapt the modules that were asked for, and why."""
 
 
 def adapt(
@@ -38,22 +38,26 @@ def adapt(
     lora_alpha / r, of which None makes 1. ``loop`` is the class of the loop's layers.
 
     Raises:
-        CannotAdapt: PEFT's LoRA cannot adapt these modules, and no others.
-        ValueError: targets that match nothing, or that cannot be adapted.
+        CannotAdapt: modules that their model never calls, or that PEFT's LoRA cannot adapt without others.
+        ValueError: targets that match nothing, or that are no linear layers.
     """
     from peft import get_peft_model  # heavy, and many want the names alone
 
     from multilora_fast.peft import MultiLoraConfig
+    from multilora_fast.peft.targets import Bypassed
 
     if method == FULL:
         return model
     options["target_modules"] = targets if isinstance(targets, str) else list(targets)
     ours = MultiLoraConfig(r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options)
-    if method == LORA:
-        # Its layers are on the meta device, and draw no random numbers.
-        example = get_peft_model(cast(Any, shallow_copy(model)), ours, low_cpu_mem_usage=True)
-        return _as_lora(model, example, {**options, "lora_dropout": lora_dropout})
-    adapted = get_peft_model(cast(Any, model), ours, autocast_adapter_dtype=False)
+    try:
+        if method == LORA:
+            # Its layers are on the meta device, and draw no random numbers.
+            example = get_peft_model(cast(Any, shallow_copy(model)), ours, low_cpu_mem_usage=True)
+            return _as_lora(model, example, {**options, "lora_dropout": lora_dropout})
+        adapted = get_peft_model(cast(Any, model), ours, autocast_adapter_dtype=False)
+    except Bypassed as error:
+        raise CannotAdapt(str(error)) from error
     return _as_loops(adapted, loop, ours) if method == REFERENCE else adapted
 
 

@@ -22,7 +22,16 @@ from multilora_fast.console import progress
 from multilora_fast.memory import fsdp as sharding
 from multilora_fast.memory.methods import FULL, METHODS, CannotAdapt
 from multilora_fast.memory.report import MemoryPlan, MethodPlan, cublas_workspaces, parse_memory
-from multilora_fast.memory.step import OPTIMIZERS, PACKED, PHASES, Step, StepSettings, build, decoder_layers
+from multilora_fast.memory.step import (
+    OPTIMIZERS,
+    PACKED,
+    PHASES,
+    CannotCount,
+    Step,
+    StepSettings,
+    build,
+    decoder_layers,
+)
 from multilora_fast.models import model_source
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.validation import check_hyperparameters, check_integer
@@ -122,7 +131,7 @@ def plan_memory(
         fsdp=fsdp,
         options=options,
     )
-    notes = _check_positions(config, settings)
+    notes = [*_check_positions(config, settings), *_check_experts(config, settings)]
     workspace = cublas_workspaces(device_memory) if device == "cuda" else 0
     budget = None if available is None else int(available * (1 - headroom)) - workspace
     whole = not _equal_layers(config, settings)
@@ -152,12 +161,28 @@ def _plan(
     """The plan of a method, or why it has none."""
     try:
         count = cache(counter(config, method, settings, whole=whole))
+        plan = MethodPlan.of(method, count(batch), workspace)
     except CannotAdapt as error:
         return str(error)
-    plan = MethodPlan.of(method, count(batch), workspace)
+    except CannotCount as error:
+        if method == FULL:  # which is the first
+            raise
+        return _reason(config, settings, error)
     if budget is None:
         return plan
     return replace(plan, largest_batch=largest_batch(lambda rows: [count(rows)[p] for p in PHASES], budget, batch))
+
+
+def _reason(config: PreTrainedConfig, settings: StepSettings, error: CannotCount) -> str:
+    """Why a model whose full step can be counted has none with these modules adapted."""
+    linears = [m for m in build(config, FULL, settings).named_modules() if isinstance(m[1], nn.Linear)]
+    own = sorted({name.rpartition(".")[2] for name, m in linears if type(m).forward is not nn.Linear.forward})
+    if not own:
+        return str(error)
+    return (
+        f"of these modules {', '.join(own)} computes something else than a linear layer does "
+        f"({error.__cause__}): leave it out with exclude_modules."
+    )
 
 
 def counter(
@@ -259,6 +284,15 @@ def _check_positions(config: PreTrainedConfig, settings: StepSettings) -> list[s
     said = f"seq_len {asked} is beyond the {positions} positions that this {kind} is made for."
     warnings.warn(said, stacklevel=3)
     return [said]
+
+
+def _check_experts(config: PreTrainedConfig, settings: StepSettings) -> list[str]:
+    """What there is to say of experts that are not counted as they are."""
+    asked = getattr(config.get_text_config(), "_experts_implementation", None)
+    modules = build(config, FULL, settings).modules() if asked == "eager" else ()
+    if not any(type(module).__name__.endswith("Experts") for module in modules):
+        return []
+    return ["Eager experts hold what depends on the tokens of each: they are counted as transformers' grouped_mm."]
 
 
 def _check_choice(name: str, value, choices) -> None:

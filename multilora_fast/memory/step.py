@@ -2,6 +2,7 @@
 torch's FakeTensorMode, where a tensor has a shape, a dtype and the size of a storage, but no bytes."""
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -52,7 +53,9 @@ def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
     """The causal LM as ``method`` trains it, on the meta device.
 
     Raises:
-        ValueError: it cannot be built, or adapted.
+        CannotCount: it cannot be built.
+        CannotAdapt: the method cannot adapt its modules.
+        ValueError: targets that match nothing.
     """
     with _quiet(), torch.device("meta"):
         with explained(config):
@@ -66,29 +69,42 @@ def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
 
 
 def causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """A model of ``config`` with the attention that transformers chooses for it, or its own where it asks for eager."""
+    """A model of ``config`` with the attention that transformers chooses for it, or its own where it asks for eager,
+    and with its choice of experts, where they are not batched_mm's."""
     config = copy.deepcopy(config)
     if config._attn_implementation != "eager":  # the choice of another machine, or of packages that may not be here
         config._attn_implementation_internal = None
+    if getattr(config.get_text_config(), "_experts_implementation", None) != "batched_mm":
+        config._experts_implementation = None
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+# What the code of a model raises where its config contradicts itself, or where it asks a tensor for its values.
+OF_MODELS = (RuntimeError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, ImportError)
+
+
+class CannotCount(ValueError):
+    """A model that cannot be built from its config, or whose step depends on the values of its tensors."""
 
 
 @contextmanager
 def explained(config: PreTrainedConfig) -> Iterator[None]:
-    """Turns what a model raises inside into a ValueError that names it."""
+    """Turns what a model raises inside into a CannotCount that names it."""
     try:
         yield
-    except Exception as error:
+    except OF_MODELS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
+        raise CannotCount(
             f"model_or_config is a {type(config).__name__}, whose step cannot be counted without its values: {reason}"
         ) from error
 
 
 @contextmanager
 def _quiet():
-    """Without the warnings of libraries about each other, and of scales in half precision, which nobody trains here."""
-    with warnings.catch_warnings():
+    """Without the warnings of libraries about each other, and of scales in half precision, which nobody trains here,
+    and without the tracebacks that torch logs of errors that :func:`explained` explains."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    with warnings.catch_warnings(), patch.object(log, "disabled", True):
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="lora_scaling is trained in")
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")
@@ -164,9 +180,10 @@ class Step:
             handles = self._watch(alive, trainable)
             try:
                 with alive:
-                    found |= self._forward_and_backward(ids, alive)
-                    if s.gradient_accumulation > 1:  # the third and those after it are as the second
-                        self._forward_and_backward(ids, alive)
+                    for last in self._backwards():
+                        if s.fsdp is not None:
+                            self.model.set_requires_gradient_sync(last)
+                        found = self._forward_and_backward(ids, alive) | found
                     found["gradients"] = alive.kinds["gradients"]
                     own = trainable if s.fsdp is None else _shards(trainable)
                     alive.phase = STEP
@@ -186,6 +203,13 @@ class Step:
         alive.at_peak[STEP]["gradients"] = found["gradients"]
         kinds = ("gradients", "activations")
         return found | {f"{phase}: {kind}": alive.at_peak[phase][kind] for phase in PHASES for kind in kinds}
+
+    def _backwards(self) -> list[bool]:
+        """Whether each backward that is counted is the last one, before which the Trainer keeps FSDP2's gradients
+        whole on every GPU. What is left out is as the one before it."""
+        apart = 2 if self.settings.fsdp is None else 3
+        few = min(self.settings.gradient_accumulation, apart)
+        return [False] * (few - 1) + [True]
 
     def _forward_and_backward(self, ids: Tensor, alive: AliveBytes) -> dict[str, int]:
         """A forward and its backward; returns what is kept in between."""

@@ -20,6 +20,10 @@ _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _MAMBA_LAYERS = ("out_proj", "conv1d")
 
 
+class Bypassed(ValueError):
+    """A module that its model never calls, so that no adapter on it would learn."""
+
+
 def is_all_linear(config: Any) -> bool:
     return isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
 
@@ -57,10 +61,10 @@ def choose_all_linear(config: Any, model: nn.Module) -> None:
 
 
 def check_mamba(model: nn.Module, name: str) -> None:
-    """Raise a ValueError if the module called ``name`` is one that Mamba's kernels pass by."""
+    """Raise Bypassed if the module called ``name`` is one that Mamba's kernels pass by."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _MAMBA and name in _MAMBA_LAYERS:
-        raise ValueError(
+        raise Bypassed(
             f"Target module {name} is incompatible with Mamba-based models (model_type={kind!r}), whose kernels read "
             "its weight and not its output: leave it out with exclude_modules."
         )

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from decoders import DECODERS, MIXTURES, STATE_SPACES
 from peft import get_peft_model
 from torch import distributed as dist
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
@@ -18,9 +19,11 @@ from multilora_fast.memory.report import MethodPlan, cublas_workspaces
 from multilora_fast.memory.step import STEP, Step, StepSettings
 
 SMALL = {"batch": 2, "seq_len": 16, "r": 4, "device": "cpu"}
-REFUSED = {"jetmoe", "phimoe"}  # sizes that depend on values; a router that no adapter can be put on
-MAMBA = {"mamba", "mamba2", "falcon_mamba", "falcon_h1"}  # all-linear names their out_proj, which cannot be adapted
-everything = pytest.mark.skipif(os.environ.get("ARCHITECTURES") != "all", reason="run by `make architectures`")
+DENSE = ("qwen3_next", "deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe")  # whose MLPs PEFT takes for experts
+REFUSED = {"jetmoe": ["all"], **{kind: [LORA] for kind in DENSE}}
+LISTED = (*DECODERS, *MIXTURES, *STATE_SPACES)
+EVERYTHING = os.environ.get("ARCHITECTURES") == "all"
+everything = pytest.mark.skipif(not EVERYTHING, reason="run by `make architectures`")
 
 
 def llama(layers=2, **options) -> LlamaConfig:
@@ -38,19 +41,36 @@ def settings(**options) -> StepSettings:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "falcon", "mpt", "gpt_neo", "gptj", "mixtral", "jetmoe", "phimoe"])
+@pytest.mark.parametrize("kind", TYPES if EVERYTHING else ["mpt", "jetmoe", "phimoe", "qwen3_moe"])
 def test_types_are_planned_or_refused_in_one_sentence(kind):
     said = refusal(kind)
-    assert bool(said) == (kind in REFUSED)
-    if said:
-        assert said.startswith(f"model_or_config is a {type(config(kind)).__name__}, whose step cannot be counted")
-        assert "\n" not in said
+    assert list(said) == REFUSED.get(kind, [])
+    for reason in said.values():
+        assert reason.endswith((".", "]"))
+        assert "\n" not in reason
+    if kind == "jetmoe":
+        assert said["all"].startswith("model_or_config is a JetMoeConfig, whose step cannot be counted without")
 
 
 @everything
-@pytest.mark.parametrize("kind", TYPES)
-def test_every_type_is_planned_or_refused(kind):
-    assert bool(refusal(kind)) == (kind in REFUSED | MAMBA)
+@pytest.mark.parametrize("of", LISTED, ids=lambda of: of.name)
+def test_the_listed_architectures_are_planned(of):
+    """With the targets and exclusions of the list, all but one; without, one that cannot be adapted says so."""
+    config = of.build().config
+    asked = {**SMALL, "seq_len": 12, "dtype": "float32", "lora_dropout": 0.05}
+    for exclude in {tuple(of.exclude or ()), ()}:
+        options = {"target_modules": of.targets, "exclude_modules": list(exclude) or None}
+        if of.name == "jetmoe":
+            with pytest.raises(ValueError, match="model_or_config is a JetMoeConfig"):
+                plan_memory(config, **asked, **options)
+            continue
+        plan = plan_memory(config, **asked, **options)
+        assert {FULL, *plan.refused} | {plan.method for plan in plan.methods} == set(METHODS)
+        assert OURS not in plan.refused or (of.exclude and not exclude)
+
+
+def test_the_types_are_those_of_the_list():
+    assert {of.name for of in LISTED} <= set(TYPES)
 
 
 @pytest.mark.parametrize(
