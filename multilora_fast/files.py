@@ -31,16 +31,18 @@ def check_folder(name: str, folder: str | os.PathLike) -> None:
         raise ValueError(f"{name} {folder} cannot be written: no permission for {existing}.")
 
 
-def check_file(name: str, path: Path) -> None:
+def check_file(name: str, path: str | os.PathLike) -> None:
     """Raise ValueError if ``path``, the value of the argument ``name``, can be no file to write to."""
+    path = as_path(name, path)
     if path.is_dir():
         raise ValueError(f"{name} {path} is a directory; give a file.")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{name} {path}: its directory does not exist.")
 
 
-def check_plot(name: str, path: Path) -> None:
+def check_plot(name: str, path: str | os.PathLike) -> None:
     """:func:`check_file`, and that its suffix is one of a picture."""
+    path = as_path(name, path)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"{name} must end in .png, .pdf or .svg, but is {path}.")
     check_file(name, path)

@@ -23,6 +23,7 @@ def plan(
     target_modules: Annotated[
         str, typer.Option(help="Names of the linear layers to adapt, with commas, or all-linear.")
     ] = "all-linear",
+    exclude_modules: Annotated[str | None, typer.Option(help="Layers to leave alone.", show_default="none")] = None,
     dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = "bfloat16",
     adapter_dtype: Annotated[
         str | None, typer.Option(help="Of the adapters.", show_default="float32, as PEFT has it")
@@ -47,9 +48,9 @@ def plan(
         str | None, typer.Option(help="Find it for a size of memory, e.g. 24GiB.", show_default="none")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Write a bar chart of the peaks, e.g. plan.png.", show_default="none")
+        str | None, typer.Option(help="Write a bar chart of the peaks, e.g. plan.png.", show_default="none")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the plan as JSON.", show_default="none")] = None,
+    output: Annotated[str | None, typer.Option(help="Write the plan as JSON.", show_default="none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, sizes in bytes.")] = False,
 ) -> None:
     """Say what a training step will hold, by full fine-tuning, LoRA, the naive loop and this library."""
@@ -65,7 +66,9 @@ def plan(
     from multilora_fast.memory.plan import plan_memory
 
     transformers_logging.set_verbosity_error()
-    names = [name.strip() for name in target_modules.split(",") if name.strip()]
+    names, excluded = (
+        [name.strip() for name in text.split(",") if name.strip()] for text in (target_modules, exclude_modules or "")
+    )
     warnings.simplefilter("ignore")  # the plan's notes say what there is to say
     found = plan_memory(
         model,
@@ -83,6 +86,7 @@ def plan(
         device=device,
         device_memory=gpu if gpu is not None else gpu_memory,
         scaling=scaling,
+        exclude_modules=excluded or None,
         gradient_accumulation=gradient_accumulation,
         fsdp=fsdp,
     )
@@ -91,6 +95,6 @@ def plan(
     if plot is not None:
         print(f"wrote {found.plot(plot)}", file=say)
     if output is not None:
-        with atomic_file(output) as unfinished:
+        with atomic_file(Path(output)) as unfinished:
             unfinished.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
         print(f"wrote {output}", file=say)

@@ -1,4 +1,8 @@
-"""What operations on a CUDA GPU keep and make that the same on a CPU do not, in shapes and dtypes alone."""
+"""What operations on a CUDA GPU keep and make that the same on a CPU do not, in shapes and dtypes alone.
+
+The operations are patched by name: a mode for functions is off while backward recomputes a checkpointed layer, and a
+CPU build of torch has no kernels that fake tensors on "cuda" could be sent to.
+"""
 
 import math
 from contextlib import contextmanager

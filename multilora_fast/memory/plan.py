@@ -66,7 +66,8 @@ def plan_memory(
     lora_num·r, the reference loop and the fused op.
 
     All methods adapt the same modules, those that a MultiLoraConfig of these arguments takes; one that cannot is in the
-    plan's ``refused``, with the reason. The step keeps no cache of keys and values, as transformers' Trainer trains.
+    plan's ``refused``, with the reason. The step keeps no cache of keys and values: ``use_cache`` is False, as in
+    transformers' Trainer.
 
     Args:
         model_or_config: a transformers config, a model (of which the config is read), a directory or a hub id.
@@ -85,7 +86,8 @@ def plan_memory(
         device_memory: an int of bytes, a size such as "24GiB" or a GPU's name such as "H100": adds the largest batch.
         headroom: the share of device_memory that is left free, for the CUDA context and the allocator's fragments, and
             for cuBLAS's workspaces where they are not counted. They are on an H100 or H200, named or in this machine.
-        gradient_accumulation: forwards and backwards per optimizer step, the gradients of which add up.
+        gradient_accumulation: forwards and backwards per optimizer step, the gradients of which add up; under FSDP2
+            they stay whole on every GPU until the last, as transformers' Trainer has it.
         fsdp: GPUs that share weights, gradients and the optimizer's state under FSDP2, each decoder layer and the rest
             sharded by fully_shard. All figures are then those of the first GPU. None: each holds all of them.
         options: further fields of MultiLoraConfig.

@@ -145,10 +145,10 @@ class MemoryPlan:
         """Write a bar chart of the peaks, by kind; the format is the path's suffix: .png, .pdf or .svg.
 
         Raises:
-            ValueError: another suffix, no such directory, or matplotlib is not installed.
+            ValueError: no path, another suffix, no such directory, or matplotlib is not installed.
         """
-        path = Path(path)
         check_plot("path", path)
+        path = Path(path)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:

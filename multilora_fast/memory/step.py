@@ -58,7 +58,7 @@ def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
         ValueError: targets that match nothing.
     """
     with _quiet(), torch.device("meta"):
-        with explained(config):
+        with explained(config, "of which no model can be built"):
             model = causal_lm(config, s.dtype)
             model.config.use_cache = False
             if s.checkpointing:
@@ -81,6 +81,7 @@ def causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
 
 # What the code of a model raises where its config contradicts itself, or where it asks a tensor for its values.
 OF_MODELS = (RuntimeError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, ImportError)
+UNCOUNTED = "whose step cannot be counted without its values"
 
 
 class CannotCount(ValueError):
@@ -88,15 +89,13 @@ class CannotCount(ValueError):
 
 
 @contextmanager
-def explained(config: PreTrainedConfig) -> Iterator[None]:
-    """Turns what a model raises inside into a CannotCount that names it."""
+def explained(config: PreTrainedConfig, what: str) -> Iterator[None]:
+    """Turns what a model raises inside into a CannotCount that names it, and says ``what`` cannot be done."""
     try:
         yield
     except OF_MODELS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CannotCount(
-            f"model_or_config is a {type(config).__name__}, whose step cannot be counted without its values: {reason}"
-        ) from error
+        raise CannotCount(f"model_or_config is a {type(config).__name__}, {what}: {reason}") from error
 
 
 @contextmanager
@@ -170,7 +169,7 @@ class Step:
         s, found = self.settings, self.fixed()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         held = [fsdp.local(t) for t in (*self.model.parameters(), *self.model.buffers())]
-        with self.mode, self._as_run(), explained(self.config), _quiet():
+        with self.mode, self._as_run(), explained(self.config, UNCOUNTED), _quiet():
             ids = torch.zeros(batch, s.seq_len, dtype=torch.long)
             if s.fsdp is not None:  # a first step makes the storages that it gathers weights into, and keeps
                 with AliveBytes(held):

@@ -9,8 +9,10 @@ import torch
 from tiny import gpt2
 from transformers import LlamaConfig, T5Config
 
+from bench.causal_lms import config as sized
 from multilora_fast import plan_memory
 from multilora_fast.memory.report import parse_memory, shown_memory
+from multilora_fast.memory.step import explained
 
 CONFIG = "model_or_config must be"
 SMALL = {"batch": 2, "seq_len": 16, "r": 4}
@@ -78,14 +80,38 @@ def run(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
+def test_a_model_that_cannot_be_counted_is_one_line_without_a_traceback(tmp_path):
+    sized("jetmoe").save_pretrained(tmp_path)
+    done = run(tmp_path, "--batch", 2, "--seq-len", 16)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "model_or_config is a JetMoeConfig, whose step cannot be counted without its values" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [{"num_attention_heads": 0}, {"hidden_act": "nothing"}])
+def test_configs_that_contradict_themselves_name_the_model(wrong):
+    contradicted = config()
+    for name, value in wrong.items():
+        setattr(contradicted, name, value)
+    with pytest.raises(ValueError, match="model_or_config is a LlamaConfig, of which no model can be built: "):
+        plan_memory(contradicted, **SMALL)
+
+
+def test_our_own_mistakes_are_not_explained_away():
+    with pytest.raises(AssertionError), explained(config(), "of"):
+        raise AssertionError
+
+
 def test_the_command(tmp_path):
     gpt2().config.save_pretrained(tmp_path)
     files = ("--plot", tmp_path / "p.png", "--output", tmp_path / "p.json")
-    done = run(tmp_path, "--batch", 2, "--seq-len", 16, "--gpu", "L4", *files)
+    done = run(tmp_path, "--batch", 2, "--seq-len", 16, "--gpu", "L4", "--exclude-modules", "c_fc, c_proj", *files)
     assert done.returncode == 0, done.stderr
     assert "largest batch in 22 GiB" in done.stdout
     assert (tmp_path / "p.png").is_file()
-    assert json.loads((tmp_path / "p.json").read_text())["asked"]["device_memory"] == 22 * 2**30
+    asked = json.loads((tmp_path / "p.json").read_text())["asked"]
+    assert asked["device_memory"] == 22 * 2**30
+    assert asked["options"]["exclude_modules"] == ["c_fc", "c_proj"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +120,8 @@ def test_the_command(tmp_path):
         (["./nowhere"], "model ./nowhere: no such directory."),
         (["./nowhere", "--gpu", "H100", "--gpu-memory", "2GiB"], "--gpu and --gpu-memory both say"),
         (["./nowhere", "--plot", "no/such/place.png"], "--plot no/such/place.png: its directory does not exist."),
+        (["./nowhere", "--plot", ""], "--plot is an empty text; give a path."),
+        (["./nowhere", "--output", ""], "--output is an empty text; give a path."),
     ],
 )
 def test_mistakes_of_the_command_are_one_line(arguments, message):
