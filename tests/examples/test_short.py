@@ -32,6 +32,7 @@ def test_fused(tmp_path):
     assert fuse_existing.main(str(tmp_path / "adapter")) == 0
 
 
-def test_experts_beside_lora(tmp_path):
+def test_experts_beside_lora(tmp_path, capsys):
     losses = experts.main(str(tmp_path))
+    assert float(capsys.readouterr().out.split()[-1]) < 1e-5
     assert max(losses.values()) < 4.05  # log(64) is 4.16

@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_training import ROWS, arguments, losses, make_tokenizer, trained
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from multilora_fast import MultiLoraConfig
+from multilora_fast import MultiLoraConfig, export_lora
 from multilora_fast.peft.experts import MultiLoraProjection
 
 BOTH = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
@@ -61,6 +61,9 @@ def test_the_trainer_trains_experts_beside_lora(tmp_path):
     loaded = PeftModel.from_pretrained(moe(), tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
     assert (logits(loaded) - logits(moe())).abs().max() > 0.1
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    exported = PeftModel.from_pretrained(moe(), tmp_path / "lora")
+    assert (logits(exported) - logits(model)).abs().max() <= 5e-6 * logits(model).abs().max()
 
 
 def test_a_resumed_run_has_the_same_losses(tmp_path):
