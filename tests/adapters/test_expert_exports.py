@@ -158,7 +158,15 @@ def test_the_projection_that_is_missing_where_there_is_no_gate(tmp_path):
         model = adapted("nemotron_h", target_parameters=[name])
         model.save_pretrained(tmp_path / "source")
         export_lora(tmp_path / "source", tmp_path / "out")
-        assert_same(model, reloaded(tmp_path / "out", "nemotron_h"))
+        lora = reloaded(tmp_path / "out", "nemotron_h")
+        assert_same(model, lora)
+        assert lora.get_submodule("model.model.layers.0.mixer.experts.base_layer").parameter_name == "up_proj"
+
+
+def test_gate_and_up_are_joined_where_peft_rewrites_no_names(tmp_path):
+    model = adapted("qwen2_moe", target_modules=[])
+    export_lora(model, tmp_path, layout="per-expert")
+    assert_same(model, reloaded(tmp_path, "qwen2_moe"))
 
 
 def test_what_servers_read_in_the_files(tmp_path):
