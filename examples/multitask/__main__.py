@@ -12,18 +12,27 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.multitask", description=__doc__)
-    parser.add_argument("--output", type=Path, help="folder of the results (default: results, quick: quick-results)")
-    parser.add_argument("--quick", action="store_true", help="every part once, small, in under 10 minutes")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: by the profile)")
+    parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu", help="the scale (default: cpu)")
+    parser.add_argument("--prepared", type=Path, help="what python -m examples.multitask.prepare made: for gpu")
+    parser.add_argument("--quick", action="store_true", help="every part once, small; on the cpu in under 10 minutes")
     parser.add_argument("--report-only", action="store_true", help="run nothing: write the report of what is there")
     parser.add_argument("--list", action="store_true", help="run nothing: name the finished runs and the next one")
     parser.add_argument("--max-runs", type=int, help="stop after so many runs")
+    parser.add_argument("--minutes", type=float, help="begin no run that would probably take longer")
+    parser.add_argument("--workers", type=int, default=1, help="runs side by side on the device")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
-    for name in ("threads", "max_runs"):
+    if (options.profile == "gpu") != (options.prepared is not None):
+        parser.error("--profile gpu, and no other, takes --prepared FOLDER.")
+    if options.minutes is not None and options.minutes <= 0:
+        parser.error(f"--minutes must be above 0, not {options.minutes:g}.")
+    for name in ("threads", "max_runs", "workers"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}.")
-    folder = options.output or HERE / ("quick-results" if options.quick else "results")
+    default = ("quick-" if options.quick else "") + ("gpu-" if options.profile == "gpu" else "") + "results"
+    folder = options.output or HERE / default
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it is loaded but not used
@@ -38,25 +47,32 @@ def main() -> None:
 
 
 def _study(options: argparse.Namespace, folder: Path) -> None:
-    import torch
+    from functools import partial
 
-    from examples.multitask.execute import read_results, run_missing
+    from examples.multitask.execute import read_results
     from examples.multitask.page import report
     from examples.multitask.plan import Study, next_run, quick
+    from examples.multitask.profile import gpu
+    from examples.multitask.schedule import run_missing, run_side_by_side
     from multilora_fast.devices import choose_device, choose_dtype
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     recorded = next(iter(read_results(folder / "runs", None).values()), None)  # another machine goes on in its dtype
     native = str(choose_dtype("auto", device)).removeprefix("torch.")
     dtype = recorded["settings"]["dtype"] if recorded else native
-    study = quick(dtype) if options.quick else Study(dtype=dtype)
+    study = gpu(dtype) if options.profile == "gpu" else Study(dtype=dtype)
+    study = quick(study) if options.quick else study
     done = read_results(folder / "runs", study)
+    load = partial(_bench, study, device, options.prepared, options.threads)
     if options.list:
         print(*done, sep="\n")
     elif not options.report_only and next_run(study, done) is not None:
-        run_missing(folder / "runs", study, _bench(study, device), done, options.max_runs)
+        limits = {"limit": options.max_runs, "minutes": options.minutes}
+        print("Loading the model and the tasks ...", flush=True)
+        if options.workers == 1:
+            run_missing(folder / "runs", study, load(), done, **limits)
+        else:
+            run_side_by_side(folder / "runs", study, load, done, workers=options.workers, **limits)
     if not options.list:
         report(folder, study, done)
         print(f"Wrote {folder / 'README.md'}.")
@@ -64,17 +80,24 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
     print("The study is complete." if missing is None else f"Next: {missing.name}.")
 
 
-def _bench(study, device):
+def _bench(study, device, prepared: Path | None, threads: int | None):
     import torch
 
     from examples.multitask.data import real_tasks, split
     from examples.multitask.execute import Bench
-    from examples.multitask.methods import prepared
+    from examples.multitask.methods import prepared as with_float32_head
+    from examples.multitask.prepare import read
     from multilora_fast.models import load_model, load_tokenizer
 
-    print("Loading the model and the tasks ...", flush=True)
+    if threads:
+        torch.set_num_threads(threads)
+    if prepared:
+        items = read(prepared, study)
+        base = load_model(str(prepared / "model"), torch.float32, device)
+        return Bench(with_float32_head(base), None, items, "SmolLM2-135M-Instruct")
     tokenizer = load_tokenizer(None)
-    return Bench(prepared(load_model(None, torch.float32, device)), tokenizer, split(real_tasks(), study, tokenizer))
+    base = load_model(None, torch.float32, device)
+    return Bench(with_float32_head(base), tokenizer, split(real_tasks(), study, tokenizer))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Five tasks as multiple choice, and their items: to train on, to choose by, and to be tested on, all apart."""
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,9 +13,10 @@ from multilora_fast.models import package_dir
 
 @dataclass(frozen=True)
 class Items:
-    """By task: examples to train on, of which each seed draws its own, and the fixed validation and test items."""
+    """By task: examples to train on, of which each seed draws its own, and the fixed validation and test items. From a
+    prepared folder those to train on are token ids as well."""
 
-    train: dict[str, list[Example]]
+    train: dict[str, list]
     validation: dict[str, list[Encoded]]
     test: dict[str, list[Encoded]]
 
@@ -60,6 +63,26 @@ def mixture(items: Items, study: Study, tokenizer, seed: int) -> list[Encoded]:
         if len(examples) < each:
             raise ValueError(f"{name} has {len(examples)} examples of at most {study.max_length} tokens, not {each}.")
     return [example for one_of_each in zip(*drawn, strict=True) for example in one_of_each]
+
+
+def drawn(items: Items, study: Study, tokenizer, seed: int) -> list[Encoded]:
+    """As many examples as :func:`mixture`, of tasks that are drawn by the root of their sizes; a task's examples come
+    again when all have been seen. They are token ids already, so ``tokenizer`` is not read."""
+    order = random.Random(seed)
+    weights = [math.sqrt(len(rows)) for rows in items.train.values()]
+    names = order.choices(list(items.train), weights, k=study.steps * study.batch_size)
+    left: dict[str, list[Encoded]] = {name: [] for name in items.train}
+    found = []
+    for name in names:
+        if not left[name]:
+            left[name] = order.sample(items.train[name], len(items.train[name]))
+        found.append(left[name].pop())
+    return found
+
+
+def shuffled(rows: Sequence[Encoded], study: Study, seed: int) -> list[Encoded]:
+    """One pass over a task, or as much of it as a run takes."""
+    return random.Random(seed).sample(list(rows), min(len(rows), study.steps * study.batch_size))
 
 
 def _first_line(example: Example) -> str:

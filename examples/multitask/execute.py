@@ -1,11 +1,9 @@
 """One run from a fresh model to its record; records as files, each written whole or not at all."""
 
-import gc
-import itertools
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,8 +13,8 @@ from tqdm import tqdm
 
 from bench.environment import conditions
 from examples.multitask import methods
-from examples.multitask.data import Items, mixture
-from examples.multitask.plan import COST, ZERO_SHOT, Run, Study, next_run, validation_score
+from examples.multitask.data import Items, drawn, mixture, shuffled
+from examples.multitask.plan import COST, METHODS, ZERO_SHOT, Run, Study, validation_score
 from multilora_fast.demo.compare import build_methods, compare
 from multilora_fast.demo.scoring import Encoded, all_scores
 from multilora_fast.demo.tasks import majority_rate
@@ -42,21 +40,6 @@ class Bench:
         return next(self.base.parameters()).device
 
 
-def run_missing(folder: Path, study: Study, bench: Bench, done: dict[str, dict], limit: int | None = None) -> None:
-    """Run what is not in ``done``, at most ``limit`` runs; each is added to it, and to ``folder`` as a file."""
-    for _ in itertools.count() if limit is None else range(limit):
-        run = next_run(study, done)
-        if run is None:
-            return
-        print(f"{time.strftime('%H:%M:%S')}  {run.name} ...", end="", flush=True)
-        record = execute(run, study, bench)
-        gc.collect()  # models are cycles, and the next run needs their room
-        write_record(folder / f"{run.name}.json", record)
-        done[run.name] = record
-        said = f", validation {validation_score(record)[0]:.3f}" if "validation" in record else ""
-        print(f" {record['seconds']:.0f} s{said}", flush=True)
-
-
 def execute(run: Run, study: Study, bench: Bench) -> dict:
     """The record of a run, ready for JSON."""
     started = time.perf_counter()
@@ -74,30 +57,46 @@ def execute(run: Run, study: Study, bench: Bench) -> dict:
 
 def _trained(run: Run, study: Study, bench: Bench) -> dict:
     torch.manual_seed(run.seed)
-    examples = mixture(bench.items, study, bench.tokenizer, run.seed)
+    method = METHODS[run.method]
+    examples = (mixture if study.micro_tokens is None else drawn)(bench.items, study, bench.tokenizer, run.seed)
+    if method.task:  # a mixture of one, in one pass
+        examples = shuffled(bench.items.train[method.task], study, run.seed)
     record: dict = {}
-    if run.method == "task-arithmetic":
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if method.kind == "sum":
         with tempfile.TemporaryDirectory() as scratch:
             model, training = methods.task_sum(bench.base, examples, study, run.rate, Path(scratch))
         record["task_weight"] = _best_weight(model, study, bench)
         methods.set_task_weight(model, record["task_weight"])
     else:
-        model = methods.adapted(bench.base, run.method, study.total_rank)
+        model = methods.adapted(bench.base, run.method, study.rank(run.method))
         record["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         training = methods.train(model, examples, study, run.rate)
+    if bench.device.type == "cuda":
+        record["cuda_peak"] = torch.cuda.max_memory_allocated()
     record["losses"] = [round(loss, 4) for loss in training.losses]
     record |= {"tokens": training.tokens, "training_seconds": round(training.seconds, 2)}
     record["tokens_per_second"] = round(training.tokens / training.seconds, 1)
-    record |= _evaluated(model.eval(), study, bench)
-    before = bench.base if run.method == "full" else None
-    record["spectrum"] = _spectrum(model, before, study.total_rank, run.seed == 0)
-    if run.method != "task-arithmetic":
+    parts = ("validation", "test") if study.is_tested(run) else ("validation",)
+    record |= _evaluated(model.eval(), study, bench, parts, method.task)
+    before = bench.base if method.kind == "full" else None
+    if study.is_tested(run):
+        record["spectrum"] = _spectrum(model, before, study.total_rank, run.seed == (study.first_tested or 0))
+    if study.compared_rounds and method.kind != "sum":
         record["memory"] = methods.memory(model.train(), examples, study)
     return record
 
 
-def _evaluated(model: nn.Module, study: Study, bench: Bench) -> dict:
-    return {part: _answers(model, getattr(bench.items, part), study) for part in ("validation", "test")}
+def _evaluated(
+    model: nn.Module, study: Study, bench: Bench, parts: Sequence[str] = ("validation", "test"), task: str | None = None
+) -> dict:
+    """Of all tasks, or of one alone."""
+    found = {}
+    for part in parts:
+        items = getattr(bench.items, part)
+        found[part] = _answers(model, items if task is None else {task: items[task]}, study)
+    return found
 
 
 def _answers(model: nn.Module, items: Mapping[str, list[Encoded]], study: Study) -> dict[str, dict]:
@@ -105,7 +104,7 @@ def _answers(model: nn.Module, items: Mapping[str, list[Encoded]], study: Study)
     found = {}
     with methods.autocast(study, next(model.parameters()).device):
         for task, examples in items.items():
-            scores = all_scores(model, examples)
+            scores = all_scores(model, examples, batch_size=max(16, (study.micro_tokens or 0) // 128))
             pairs = list(zip(scores, examples, strict=True))
             right = [int(one.argmax()) == example.answer for one, example in pairs]
             losses = [-one.log_softmax(0)[example.answer].item() for one, example in pairs]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.multitask.plan import Study
+from examples.multitask.batches import batches, tokens
+from examples.multitask.plan import METHODS, Study
 from multilora_fast import from_loras, fuse, unfuse
 from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.branches import collect
 from multilora_fast.demo.scoring import Encoded
-from multilora_fast.demo.training import pack
 from multilora_fast.memory import peak_bytes
 from multilora_fast.memory.methods import LORA, adapt, add_branches
 from multilora_fast.models import LINEARS, target_linears
@@ -55,14 +55,20 @@ def autocast(study: Study, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16, enabled=study.dtype == "bfloat16")
 
 
-def adapted(base: nn.Module, method: str, rank: int) -> nn.Module:
-    """A copy of ``base`` in which what ``method`` trains, and nothing else, requires a gradient."""
-    model = copy.deepcopy(base).requires_grad_(method == "full")
-    if method == "lora":
+def adapted(base: nn.Module, name: str, rank: int) -> nn.Module:
+    """A copy of ``base`` in which what the method ``name`` trains, and nothing else, requires a gradient."""
+    method = METHODS[name]
+    model = copy.deepcopy(base).requires_grad_(method.kind == "full")
+    if method.kind == "lora":
         return adapt(model, LORA, target_linears(model, LINEARS), r=rank, lora_num=1, task_type="CAUSAL_LM")
-    if method.startswith("multilora-"):
-        n = int(method.removeprefix("multilora-"))
-        add_branches(model, LINEARS, r=rank // n, lora_num=n)
+    if method.kind == "multilora":
+        add_branches(model, LINEARS, r=rank // method.n, lora_num=method.n)
+        for layer in collect(model).values():
+            if method.scaling == "scalar":
+                layer.lora_scaling = nn.Parameter(layer.lora_scaling.data[:, :1].clone())
+            if method.start == "B":
+                layer.lora_B.data.zero_()
+                layer.lora_scaling.data.fill_(1.0)
         fuse(model)
     return model
 
@@ -73,23 +79,32 @@ def train(model: nn.Module, examples: Sequence[Encoded], study: Study, rate: flo
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    steps = len(examples) // study.batch_size
+    steps = max(len(examples) // study.batch_size, 1)
     warmup = max(1, steps // 10)
     done = Training([], 0, 0.0)
     started = time.perf_counter()
     for step in tqdm(range(steps), desc="training", unit="step", disable=None, leave=False):
         optimizer.param_groups[0]["lr"] = rate * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
-        batch = _batch(examples[step * study.batch_size : (step + 1) * study.batch_size], device)
-        with autocast(study, device):
-            loss = model(**batch).loss
-        loss.backward()
+        chosen = examples[step * study.batch_size : (step + 1) * study.batch_size]
+        loss = _backward(model, chosen, study, device)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         done.losses.append(loss.item())
-        done.tokens += batch["input_ids"].numel()
+        done.tokens += tokens(chosen)
     done.seconds = time.perf_counter() - started
     return done
+
+
+def _backward(model: nn.Module, examples: Sequence[Encoded], study: Study, device: torch.device) -> Tensor:
+    """The mean loss of the examples' answer tokens, after its gradients have been added."""
+    total = torch.zeros((), device=device)
+    for batch in batches(examples, study.micro_tokens, device):
+        with autocast(study, device):
+            loss = model(**batch).loss
+        loss.backward()
+        total += loss.detach()
+    return total
 
 
 def task_sum(
@@ -100,7 +115,7 @@ def task_sum(
     tasks = list(dict.fromkeys(example.task for example in examples))
     done, folders = Training([], 0, 0.0), []
     for task in tasks:
-        model = adapted(base, "lora", study.total_rank // len(tasks))
+        model = adapted(base, "lora", max(study.total_rank // len(tasks), 1))
         done += train(model, [example for example in examples if example.task == task], study, rate)
         folders.append(scratch / task)
         model.save_pretrained(str(folders[-1]))
@@ -119,13 +134,10 @@ def memory(model: nn.Module, examples: Sequence[Encoded], study: Study) -> dict[
     and state; for MultiLoRA also of the loop over branches that the fused layers replace. Takes steps: the model is
     spent afterwards."""
     device = next(model.parameters()).device
-    batch = _batch(examples[: study.batch_size], device)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
 
     def step() -> None:
-        with autocast(study, device):
-            loss = model(**batch).loss
-        loss.backward()
+        _backward(model, examples[: study.batch_size], study, device)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -136,7 +148,3 @@ def memory(model: nn.Module, examples: Sequence[Encoded], study: Study) -> dict[
     if unfuse(model):
         counted["step_as_loop"] = peak_bytes(step, device)
     return counted
-
-
-def _batch(examples: Sequence[Encoded], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in pack(examples).items()}

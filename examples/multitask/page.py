@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,14 +11,13 @@ import torch
 from bench.report import table
 from examples.multitask.claims import RULES
 from examples.multitask.execute import write
-from examples.multitask.plan import METHODS, Results, Run, Study, next_run
+from examples.multitask.plan import FIRST, METHODS, Results, Run, Study, next_run
 from examples.multitask.summary import summarise
 from multilora_fast.console import MIB
 from multilora_fast.files import atomic_file
 from multilora_fast.spectrum import save_histograms
 
 TELLING = 30  # test items of a task, below which no figure is worth reading
-START, END = "<!-- results -->", "<!-- /results -->"
 
 
 def report(folder: Path, study: Study, done: Results) -> dict:
@@ -32,12 +32,21 @@ def report(folder: Path, study: Study, done: Results) -> dict:
     if unfinished is not None:
         parts.insert(0, f"**Unfinished:** the next run is `{unfinished.name}`.")
     body = "\n\n".join(parts)
-    page = folder / "README.md"
-    text = page.read_text() if page.exists() else f"# Many tasks at once\n\n{START}\n{END}\n"
-    if START not in text or END not in text:
-        raise ValueError(f"{page} lacks the markers {START} and {END}, between which the report goes.")
-    write(page, re.sub(f"{START}.*{END}", lambda _: f"{START}\n{body}\n{END}", text, flags=re.S))
+    between(folder / "README.md", "results", body)
     return summary
+
+
+def between(page: Path, name: str, body: str) -> None:
+    """Put ``body`` between the markers ``name`` of a page, which is made if it is not there.
+
+    Raises:
+        ValueError: the page lacks the markers.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    text = page.read_text() if page.exists() else f"# Many tasks at once\n\n{start}\n{end}\n"
+    if start not in text or end not in text:
+        raise ValueError(f"{page} lacks the markers {start} and {end}, between which the report goes.")
+    write(page, re.sub(f"{start}.*{end}", lambda _: f"{start}\n{body}\n{end}", text, flags=re.S))
 
 
 def _sections(summary: Mapping):
@@ -47,15 +56,16 @@ def _sections(summary: Mapping):
         yield f"## Accuracy on test items\n\n{_accuracy(summary)}\n\n{_accuracy_notes(summary)}"
         yield f"## Learning rates, by mean accuracy on validation items\n\n{_sweeps(methods)}"
     if summary["pairs"]:
-        header = ["difference of mean accuracies", "", "95 % interval", "p", "seeds"]
+        header = ["difference of mean accuracies", "", "95 % interval", "p", "p with seeds", "seeds"]
         rows = [
             [_pair_name(name), f"{p['difference']:+.3f}", f"{p['low']:+.3f} to {p['high']:+.3f}", f"{p['p']:.3g}",
-             str(len(p["seeds"]))]
+             f"{p['p_seeds']:.3g}" if "p_seeds" in p else "", str(len(p["seeds"]))]
             for name, p in summary["pairs"].items()
         ]  # fmt: skip
         yield (
             f"## Differences\n\n{table(header, rows)}\n\nIntervals: bootstrap over items and seeds. p: paired "
-            "sign-flip test over items, seeds as they are; not corrected for the number of rows."
+            "sign-flip test over items, seeds as they are; with seeds: t test of crossed random items and "
+            "seeds. Neither is corrected for the number of rows."
         )
     if methods:
         yield f"## Cost of the runs\n\n{_run_costs(methods)}"
@@ -74,7 +84,8 @@ def _conditions(summary: Mapping) -> str:
         return "No run is finished."
     first = (
         f"{' and '.join(seen['model'])}: {s['steps']} steps of {s['batch_size']} examples of at most {s['max_length']} "
-        f"tokens, total rank {s['total_rank']} on all seven linears; float32 weights, products in {s['dtype']}."
+        f"tokens, total rank {s['total_rank']}{_ranks(s)} on all seven linears; float32 weights, products in "
+        f"{s['dtype']}."
     )
     items = "; ".join(
         f"{task} {count} validation, {summary['items']['test'][task]} test"
@@ -86,29 +97,46 @@ def _conditions(summary: Mapping) -> str:
     return f"{first} Items: {items}.\n\n{last}."
 
 
+def _ranks(settings: Mapping) -> str:
+    return "".join(f" ({METHODS[method].label}: {rank})" for method, rank in settings.get("ranks", {}).items())
+
+
 def _accuracy(summary: Mapping) -> str:
-    tasks = list(next(iter(summary["methods"].values()))["tasks"])
+    tasks = _tasks(summary)
     rows = []
     for label, key in (("always the most frequent option", "majority"), ("before training", "zero_shot")):
         if key in summary:
-            found = [summary[key][task] for task in tasks]
-            rows.append([label, *(f"{a:.3f}" for a in found), f"{sum(found) / len(found):.3f}", "", ""])
+            found, mean = summary[key], _mean(summary, key)
+            rows.append([label, *(f"{found[task]:.3f}" for task in tasks), f"{mean:.3f}", "", ""])
     for method, one in summary["methods"].items():
         spread = f"{one['sd']:.3f}" if one["sd"] is not None else ""
-        accuracies = [f"{one['tasks'][task]:.3f}" for task in tasks]
-        rows.append([METHODS[method], *accuracies, f"**{one['mean']:.3f}**", spread, str(len(one["seeds"]))])
+        accuracies = [f"{one['tasks'][task]:.3f}" if task in one["tasks"] else "" for task in tasks]
+        rows.append([METHODS[method].label, *accuracies, f"**{one['mean']:.3f}**", spread, str(len(one["seeds"]))])
     return table(["method", *tasks, "mean", "sd of the mean over seeds", "seeds"], rows)
+
+
+def _tasks(summary: Mapping) -> list[str]:
+    return list(dict.fromkeys(task for one in summary["methods"].values() for task in one["tasks"]))
+
+
+def _mean(summary: Mapping, key: str) -> float:
+    return statistics.mean(summary[key][task] for task in summary["in_mean"])
 
 
 def _accuracy_notes(summary: Mapping) -> str:
     notes = ["An answer is the option of the highest summed log-probability."]
+    few = [task for task in _tasks(summary) if task not in summary.get("in_mean", _tasks(summary))]
+    if few:
+        notes.append(f"Not in the mean, for too few test items: {', '.join(few)}.")
     for method, one in summary["methods"].items():
         if not one["sweep_complete"]:
-            notes.append(f"The sweep of {METHODS[method]} is not finished: its row is provisional.")
+            notes.append(f"The sweep of {METHODS[method].label} is not finished: its row is provisional.")
         elif one["at_edge"]:
-            notes.append(f"The learning rate of {METHODS[method]} is the edge of what was tried.")
+            notes.append(f"The learning rate of {METHODS[method].label} is the edge of what was tried.")
         if "task_weight" in one:
-            notes.append(f"{METHODS[method]}: weight {one['task_weight']:g} for each, chosen on validation items.")
+            notes.append(
+                f"{METHODS[method].label}: weight {one['task_weight']:g} for each, chosen on validation items."
+            )
     return " ".join(notes)
 
 
@@ -117,13 +145,13 @@ def _sweeps(methods: Mapping) -> str:
     for method, one in methods.items():
         marks = {rate: "**" if float(rate) == one["learning_rate"] else "" for rate in one["sweep"]}
         tried = [f"{rate}: {marks[rate]}{accuracy:.3f}{marks[rate]}" for rate, accuracy in one["sweep"].items()]
-        rows.append([METHODS[method], "; ".join(tried)])
+        rows.append([METHODS[method].label, "; ".join(tried)])
     return table(["method", "learning rate: accuracy, seed 0"], rows)
 
 
 def _pair_name(name: str) -> str:
     first, second = name.split(" - ")
-    return f"{METHODS[first]} − {METHODS[second]}"  # noqa: RUF001
+    return f"{METHODS[first].label} − {METHODS[second].label}"  # noqa: RUF001
 
 
 def _run_costs(methods: Mapping) -> str:
@@ -132,7 +160,7 @@ def _run_costs(methods: Mapping) -> str:
         memory = one.get("memory", {})
         figures = [memory.get(key) for key in ("step", "optimizer", "step_as_loop")]
         rows.append(
-            [METHODS[method], f"{one['mean']:.3f}", f"{one['trainable']:,}" if "trainable" in one else "",
+            [METHODS[method].label, f"{one['mean']:.3f}", f"{one['trainable']:,}" if "trainable" in one else "",
              f"{one['tokens']:,.0f}", f"{one['tokens_per_second']:,.0f}",
              *(f"{v / MIB:,.0f}" if v is not None else "" for v in figures)]
         )  # fmt: skip
@@ -169,18 +197,19 @@ def _spectra(methods: Mapping, total_rank: int) -> str:
     for name, key, digits in zip(names, ("effective_rank", "leading", "top_share"), (2, 2, 3), strict=True):
         rows = []
         for method, one in methods.items():
-            rows.append([METHODS[method], *(f"{one['spectrum'][kind][key]:.{digits}f}" for kind in kinds)])
+            rows.append([METHODS[method].label, *(f"{one['spectrum'][kind][key]:.{digits}f}" for kind in kinds)])
         parts.append(table([name, *kinds], rows))
     note = "Means over layers and seeds. p: a singular value's share of their sum. Effective rank: exp(−Σ p log p). "  # noqa: RUF001
-    return "\n\n".join([*parts, note + f"Top share: the largest p. An adapter has at most {total_rank} values."])
+    return "\n\n".join([*parts, f"{note}Top share: the largest p. An adapter has at most as many values as its rank."])
 
 
 def _figures(folder: Path, summary: Mapping, done: Results) -> list[str]:
     spectra = {}
-    for method, one in summary["methods"].items():
-        record = done[Run(method, one["learning_rate"]).name]
+    shown = {name: one for name, one in summary["methods"].items() if name in (*FIRST, "task-arithmetic")}
+    for method, one in shown.items():
+        record = done[Run(method, one["learning_rate"], one["seeds"][0]).name]
         kept = {kind: s["values"] for kind, s in record["spectrum"].items() if "values" in s}
-        spectra[METHODS[method]] = {kind: [torch.tensor(v) for v in values] for kind, values in kept.items()}
+        spectra[METHODS[method].label] = {kind: [torch.tensor(v) for v in values] for kind, values in kept.items()}
     if not spectra:
         return []
     save_histograms(folder / "spectrum.png", spectra)
@@ -192,21 +221,22 @@ def _accuracy_figure(path: Path, summary: Mapping) -> None:
     from matplotlib.figure import Figure
 
     methods = summary["methods"]
-    tasks = list(next(iter(methods.values()))["tasks"])
+    tasks = _tasks(summary)
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     axis = figure.subplots()
     width = 0.8 / len(methods)
     for i, (method, one) in enumerate(methods.items()):
-        at = [x + i * width for x in range(len(tasks) + 1)]
-        errors = [0.0] * len(tasks) + [one["sd"] or 0.0]
-        heights = [*(one["tasks"][task] for task in tasks), one["mean"]]
-        axis.bar(at, heights, width, yerr=errors, label=METHODS[method])
+        found = [*(one["tasks"].get(task) for task in tasks), one["mean"]]
+        at = [x + i * width for x, height in enumerate(found) if height is not None]
+        heights = [height for height in found if height is not None]
+        errors = [0.0] * (len(heights) - 1) + [one["sd"] or 0.0]
+        axis.bar(at, heights, width, yerr=errors, label=METHODS[method].label)
     for key, style in (("majority", "dashed"), ("zero_shot", "dotted")):
         if key in summary:
             values = [summary[key][task] for task in tasks]
             starts = [x - width / 2 for x in range(len(tasks) + 1)]
             ends = [x + 0.8 - width / 2 for x in range(len(tasks) + 1)]
-            axis.hlines([*values, sum(values) / len(values)], starts, ends, colors="#444444", linestyles=style,
+            axis.hlines([*values, _mean(summary, key)], starts, ends, colors="#444444", linestyles=style,
                         label=key.replace("_", " "))  # fmt: skip
     axis.set_xticks([x + 0.4 - width / 2 for x in range(len(tasks) + 1)], [*tasks, "mean"])
     axis.set(ylabel="accuracy on test items", ylim=(0, 1))

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
+
+@dataclass(frozen=True)
+class Method:
+    """What is trained: everything ("full"), LoRA, MultiLoRA of ``n`` branches, or LoRAs of single tasks, summed."""
+
+    label: str
+    kind: Literal["full", "lora", "multilora", "sum"]
+    n: int = 1
+    scaling: Literal["vector", "scalar"] = "vector"
+    start: Literal["scales", "B"] = "scales"  # what is zero at first; with B, the scales are one
+    task: str | None = None  # on this task alone
+
+
+ALONE = "BoolQ"
 METHODS = {
-    "full": "full fine-tuning",
-    "lora": "LoRA",
-    "multilora-3": "MultiLoRA, n = 3",
-    "multilora-5": "MultiLoRA, n = 5",
-    "task-arithmetic": "LoRA per task, summed",
+    "full": Method("full fine-tuning", "full"),
+    "lora": Method("LoRA", "lora"),
+    "multilora-3": Method("MultiLoRA, n = 3", "multilora", 3),
+    "lora-160": Method("LoRA, rank 160", "lora"),
+    "multilora-5": Method("MultiLoRA, n = 5", "multilora", 5),
+    "task-arithmetic": Method("LoRA per task, summed", "sum"),
+    "lora-alone": Method(f"LoRA, {ALONE} alone", "lora", task=ALONE),
+    "multilora-3-alone": Method(f"MultiLoRA, n = 3, {ALONE} alone", "multilora", 3, task=ALONE),
+    "multilora-3-scalar": Method("MultiLoRA, n = 3, scalar scales", "multilora", 3, "scalar"),
+    "multilora-3-zero": Method("MultiLoRA, n = 3, B zero", "multilora", 3, start="B"),
+    "multilora-3-scalar-zero": Method("MultiLoRA, n = 3, scalar scales, B zero", "multilora", 3, "scalar", "B"),
 }
+MAIN = ("lora", "multilora-3")
+FIRST = (*MAIN, "lora-160", "multilora-5", "full")
 ZERO_SHOT, COST = "zero-shot", "cost"
 
 
@@ -28,7 +51,13 @@ def _rates() -> dict[str, tuple[float, ...]]:
 @dataclass(frozen=True)
 class Study:
     """Every method sees ``steps`` batches of ``batch_size`` examples, which depend on the seed alone, drawn evenly from
-    the tasks. All adapters have the same total rank, on all seven linears of a layer."""
+    the tasks or, with ``micro_tokens``, by the root of their sizes. Adapters have the total rank ``total_rank`` or that
+    of ``ranks``, on all seven linears of a layer.
+
+    ``micro_tokens`` cuts a step into batches of similar lengths with at most so many padded tokens; without it a step
+    is one packed row. Tasks with fewer than ``least_items`` test items are not in the mean. Seeds below
+    ``first_tested`` are for the sweep alone: they see no test items.
+    """
 
     steps: int = 70
     batch_size: int = 8
@@ -41,19 +70,36 @@ class Study:
     task_weights: tuple[float, ...] = (0.3, 0.6, 1.0)  # of every LoRA in the sum; the best on validation is kept
     compared_rounds: int = 9
     dtype: str = "bfloat16"  # products run in it under autocast; weights, optimizer and sums are float32
+    ranks: dict[str, int] | None = None
+    micro_tokens: int | None = None
+    least_items: int | None = None
+    first_tested: int | None = None
 
     def settings(self) -> dict:
         """What must be the same in all runs of one results folder, as JSON keeps it."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("seeds", "rates", "compared_rounds")}
+        free = {"seeds", "rates", "compared_rounds"}
+        kept = {key: value for key, value in asdict(self).items() if key not in free and value is not None}
         return kept | {"task_weights": list(self.task_weights)}
 
+    def rank(self, method: str) -> int:
+        return (self.ranks or {}).get(method, self.total_rank)
 
-def quick(dtype: str) -> Study:
+    def rival(self, method: str) -> str:
+        """The LoRA of the same total rank."""
+        return next((m for m in self.rates if METHODS[m].kind == "lora" and not METHODS[m].task
+                     and self.rank(m) == self.rank(method)), "lora")  # fmt: skip
+
+    def is_tested(self, run: Run) -> bool:
+        return run.seed >= (self.first_tested or 0)
+
+
+def quick(study: Study) -> Study:
     """Every part of the study once, in minutes; its figures mean nothing."""
-    rates = {method: rates[1:2] for method, rates in _rates().items()}
-    return Study(
-        steps=5, validation_items=4, test_items=6, seeds=1, rates=rates, task_weights=(0.5, 1.0), compared_rounds=1,
-        dtype=dtype,
+    rates = {method: rates[1:2] for method, rates in study.rates.items()}
+    first = study.first_tested or 0
+    return replace(
+        study, steps=5, batch_size=8, max_length=128, validation_items=4, test_items=6, seeds=1 + first, rates=rates,
+        task_weights=(0.5, 1.0), compared_rounds=min(study.compared_rounds, 1), least_items=study.least_items and 1,
     )  # fmt: skip
 
 
@@ -72,24 +118,34 @@ class Run:
 Results = Mapping[str, Mapping]  # by the run's name
 
 
-def next_run(study: Study, done: Results) -> Run | None:
-    """The first run that is missing."""
-    return next((run for run in runs(study, done) if run.name not in done), None)
+def next_run(study: Study, done: Results, running: Collection[str] = ()) -> Run | None:
+    """The first run that is missing and that does not wait for one of the runs that are under way."""
+    return next((run for run in runs(study, done) if run.name not in done and run.name not in running), None)
 
 
 def runs(study: Study, done: Results) -> Iterator[Run]:
-    """All runs in their order: what answers the main question first. Later ones depend on the results of earlier."""
-    last = "task-arithmetic"
-    first = [method for method in ("lora", "multilora-3", "multilora-5", "full") if method in study.rates]
+    """All runs in their order: what answers the main question first. Those of further seeds come up once the sweep of
+    their method is finished."""
+
+    def seeds(methods: Iterable[str], numbers: Iterable[int]) -> Iterator[Run]:
+        swept = {m: chosen(study, m, done) for m in methods if is_swept(study, m, done)}
+        yield from (Run(method, rate, seed) for seed in numbers for method, rate in swept.items())
+
+    first = [method for method in FIRST if method in study.rates]
     yield Run(ZERO_SHOT)
     for method in first:
         yield from (Run(method, rate) for rate in sweep(study, method, done))
-    yield Run(COST)
-    yield from (Run(method, chosen(study, method, done), 1) for method in first if study.seeds > 1)
-    if last in study.rates:
-        yield from (Run(last, rate) for rate in sweep(study, last, done))
-    for seed in range(1, study.seeds):
-        yield from (Run(method, chosen(study, method, done), seed) for method in study.rates)
+    if study.compared_rounds:
+        yield Run(COST)
+    yield from seeds(first, range(1, min(2, study.seeds)))
+    yield from seeds(MAIN, range(2, study.seeds if study.first_tested else 0))
+    for method in study.rates:
+        yield from (Run(method, rate) for rate in sweep(study, method, done))
+    yield from seeds(study.rates, range(1, study.seeds))
+
+
+def is_swept(study: Study, method: str, done: Results) -> bool:
+    return method in study.rates and all(Run(method, rate).name in done for rate in sweep(study, method, done))
 
 
 def sweep(study: Study, method: str, done: Results) -> list[float]:

@@ -7,18 +7,25 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from examples.multitask.claims import claims
+from examples.multitask.claims import BRANCHES, VARIANTS, claims
 from examples.multitask.plan import COST, METHODS, ZERO_SHOT, Results, Run, Study, chosen, sweep, validation_score
 from examples.multitask.significance import Marks, compare, sign_flip_p
 
-PAIRS = [("multilora-3", "lora"), ("multilora-5", "lora"), ("multilora-3", "full"), ("multilora-5", "full"),
-         ("lora", "full"), ("multilora-3", "task-arithmetic"), ("multilora-5", "task-arithmetic")]  # fmt: skip
+
+def pairs(study: Study) -> list[tuple[str, str]]:
+    """The methods that are compared: MultiLoRA with LoRA of its rank, full fine-tuning and summed LoRAs; on one task
+    alone; and with other scales and starts."""
+    n3, n5 = BRANCHES
+    found = [(n3, study.rival(n3)), (n5, study.rival(n5)), (n3, "full"), (n5, "full"), ("lora", "full"),
+             (n3, "task-arithmetic"), (n5, "task-arithmetic"), (f"{n3}-alone", "lora-alone"),
+             *((name, n3) for name in VARIANTS)]  # fmt: skip
+    return [pair for pair in found if all(method in study.rates for method in pair)]
 
 
 def summarise(study: Study, done: Results) -> dict:
     """Of the runs that are there; methods and pairs without any are left out."""
-    finals = {method: _finals(study, method, done) for method in METHODS if method in study.rates}
-    finals = {method: records for method, records in finals.items() if records}
+    found_by = {method: finals(study, method, done) for method in METHODS if method in study.rates}
+    found_by = {method: records for method, records in found_by.items() if records}
     found = {"settings": study.settings(), "conditions": _conditions(done)}
     if ZERO_SHOT in done:
         record = done[ZERO_SHOT]
@@ -27,20 +34,21 @@ def summarise(study: Study, done: Results) -> dict:
         }
         found["zero_shot"] = {task: result["accuracy"] for task, result in record["test"].items()}
         found["majority"] = record["majority"]
-    found["methods"] = {method: _method(study, method, records, done) for method, records in finals.items()}
-    pairs = [(a, b) for a, b in PAIRS if a in finals and b in finals]
-    found["pairs"] = {f"{a} - {b}": _pair(finals[a], finals[b]) for a, b in pairs}
-    found["spectrum_pairs"] = {f"{a} - {b}": _spectrum_pair(finals[a], finals[b]) for a, b in pairs}
+        found["in_mean"] = in_mean(study, record)
+    found["methods"] = {method: _method(study, method, records, done) for method, records in found_by.items()}
+    there = [(a, b) for a, b in pairs(study) if a in found_by and b in found_by]
+    found["pairs"] = {f"{a} - {b}": _pair(study, found_by[a], found_by[b]) for a, b in there}
+    found["spectrum_pairs"] = {f"{a} - {b}": _spectrum_pair(found_by[a], found_by[b]) for a, b in there}
     if COST in done:
         found["cost"] = {key: done[COST][key] for key in ("batch_tokens", "rounds", "costs", "environment")}
-    return found | {"claims": claims(found)}
+    return found | {"claims": claims(found, study)}
 
 
-def _finals(study: Study, method: str, done: Results) -> dict[int, Mapping]:
-    """By seed, the method's records at its chosen learning rate."""
+def finals(study: Study, method: str, done: Results) -> dict[int, Mapping]:
+    """By seed, the method's records at its chosen learning rate that saw test items."""
     rate = chosen(study, method, done)
     names = {seed: Run(method, rate, seed).name for seed in range(study.seeds)} if rate is not None else {}
-    return {seed: done[name] for seed, name in names.items() if name in done}
+    return {seed: done[name] for seed, name in names.items() if name in done and "test" in done[name]}
 
 
 def _method(study: Study, method: str, records: Mapping[int, Mapping], done: Results) -> dict:
@@ -49,7 +57,8 @@ def _method(study: Study, method: str, records: Mapping[int, Mapping], done: Res
     rate = chosen(study, method, done)
     runs = list(records.values())
     tasks = {task: [run["test"][task]["accuracy"] for run in runs] for task in runs[0]["test"]}
-    means = [statistics.mean(accuracies) for accuracies in zip(*tasks.values(), strict=True)]
+    counted = [tasks[task] for task in in_mean(study, runs[0])]
+    means = [statistics.mean(accuracies) for accuracies in zip(*counted, strict=True)]
     found = {
         "learning_rate": rate,
         "sweep": {f"{r:g}": validation_score(record)[0] for r, record in sorted(tried.items())},
@@ -63,7 +72,7 @@ def _method(study: Study, method: str, records: Mapping[int, Mapping], done: Res
         "tokens_per_second": max(run["tokens_per_second"] for run in runs),
         "spectrum": {kind: _kind([run["spectrum"][kind] for run in runs]) for kind in runs[0]["spectrum"]},
     }
-    for key in ("trainable", "task_weight"):
+    for key in ("trainable", "task_weight", "cuda_peak"):
         if key in runs[0]:
             found[key] = runs[0][key]
     if "memory" in runs[0]:
@@ -79,12 +88,19 @@ def _kind(spectra: Sequence[Mapping]) -> dict:
     return {key: statistics.mean(values) for key, values in by_seed.items()} | spread
 
 
-def _pair(first: Mapping[int, Mapping], second: Mapping[int, Mapping]) -> dict:
+def _pair(study: Study, first: Mapping[int, Mapping], second: Mapping[int, Mapping]) -> dict:
     seeds = sorted(first.keys() & second.keys())
-    return compare(*(_marks([records[seed] for seed in seeds]) for records in (first, second))) | {"seeds": seeds}
+    both = [marks([records[seed] for seed in seeds]) for records in (first, second)]
+    counted = in_mean(study, first[seeds[0]])
+    return compare(*({task: one[task] for task in counted} for one in both)) | {"seeds": seeds}
 
 
-def _marks(runs: Sequence[Mapping]) -> Marks:
+def in_mean(study: Study, record: Mapping) -> list[str]:
+    """The tasks with test items enough to count."""
+    return [task for task, result in record["test"].items() if len(result["right"]) >= (study.least_items or 0)]
+
+
+def marks(runs: Sequence[Mapping]) -> Marks:
     return {
         task: torch.tensor([[int(mark) for mark in run["test"][task]["right"]] for run in runs])
         for task in runs[0]["test"]

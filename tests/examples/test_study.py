@@ -1,5 +1,6 @@
 """The study of examples/multitask on a tiny model: apart items, runs that are not repeated, and an honest report."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -11,33 +12,25 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import llama
+from tiny_tasks import made_up
 from tiny_training import make_tokenizer
 from torch import nn
 
 from examples.multitask import __main__ as command
 from examples.multitask import execute as execution
-from examples.multitask import methods
+from examples.multitask import methods, schedule
 from examples.multitask.data import mixture, real_tasks, split
-from examples.multitask.execute import Bench, read_results, run_missing, write_record
+from examples.multitask.execute import Bench, read_results, write_record
 from examples.multitask.page import report
-from examples.multitask.plan import METHODS, Run, Study, chosen, next_run
+from examples.multitask.plan import Run, Study, chosen, next_run
+from examples.multitask.schedule import run_missing
 from multilora_fast.adapters.branches import collect
-from multilora_fast.demo.tasks import Example, Task
 
 STUDY = Study(
     steps=4, batch_size=3, max_length=32, validation_items=4, test_items=6, seeds=2, total_rank=30,
-    rates=dict.fromkeys(METHODS, (1e-3,)) | {"lora": (1e-3, 1e-2)}, task_weights=(0.5, 1.0),
+    rates=dict.fromkeys(Study().rates, (1e-3,)) | {"lora": (1e-3, 1e-2)}, task_weights=(0.5, 1.0),
     compared_rounds=1, dtype="float32",
 )  # fmt: skip
-
-
-def made_up(name: str, options: tuple[str, ...], start: int) -> Task:
-    def example(i: int, extra: str = "") -> Example:
-        return Example(name, f"the w{start + i % 20} is w{i % 41} ?{extra}", options, i % len(options))
-
-    held_out = [example(i) for i in range(20, 40)]
-    train = [example(i) for i in range(20)] + [example(i, "\nthe same line") for i in range(25, 30)]
-    return Task(name, train, held_out + held_out[:5])
 
 
 @pytest.fixture
@@ -63,7 +56,7 @@ def records(finished) -> dict[str, dict]:
 def test_every_run_is_there_with_what_it_must_say(records):
     assert next_run(STUDY, records) is None
     trained = [record for record in records.values() if "losses" in record]
-    assert {record["method"] for record in trained} == set(METHODS)
+    assert {record["method"] for record in trained} == set(STUDY.rates)
     for record in trained:
         assert len(record["losses"]) == STUDY.steps
         assert all(len(marks["right"]) == STUDY.test_items for marks in record["test"].values())
@@ -94,7 +87,7 @@ def test_adapters_have_the_same_total_rank(bench):
 def test_finished_runs_are_not_run_again(bench, tmp_path, monkeypatch, capsys):
     started = []
     execute = execution.execute
-    monkeypatch.setattr(execution, "execute", lambda run, *rest: started.append(run.name) or execute(run, *rest))
+    monkeypatch.setattr(schedule, "execute", lambda run, *rest: started.append(run.name) or execute(run, *rest))
     folder = tmp_path / "runs"
     run_missing(folder, STUDY, bench, {}, limit=2)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -181,7 +174,7 @@ def test_the_sum_of_task_loras_is_their_weighted_sum(bench, tmp_path):
     assert {layer.lora_num * layer.r for layer in collect(model).values()} == {STUDY.total_rank}
     dense = {name: torch.zeros(layer.weight.shape) for name, layer in collect(model).items()}
     for task in ("colour", "thing"):
-        one = PeftModel.from_pretrained(methods.adapted(bench.base, "none", 0), str(tmp_path / task))
+        one = PeftModel.from_pretrained(copy.deepcopy(bench.base), str(tmp_path / task))
         for name in dense:
             dense[name] += 0.5 * one.get_base_model().get_submodule(name).get_delta_weight("default")
     methods.set_task_weight(model, 0.5)

@@ -1,0 +1,169 @@
+"""The GPU profile of examples/multitask at toy size on a CPU: a prepared folder, and runs of every kind."""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+from tiny import llama
+from tiny_tasks import made_up
+from tiny_training import make_tokenizer
+
+from examples.multitask import __main__ as command
+from examples.multitask import methods, prepare, schedule
+from examples.multitask.batches import batches, groups, tokens
+from examples.multitask.data import drawn
+from examples.multitask.execute import Bench, read_results
+from examples.multitask.page import report
+from examples.multitask.plan import ALONE, METHODS, next_run, quick
+from examples.multitask.power import Spread, items_needed, power, spread
+from examples.multitask.profile import COUNTED, gpu
+from examples.multitask.significance import crossed, t_p
+from multilora_fast.adapters.branches import collect
+from multilora_fast.demo.training import pack
+
+STUDY = dataclasses.replace(
+    quick(gpu("float32")), steps=2, micro_tokens=40, total_rank=6, ranks={"lora-160": 10, "multilora-5": 10}
+)
+PARTS = ("train", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("prepared")
+    llama().save_pretrained(made / "tiny")
+    tasks = [made_up(ALONE, (" red", " green", " blue"), 0), made_up("thing", (" sky", " grass"), 10)]
+    prepare.prepare(made / "folder", made / "tiny", tasks, STUDY, make_tokenizer())
+    return made / "folder"
+
+
+@pytest.fixture
+def bench(folder) -> Bench:
+    base = methods.prepared(llama().requires_grad_(False))
+    return Bench(base, None, prepare.read(folder, STUDY), "tiny")
+
+
+def test_the_profile_runs_from_end_to_end_and_resumes(bench, tmp_path):
+    runs = tmp_path / "runs"
+    schedule.run_missing(runs, STUDY, bench, {}, limit=3)
+    done = read_results(runs, STUDY)
+    assert len(done) == 3
+    schedule.run_missing(runs, STUDY, bench, done)
+    assert next_run(STUDY, done) is None
+    assert done == read_results(runs, STUDY)
+    trained = [record for record in done.values() if "losses" in record]
+    assert {record["method"] for record in trained} == set(STUDY.rates)
+    for record in trained:
+        assert ("test" in record) == (record["seed"] >= 1)  # the sweep sees no test item
+        task = METHODS[record["method"]].task
+        assert set(record["validation"]) == ({task} if task else {ALONE, "thing"})
+    pytest.importorskip("matplotlib")
+    summary = report(tmp_path, STUDY, done)
+    pairs = {
+        "multilora-3 - lora",
+        "multilora-5 - lora-160",
+        "multilora-3-alone - lora-alone",
+        "multilora-3-zero - multilora-3",
+    }
+    assert pairs <= summary["pairs"].keys()
+    assert any("single task" in claim["claim"] for claim in summary["claims"])
+    assert (tmp_path / "spectrum.png").exists()
+
+
+def test_runs_that_wait_for_a_sweep_are_not_begun():
+    study = dataclasses.replace(gpu("float32"), rates={"lora": (1e-4, 1e-3), "multilora-3": (1e-3,)})
+    done = {"zero-shot": {}}
+    running = {"lora-lr1e-04-seed0", "lora-lr1e-03-seed0", "multilora-3-lr1e-03-seed0"}
+    assert next_run(study, done, running) is None
+    done["multilora-3-lr1e-03-seed0"] = {"validation": {"a": {"accuracy": 0.5, "nll": 1.0}}}
+    assert next_run(study, done, running).name == "multilora-3-lr1e-03-seed1"
+
+
+def test_no_run_is_begun_that_time_is_too_short_for(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(schedule, "execute", lambda *_: {"seconds": 90.0})
+    done = {}
+    schedule.run_missing(tmp_path, STUDY, bench, done, minutes=1)
+    assert list(done) == ["zero-shot"]
+
+
+def test_a_prepared_folder_keeps_its_parts_apart(folder, bench):
+    for name in bench.items.train:
+        parts = [{tuple(row.prompt) for row in getattr(bench.items, part)[name]} for part in PARTS]
+        assert all(parts)
+        assert sum(map(len, parts)) == len(set().union(*parts))
+    counts = json.loads((folder / "prepared.json").read_text())["tasks"]["thing"]
+    assert counts["test"] == len(bench.items.test["thing"])
+    with pytest.raises(ValueError, match="is prepared already"):
+        prepare.prepare(folder, folder / "model", [], STUDY, None)
+
+
+def test_a_test_item_in_training_is_refused(folder, tmp_path):
+    (tmp_path / "prepared.json").write_text((folder / "prepared.json").read_text())
+    for part in PARTS:
+        (tmp_path / part).mkdir()
+        for path in (folder / part).iterdir():
+            (tmp_path / part / path.name).write_text(path.read_text())
+    with (tmp_path / "train/thing.jsonl").open("a") as rows:
+        rows.write((folder / "test/thing.jsonl").read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="thing has one prompt in two of its parts"):
+        prepare.read(tmp_path, STUDY)
+
+
+def test_batches_of_similar_length_have_the_packed_rows_gradients(bench):
+    examples = drawn(bench.items, STUDY, None, 0)[:7]
+    assert len(list(groups(examples, 16))) > 1
+    model = llama(torch.float64)
+    found = []
+    for limit in (None, 16):
+        model.zero_grad()
+        loss = sum(model(**batch).loss for batch in batches(examples, limit, torch.device("cpu")))
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(found[0], found[1])
+    assert tokens(examples) == pack(examples)["input_ids"].numel()
+
+
+def test_scales_and_starts(bench):
+    ids = torch.arange(12)[None]
+    for name in ("multilora-3", "multilora-3-scalar", "multilora-3-zero", "multilora-3-scalar-zero"):
+        model = methods.adapted(bench.base, name, 6)
+        torch.testing.assert_close(model(ids).logits, bench.base(ids).logits)
+        layer = next(iter(collect(model).values()))
+        assert layer.lora_scaling.shape[1] == (1 if "scalar" in name else layer.lora_B.shape[1])
+        model(ids, labels=ids).loss.backward()
+        learned = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+        assert {n.rpartition(".")[2] for n in learned} == {"lora_B" if name.endswith("zero") else "lora_scaling"}
+
+
+def test_spread_and_power():
+    assert [round(t_p(t, f), 3) for t, f in ((2.776, 4), (4.303, 2), (1.96, 1e6))] == [0.05, 0.05, 0.05]
+    generator = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    many = {str(t): 0.1 * normal(400, 1) + 0.2 * normal(1, 400) + 0.3 * normal(400, 400) for t in range(4)}
+    found = spread([many], 1000.0)
+    assert [found.seed, found.item, found.rest] == pytest.approx([0.01 / 4, 0.04, 0.09], rel=0.2)
+    few = {task: d[:5] for task, d in many.items()}
+    assert crossed(few).p(0.0) == 1.0
+    assert found.at(4000.0).seed == pytest.approx(found.seed / 4)
+    quiet = Spread(0.0, 0.04, 0.16, 1.0)
+    assert power(quiet, 5, COUNTED, 0.0) < 0.04  # half of the level lies on the other side
+    assert power(quiet, 5, COUNTED, 0.02) > 0.99
+    needed = items_needed(quiet, 5, 8)
+    assert power(quiet, 5, [needed] * 8) >= 0.8 > power(quiet, 5, [needed // 2] * 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--profile gpu", "--profile gpu, and no other, takes --prepared FOLDER."),
+        ("--minutes 0", "--minutes must be above 0, not 0."),
+        ("--profile gpu --prepared nowhere", "--prepared nowhere holds no prepared.json"),
+    ],
+)
+def test_mistakes_of_the_command(arguments, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["multitask", *arguments.split(), "--output", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
