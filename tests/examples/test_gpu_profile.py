@@ -114,6 +114,7 @@ def test_batches_of_similar_length_have_the_packed_rows_gradients(bench):
     examples = drawn(bench.items, STUDY, None, 0)[:7]
     assert len(list(groups(examples, 16))) > 1
     model = llama(torch.float64)
+    model.config.use_cache = False  # with a cache, transformers does not keep packed rows apart
     found = []
     for limit in (None, 16):
         model.zero_grad()
