@@ -50,6 +50,7 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
     from functools import partial
 
     from examples.multitask.execute import read_results
+    from examples.multitask.loading import load_bench
     from examples.multitask.page import report
     from examples.multitask.plan import Study, next_run, quick
     from examples.multitask.profile import gpu
@@ -63,7 +64,7 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
     study = gpu(dtype) if options.profile == "gpu" else Study(dtype=dtype)
     study = quick(study) if options.quick else study
     done = read_results(folder / "runs", study)
-    load = partial(_bench, study, device, options.prepared, options.threads)
+    load = partial(load_bench, study, device, options.prepared, options.threads)
     if options.list:
         print(*done, sep="\n")
     elif not options.report_only and next_run(study, done) is not None:
@@ -78,26 +79,6 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
         print(f"Wrote {folder / 'README.md'}.")
     missing = next_run(study, done)
     print("The study is complete." if missing is None else f"Next: {missing.name}.")
-
-
-def _bench(study, device, prepared: Path | None, threads: int | None):
-    import torch
-
-    from examples.multitask.data import real_tasks, split
-    from examples.multitask.execute import Bench
-    from examples.multitask.methods import prepared as with_float32_head
-    from examples.multitask.prepare import read
-    from multilora_fast.models import load_model, load_tokenizer
-
-    if threads:
-        torch.set_num_threads(threads)
-    if prepared:
-        items = read(prepared, study)
-        base = load_model(str(prepared / "model"), torch.float32, device)
-        return Bench(with_float32_head(base), None, items, "SmolLM2-135M-Instruct")
-    tokenizer = load_tokenizer(None)
-    base = load_model(None, torch.float32, device)
-    return Bench(with_float32_head(base), tokenizer, split(real_tasks(), study, tokenizer))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,24 @@
+"""The model and the tasks of a study, as each process that runs a part of it needs them."""
+
+from pathlib import Path
+
+import torch
+
+from examples.multitask.data import real_tasks, split
+from examples.multitask.execute import Bench
+from examples.multitask.methods import prepared as with_float32_head
+from examples.multitask.plan import Study
+from examples.multitask.prepare import read
+from multilora_fast.models import PACKAGED, load_model, load_tokenizer
+
+
+def load_bench(study: Study, device: torch.device, prepared: Path | None, threads: int | None) -> Bench:
+    """Of the folder ``prepared``, or of the installed packages."""
+    if threads:
+        torch.set_num_threads(threads)
+    if prepared:
+        base = load_model(str(prepared / "model"), torch.float32, device)
+        return Bench(with_float32_head(base), None, read(prepared, study), PACKAGED)
+    tokenizer = load_tokenizer(None)
+    base = load_model(None, torch.float32, device)
+    return Bench(with_float32_head(base), tokenizer, split(real_tasks(), study, tokenizer))
