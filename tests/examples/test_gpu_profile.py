@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from examples.multitask import methods, prepare, schedule
 from examples.multitask.batches import batches, groups, tokens
 from examples.multitask.data import drawn
 from examples.multitask.execute import Bench, read_results
-from examples.multitask.loading import load_bench
 from examples.multitask.page import report
 from examples.multitask.plan import ALONE, METHODS, next_run, quick
 from examples.multitask.power import Spread, items_needed, power, spread
@@ -80,13 +78,6 @@ def test_runs_that_wait_for_a_sweep_are_not_begun():
     assert next_run(study, done, running) is None
     done["multilora-3-lr1e-03-seed0"] = {"validation": {"a": {"accuracy": 0.5, "nll": 1.0}}}
     assert next_run(study, done, running).name == "multilora-3-lr1e-03-seed1"
-
-
-def test_runs_side_by_side_in_processes_of_their_own(folder, tmp_path):
-    load = partial(load_bench, STUDY, torch.device("cpu"), folder, 1)  # as the command has it: spawned, so by its name
-    done = {}
-    schedule.run_side_by_side(tmp_path, STUDY, load, done, limit=1, workers=2)
-    assert list(done) == list(read_results(tmp_path, STUDY)) == ["zero-shot"]
 
 
 def test_no_run_is_begun_that_time_is_too_short_for(bench, tmp_path, monkeypatch):
