@@ -62,23 +62,35 @@ def adapt(
 
 
 def _layers(adapted: Any) -> dict[str, Any]:
-    """The layers of ours in a PEFT model, by their names in the base model."""
-    from multilora_fast.peft import MultiLoraLinear
+    """The layers of ours in a PEFT model, by their names in the base model; of experts, by their parameters' names."""
+    from multilora_fast.peft.layer import MultiLoraLayer
 
     modules = adapted.get_base_model().named_modules()
-    return {name: layer for name, layer in modules if isinstance(layer, MultiLoraLinear)}
+    return {name: layer for name, layer in modules if isinstance(layer, MultiLoraLayer)}
+
+
+def _lora_layers(adapted: Any) -> set[str]:
+    """The same names of the layers of PEFT's LoRA."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    names = set()
+    for name, layer in adapted.get_base_model().named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            parameter: Any = getattr(layer, "parameter_name", None)  # of the experts, whose wrappers are nested
+            names.add(name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}")
+    return names
 
 
 def _as_lora(model: Any, example: Any, options: dict[str, Any]) -> Any:
     """``model`` with PEFT's LoRA on the modules that are adapted in ``example``, each of the same total rank."""
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    ranks, alphas = {}, {}
+    ranks, alphas, experts = {}, {}, []
     for name, layer in _layers(example).items():
         (branches,) = layer.multilora_branches.values()
-        ranks[name] = branches.lora_A.shape[0] * branches.lora_A.shape[1]
+        ranks[name] = branches.lora_A.shape[-3] * branches.lora_A.shape[-2]
         alphas[name] = branches.scaling_factor * ranks[name]
+        experts += [name] if branches.lora_A.dim() == 4 else []
     (r, _), *_ = Counter(ranks.values()).most_common()
     alpha: Any = next(alphas[name] for name in ranks if ranks[name] == r)  # PEFT's type is int, but any will do
     known = {field.name for field in fields(LoraConfig)}
@@ -86,7 +98,8 @@ def _as_lora(model: Any, example: Any, options: dict[str, Any]) -> Any:
     config = LoraConfig(
         r=r,
         lora_alpha=alpha,
-        target_modules=list(ranks),
+        target_modules=[name for name in ranks if name not in experts],
+        target_parameters=experts or None,
         rank_pattern={re.escape(name): rank for name, rank in ranks.items() if rank != r},
         alpha_pattern={re.escape(name): own for name, own in alphas.items() if own != alpha},
         **options,
@@ -94,22 +107,25 @@ def _as_lora(model: Any, example: Any, options: dict[str, Any]) -> Any:
     try:
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise CannotAdapt(_reason(config, options, str(error))) from error
-    found = {name for name, layer in adapted.get_base_model().named_modules() if isinstance(layer, BaseTunerLayer)}
+        raise CannotAdapt(_reason(config, set(experts), str(error))) from error
+    found = _lora_layers(adapted)
     if found != set(ranks):
         others = ", ".join(sorted(found ^ set(ranks))[:2])
-        raise CannotAdapt(_reason(config, options, f"{others} would be adapted by one of {LORA} and {OURS} alone."))
+        raise CannotAdapt(
+            _reason(config, set(experts), f"{others} would be adapted by one of {LORA} and {OURS} alone.")
+        )
     return adapted
 
 
 # What says which modules are adapted, and with which rank.
 _CHOICES = {
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern",
 }  # fmt: skip
 
 
-def _reason(config: Any, options: dict[str, Any], otherwise: str) -> str:
-    rewritten = set(getattr(config, "target_parameters", None) or ()) - set(options.get("target_parameters") or ())
+def _reason(config: Any, asked: set[str], otherwise: str) -> str:
+    rewritten = set(getattr(config, "target_parameters", None) or ()) - asked
     if not rewritten:
         return otherwise
     return (
@@ -123,6 +139,8 @@ def _as_loops(adapted: Any, loop: type[MultiLoRALinear], config: Any) -> nn.Modu
     model = adapted.get_base_model()
     for name, layer in _layers(adapted).items():
         (branches,) = layer.multilora_branches.values()
+        if branches.lora_A.dim() == 4:
+            raise CannotAdapt(f"the loop adapts linear layers, and {name} is a parameter of experts.")
         n, r, _ = branches.lora_A.shape
         made = loop(
             _as_linear(layer.base_layer),
