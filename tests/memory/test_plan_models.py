@@ -12,7 +12,7 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from bench.causal_lms import TYPES, config
-from bench.plan_models import beyond, measure, model_of, planned, refusal
+from bench.plan_models import BATCH, LENGTH, beyond, measure, model_of, planned, refusal
 from multilora_fast import MultiLoraConfig, plan_memory
 from multilora_fast.memory import cuda
 from multilora_fast.memory.measure import AliveBytes
@@ -89,7 +89,7 @@ def test_the_types_are_those_of_the_list():
 )
 def test_the_peak_is_within_one_per_cent(kind, method, setting):
     predicted = beyond(planned(kind, *setting)[method])
-    assert predicted == pytest.approx(measure(model_of(kind, method, *setting), 4, 128, "cpu"), rel=0.01)
+    assert predicted == pytest.approx(measure(model_of(kind, method, *setting), BATCH, LENGTH, "cpu"), rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_gradients_add_up():
     assert (many.gradients, many.activations) == (once.gradients, once.activations)
     assert many.peak > once.peak
     model = model_of("gpt2", FULL, *asked[1:])
-    assert beyond(many) == pytest.approx(measure(model, 4, 128, "cpu", accumulation=3), rel=0.01)
+    assert beyond(many) == pytest.approx(measure(model, BATCH, LENGTH, "cpu", accumulation=3), rel=0.01)
 
 
 def test_a_rank_of_fsdp_holds_its_shard():
