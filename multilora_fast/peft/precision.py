@@ -1,6 +1,8 @@
 """The dtype of trainable branches. In half precision a small step is rounded away where the value is large: lora_A and
 lora_B hardly move, while the scales, which start at zero, do. On a 4-bit base under TRL, in bfloat16 and at a learning
-rate of 2e-5, 6 % of the entries of lora_A moved, 1 % of lora_B's and all of lora_scaling's."""
+rate of 2e-5, 6 % of the entries of lora_A moved, 1 % of lora_B's and all of lora_scaling's. DeepSpeed steps float32
+masters, in which small steps add up: in 40 steps of 1e-5 on a tiny Llama 62 % of lora_A's bfloat16 entries moved under
+ZeRO-1, 2 and 3, and 2 % without it."""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 
 from multilora_fast.adapters.branches import NAMES
-from multilora_fast.peft.layer import MultiLoraLinear
+from multilora_fast.peft.layer import MultiLoraLayer
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -47,7 +49,8 @@ def warn_of_half_scales(model: nn.Module) -> None:
         for branches in layer.multilora_branches.values():
             for name in reversed(NAMES):
                 p = getattr(branches, name)
-                if p.requires_grad and p.dtype in HALF and (hasattr(p, "device_mesh") or not sharded):
+                kept = hasattr(p, "device_mesh") or not (sharded or _has_masters(p))
+                if p.requires_grad and p.dtype in HALF and kept:
                     warnings.warn(
                         f"{name} is trained in {str(p.dtype).removeprefix('torch.')}, where most small steps of lora_A "
                         "and lora_B are rounded away: call multilora_fast.peft.restore_float32(model) before training.",
@@ -56,5 +59,10 @@ def warn_of_half_scales(model: nn.Module) -> None:
                     return
 
 
-def _layers(model: nn.Module) -> list[MultiLoraLinear]:
-    return [module for module in model.modules() if isinstance(module, MultiLoraLinear)]
+def _has_masters(p: nn.Parameter) -> bool:
+    """Whether DeepSpeed optimizes a float32 copy of ``p``; the marks are of ZeRO-1 and 2, and of ZeRO-3."""
+    return hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")
+
+
+def _layers(model: nn.Module) -> list[MultiLoraLayer]:
+    return [module for module in model.modules() if isinstance(module, MultiLoraLayer)]

@@ -8,9 +8,11 @@ import torch
 from peft import PeftModel, get_peft_model
 from tiny import IDS, branches, layers, llama
 from tiny_training import ROWS, adapted, arguments, config, losses, make_tokenizer, trained, twin
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from multilora_fast.adapters.branches import NAMES
 from multilora_fast.peft import restore_float32
+from multilora_fast.peft.precision import warn_of_half_scales
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
 
@@ -200,3 +202,26 @@ def test_restore_float32_keeps_the_parameters_and_what_is_not_half():
         assert p.grad is None or p.grad.dtype == p.dtype
     with pytest.raises(ValueError, match="model holds no MultiLoRA adapter to restore"):
         restore_float32(llama())
+
+
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # of ZeRO-1 and 2, and of ZeRO-3
+def test_masters_of_deepspeed_are_not_warned_of(mark):
+    model = get_peft_model(llama(torch.bfloat16), config(), autocast_adapter_dtype=False).train()
+    for parameter in model.parameters():
+        setattr(parameter, mark, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warn_of_half_scales(model)
+
+
+def test_half_scales_on_experts_are_warned_of_and_restored():
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8, "vocab_size": 64}
+    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **sizes))
+    model = get_peft_model(
+        base.bfloat16(),
+        config(target_modules=[], target_parameters=["experts.down_proj"]),
+        autocast_adapter_dtype=False,
+    )
+    with pytest.warns(UserWarning, match="lora_scaling is trained in bfloat16"):
+        warn_of_half_scales(model)
+    assert restore_float32(model) == 3
