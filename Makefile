@@ -10,7 +10,7 @@ BENCH = PYTHONPATH=. $(BIN)/python -m pytest -q --benchmark-timer=torch.utils.be
 # OpenMP threads that spin while they wait make a busy machine several times slower; benches keep the library's default.
 demo test fuzz soak architectures trainers: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help demo test fuzz soak architectures trainers gpu versions lint bench memory memory-profile fp8-inputs report clean
+.PHONY: help demo test fuzz compiled soak architectures trainers gpu versions lint bench memory memory-profile fp8-inputs report clean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,9 @@ test: $(VENV)/installed ## Run the tests
 
 fuzz: $(VENV)/installed ## Run the op on 2,000 cases drawn at random
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest -q --hypothesis-show-statistics tests/ops/test_fuzz.py $(ARGS)
+
+compiled: $(VENV)/installed ## Compile the kernels for seven GPU architectures, and hold them to their limits
+	COMPILED=1 $(BIN)/python -m pytest -q tests/kernels/test_compiled.py $(ARGS)
 
 soak: $(VENV)/installed ## For about ten minutes: safety, kills and other faults, long runs; prints the figures
 	SOAK=1 $(BIN)/python -m pytest -q -s tests/test_safety.py tests/training/test_faults.py tests/test_long.py $(ARGS)

@@ -168,7 +168,8 @@ def test_rows_are_data():
     assert {path.name for path in Path().iterdir()} == {"base", "rows.jsonl", "adapter", "out"}
 
 
-WRITTEN_HERE = {"plan.py exec"}  # launch plans, whose source test_plan.py holds to a few forms
+# Launch plans, whose source test_plan.py holds to a few forms, and the program that a user asks to run.
+ALLOWED = {"kernels/plan.py exec", "peft/__main__.py compile", "peft/__main__.py exec"}
 FORBIDDEN = {"eval", "exec", "compile", "__import__", "system", "popen"}
 
 
@@ -180,7 +181,7 @@ def test_the_library_unpickles_and_evaluates_nothing():
             if isinstance(node, ast.Call):
                 name, of = getattr(node.func, "id", None), getattr(node.func, "attr", None)
                 owner = getattr(getattr(node.func, "value", None), "id", None)
-                if (name in FORBIDDEN and f"{path.name} {name}" not in WRITTEN_HERE) or (owner, of) in {
+                if (name in FORBIDDEN and f"{path.relative_to(root)} {name}" not in ALLOWED) or (owner, of) in {
                     ("torch", "load"),
                     ("os", "system"),
                     ("os", "popen"),

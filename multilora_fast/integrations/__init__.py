@@ -27,4 +27,5 @@ def as_multilora(lora: LoraConfig, **options: Any) -> MultiLoraConfig:
         elif field.name != "peft_type" and (value or default) and value != default:
             raise ValueError(f"{field.name}={value!r} is LoRA's alone: MultiLoRA has no such option.")
     taken |= {"lora_dropout": lora.lora_dropout or 0.0, "fan_in_fan_out": bool(lora.fan_in_fan_out)}
+    taken["target_parameters"] = lora.target_parameters or None
     return MultiLoraConfig(**taken | options)

@@ -12,13 +12,13 @@ def test_options_that_both_have_are_taken_over():
     lora = LoraConfig(
         r=4, lora_alpha=12, lora_dropout=0.1, target_modules=ATTENTION, exclude_modules="k_proj", task_type="CAUSAL_LM",
         rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3}, layers_to_transform=[1], layers_pattern="layers",
-        modules_to_save=["lm_head"],
+        modules_to_save=["lm_head"], target_parameters=["experts.down_proj"],
     )  # fmt: skip
     found = as_multilora(lora, lora_num=5, scaling="scalar")
     assert found == MultiLoraConfig(
         r=4, lora_alpha=12, lora_dropout=0.1, target_modules=ATTENTION, exclude_modules="k_proj", task_type="CAUSAL_LM",
         rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3}, layers_to_transform=[1], layers_pattern="layers",
-        modules_to_save=["lm_head"], lora_num=5, scaling="scalar",
+        modules_to_save=["lm_head"], target_parameters=["experts.down_proj"], lora_num=5, scaling="scalar",
     )  # fmt: skip
 
 
@@ -29,7 +29,7 @@ def test_what_trainers_leave_empty():
 
 @pytest.mark.parametrize(
     "asked",
-    [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}, {"target_parameters": ["experts.w"]}],
+    [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "gaussian"}],
     ids=str,
 )
 def test_options_of_lora_alone_are_refused(asked):
