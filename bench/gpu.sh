@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on a machine with a GPU, in stages of less than 3 minutes; without network, from a bare checkout.
 #
-#   bench/gpu.sh tests|layers|tune|steps|memory|all [OUT]      PYTHON=python3 by default; JSON goes to OUT
+#   bench/gpu.sh tests|layers|tune|steps|memory|experts|all [OUT]      PYTHON=python3 by default; JSON goes to OUT
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -18,9 +18,9 @@ bench() { # name, seconds in which cases begin, seconds in all
 }
 
 case $stage in
-tests | layers | tune | steps | memory | all) ;;
+tests | layers | tune | steps | memory | experts | all) ;;
 *)
-    echo "bench/gpu.sh: the stage must be tests, layers, tune, steps, memory or all, not '$stage'." >&2
+    echo "bench/gpu.sh: the stage must be tests, layers, tune, steps, memory, experts or all, not '$stage'." >&2
     exit 2
     ;;
 esac
@@ -32,8 +32,8 @@ tests) # the kernels, the op and the clock on the device
     parallel=()
     if "$python" -c "import xdist" 2>/dev/null; then parallel=(-n 6); fi
     run 170 "$python" -m pytest -q ${parallel[@]+"${parallel[@]}"} --junitxml="$out/tests.xml" \
-        tests/test_gpu.py tests/kernels/test_{kernels,dropout,product}.py \
-        tests/ops/test_{selfcheck,op,mask,determinism,compile}.py tests/benchmark/test_clock.py \
+        tests/test_gpu.py tests/kernels/test_{kernels,dropout,product,grouped}.py \
+        tests/ops/test_{selfcheck,op,mask,determinism,compile,grouped}.py tests/benchmark/test_clock.py \
         tests/examples/test_cuda_graph.py tests/test_long.py::test_more_than_two_to_the_31_elements_on_a_gpu
     "$python" -m bench.junit "$out/tests.xml" "$out/tests.json" || status=1
     ;;
@@ -50,8 +50,9 @@ memory)
     run 110 "$python" -m bench.plan_check --out "$out"
     run 65 "$python" -m bench.memory_profile --out "$out" --tokens 2048
     ;;
+experts) bench experts 100 150 ;;
 all)
-    for each in tests layers tune steps memory; do
+    for each in tests layers tune steps memory experts; do
         bash bench/gpu.sh "$each" "$out" || status=1
     done
     ;;

@@ -12,7 +12,7 @@ from bench import junit
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench/gpu.sh"
-STAGES = ("tests", "layers", "tune", "steps", "memory")
+STAGES = ("tests", "layers", "tune", "steps", "memory", "experts")
 LIMIT = 180  # seconds of a stage
 
 
@@ -39,7 +39,7 @@ def test_it_is_a_shell_script():
 def test_an_unknown_stage_is_named_and_nothing_runs(arguments, tmp_path):
     done = gpu(*arguments)
     assert done.returncode == 2
-    assert "must be tests, layers, tune, steps, memory or all" in done.stderr
+    assert "must be tests, layers, tune, steps, memory, experts or all" in done.stderr
     assert f"'{(*arguments, '')[0]}'" in done.stderr
 
 
@@ -66,7 +66,8 @@ def test_all_runs_every_stage_in_order_and_goes_on_after_a_failure(tmp_path, stu
     done = gpu("all", tmp_path / "out", python=stub)
     assert done.returncode == 0
     first = [line.split(" | ")[1] for line in done.stdout.splitlines()]
-    starts = ("tests/test_gpu.py", "bench/test_layer.py", "bench.tune", "bench/test_step.py", "bench.plan_check")
+    starts = ("tests/test_gpu.py", "bench/test_layer.py", "bench.tune", "bench/test_step.py", "bench.plan_check",
+              "bench/test_experts.py")  # fmt: skip
     at = [next(i for i, command in enumerate(first) if start in command) for start in starts]
     assert at == sorted(at)
     assert gpu("all", tmp_path / "out", python="false").returncode == 1
