@@ -91,14 +91,16 @@ class AliveBytes(TorchDispatchMode):
     and by phase the ``peaks`` with their kinds ``at_peak``.
 
     The caller names the ``phase``, the ``kind`` of what is made, and in ``exclude`` the tensors from before that are
-    not to be counted. A storage counts once; what a kernel allocates for itself is not seen, but with ``casts`` the
-    copies in the common dtype that arithmetic on a CPU makes of its operands. For use under torch's FakeTensorMode,
+    not to be counted. A storage counts once; what a kernel allocates for itself is not seen, but ``on_cpu`` the
+    copies in the common dtype that arithmetic on a CPU makes of its operands. gloo also holds what it gathered last,
+    until its next collective. For use under torch's FakeTensorMode,
     where nothing is allocated: a tensor that is asked there for its value, which is not, says 1.
     """
 
-    def __init__(self, exclude: Iterable[Tensor], *, casts: bool = False):
+    def __init__(self, exclude: Iterable[Tensor], *, on_cpu: bool = False):
         super().__init__()
-        self.live, self.phase, self.kind, self.casts = 0, "", "", casts
+        self.live, self.phase, self.kind, self.on_cpu = 0, "", "", on_cpu
+        self._gathered: Tensor | None = None
         self.kinds: Counter[str] = Counter()
         self.peaks: Counter[str] = Counter()
         self.at_peak: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -134,9 +136,11 @@ class AliveBytes(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
-        most = self.live + (_cast_bytes(func, args) if self.casts else 0)
+        most = self.live + (_cast_bytes(func, args) if self.on_cpu else 0)
         if most > self.peaks[self.phase]:
             self.peaks[self.phase], self.at_peak[self.phase] = most, self.kinds.copy()
+        if self.on_cpu and func.name().startswith("c10d::"):
+            self._gathered = args[0] if func is torch.ops.c10d._allgather_base_.default else None
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

@@ -175,7 +175,7 @@ class Step:
                 with AliveBytes(held):
                     self.model(input_ids=ids, labels=ids).loss.backward()
                 _forget(trainable)
-            alive = AliveBytes([*held, ids], casts=s.device == "cpu")
+            alive = AliveBytes([*held, ids], on_cpu=s.device == "cpu")
             handles = self._watch(alive, trainable)
             try:
                 with alive:

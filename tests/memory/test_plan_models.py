@@ -12,7 +12,7 @@ from torch import distributed as dist
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from bench.causal_lms import TYPES, config
-from bench.plan_models import BATCH, LENGTH, beyond, measure, model_of, planned, refusal
+from bench.plan_models import BATCH, LENGTH, beyond, measure, model_of, planned, refusal, sharded_rows
 from multilora_fast import MultiLoraConfig, plan_memory
 from multilora_fast.memory import cuda
 from multilora_fast.memory.measure import AliveBytes
@@ -138,6 +138,13 @@ def test_more_tokens_than_positions():
     with pytest.warns(UserWarning, match="seq_len 33 is beyond the 32 positions"):
         plan = plan_memory(llama(max_position_embeddings=32), **{**SMALL, "seq_len": 33})
     assert "seq_len 33 is beyond the 32 positions" in str(plan)
+
+
+@everything
+def test_a_rank_of_two_over_gloo_holds_what_is_planned():
+    rows = list(sharded_rows(lambda row: row["model"] != "llama"))
+    assert len(rows) == 2 * len(METHODS)
+    assert max(abs(row["error"]) for row in rows) <= 0.03
 
 
 def test_gradients_add_up():
