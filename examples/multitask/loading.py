@@ -17,8 +17,9 @@ def load_bench(study: Study, device: torch.device, prepared: Path | None, thread
     if threads:
         torch.set_num_threads(threads)
     if prepared:
+        tasks = read(prepared, study)
         base = load_model(str(prepared / "model"), torch.float32, device)
-        return Bench(with_float32_head(base), None, read(prepared, study), PACKAGED)
+        return Bench(with_float32_head(base), None, tasks, PACKAGED)
     tokenizer = load_tokenizer(None)
     base = load_model(None, torch.float32, device)
     return Bench(with_float32_head(base), tokenizer, split(real_tasks(), study, tokenizer))
