@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from multilora_fast.adapters.branches import Branches, as_lora
@@ -148,11 +149,19 @@ class MultiLoraExperts(nn.Module):
     def _check(base: Any) -> None:
         if getattr(base, "_is_expert_parallel", False):
             raise ValueError("MultiLoRA does not support expert parallelism: load the model without it.")
-        if hooked(base):
+        if hooked(base) and not _only_placed(base):
             raise ValueError(
                 "MultiLoRA reads the weights of experts, but these have hooks or a forward of their own, as offloading "
                 "gives them: keep the experts on one device."
             )
+
+
+def _only_placed(base: Any) -> bool:
+    """Whether all that a call of ``base`` does more is accelerate's, which moves the inputs to the device of weights
+    that are there: a model over several GPUs has that on every module."""
+    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+    placed = getattr(base, "_hf_hook", None)
+    return not hooks and isinstance(placed, AlignDevicesHook) and not placed.offload
 
 
 def project(

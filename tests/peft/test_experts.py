@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -186,6 +187,16 @@ def test_linear_layers_beside_and_target_parameters_of_their_weights():
     model = adapted(target_modules=["q_proj"], target_parameters=[*BOTH, "v_proj.weight"])
     named = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "multilora_branches")}
     assert named == {"q_proj", "v_proj", "gate_up_proj", "down_proj"}
+
+
+def test_experts_that_accelerate_places_run_and_those_it_offloads_are_refused():
+    model = adapted()
+    want = logits(model)
+    for experts in (module for module in model.modules() if isinstance(module, MultiLoraExperts)):
+        add_hook_to_module(experts.base_layer, AlignDevicesHook("cpu"))
+    assert torch.equal(logits(model), want)
+    add_hook_to_module(experts.base_layer, AlignDevicesHook("cpu", offload=True, weights_map={}))
+    refused(lambda: logits(model), "hooks or a forward of their own")
 
 
 def refused(make, match):
