@@ -4,11 +4,11 @@ Experts have small ranks: 6 and 24 are a padded tile, 96 two, and 128 the widest
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
 import torch
 
+from bench.compiled import DTYPES, LauncherCall
 from multilora_fast.kernels.configs import TUNED_CONFIGS, find_row
 from multilora_fast.kernels.grouped_expand import grouped_expand
 from multilora_fast.kernels.grouped_reduce import grouped_reduce, grouped_reduce_scaled
@@ -22,22 +22,10 @@ USES = {
 EXPERTS, TAKEN, FEATURES = 128, 8, 2048  # those of Qwen3-30B-A3B
 TOKENS = (256, 16)  # of one expert
 RANKS = ((2, 3), (3, 8), (3, 32), (4, 32), (5, 32), (15, 32))
-DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32"))
 
 
-@dataclass(frozen=True)
-class Case:
-    """A launcher call on EXPERTS experts with M rows each, D the features of the large tensor."""
-
-    use: str
-    arch: str
-    M: int
-    D: int
-    n: int
-    r: int
-    dtype: str
-    params: str
-    dropout: bool
+class Case(LauncherCall):
+    """A launcher call on EXPERTS experts with M rows each."""
 
     @property
     def row(self) -> tuple:

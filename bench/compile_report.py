@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,7 +25,17 @@ import torch
 import triton
 
 from bench import compile_grouped, compile_product
-from bench.compiled import NOT_COMPILED, compile_for, inspect, launches, options, sass_per_element, source
+from bench.compiled import (
+    DTYPES,
+    NOT_COMPILED,
+    LauncherCall,
+    compile_for,
+    inspect,
+    launches,
+    options,
+    sass_per_element,
+    source,
+)
 from multilora_fast.kernels.configs import PRODUCT_WINS, TUNED_CONFIGS, find_row, rank_tiles
 from multilora_fast.kernels.dropout import draw, dropout_mask
 from multilora_fast.kernels.expand import expand
@@ -54,7 +64,6 @@ TOKENS = (8192, 2048, 512, 16)
 RANKS = ((2, 32), (3, 32), (4, 32), (5, 32), (8, 32), (5, 12), (9, 32), (10, 32), (12, 32), (15, 32))
 # At 8192 tokens in bfloat16 every rank is compiled, elsewhere these: the two of the headline, the widest of a class.
 FEW_RANKS = {"size": (96, 160, 480), "float16": (96,), "mixed": (96, 288), "float32": (96, 288, 480)}
-DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32"))
 # SASS instructions an element, at most, on sm_90 in bfloat16 at 8192 tokens: {use: {n·r: (without, with dropout)}}
 SASS_ARCH = "sm_90"
 WRITTEN, ADDED = {96: (6.0, 11.0), 160: (8.0, None)}, {96: (9.0, None), 160: (11.0, None)}
@@ -66,19 +75,8 @@ SASS_LIMITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Case:
-    """A launcher call: `use` is kernel.direction, D the features of the large tensor, params the dtype of A, B, s."""
-
-    use: str
-    arch: str
-    M: int
-    D: int
-    n: int
-    r: int
-    dtype: str
-    params: str
-    dropout: bool
+class Case(LauncherCall):
+    """A launcher call of the kernels that run on all rows alike."""
 
     @property
     def row(self) -> tuple:

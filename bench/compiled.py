@@ -4,6 +4,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,25 @@ POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
+
+
+# Of the rows, and of A, B and s.
+DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32"))
+
+
+@dataclass(frozen=True)
+class LauncherCall:
+    """`use` is kernel.direction, M its tokens, D the features of the large tensor, params the dtype of A, B, s."""
+
+    use: str
+    arch: str
+    M: int
+    D: int
+    n: int
+    r: int
+    dtype: str
+    params: str
+    dropout: bool
 
 
 def launches(call: Callable[[], object]) -> list[tuple[JITFunction, dict]]:
