@@ -213,8 +213,14 @@ class _Thread(threading.local):
 
 def hooked(module: nn.Module) -> bool:
     """Whether calling ``module`` runs hooks or a forward of its own."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    return has_hooks(module) or "forward" in module.__dict__
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether torch's hooks are on ``module``."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def parameter(module: nn.Module | Layer, name: str) -> Any:

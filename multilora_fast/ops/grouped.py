@@ -154,10 +154,16 @@ def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor
     return out
 
 
-def add_slots(rows: Tensor, perm: Tensor, tokens: int) -> Tensor:
-    """(T, D): for every token the sum of its rows of (S, D), in the order of its slots."""
+def inverse(perm: Tensor) -> Tensor:
+    """Where each place token·k + slot is among the sorted rows."""
     places = torch.empty_like(perm)
     places[perm] = torch.arange(len(perm), device=perm.device)
+    return places
+
+
+def add_slots(rows: Tensor, perm: Tensor, tokens: int) -> Tensor:
+    """(T, D): for every token the sum of its rows of (S, D), in the order of its slots."""
+    places = inverse(perm)
     out = rows.new_empty(tokens, rows.shape[1])
     for part, into in zip(places.view(tokens, -1).split(_CHUNK), out.split(_CHUNK), strict=True):
         torch.sum(rows[part], 1, out=into)

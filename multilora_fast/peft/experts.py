@@ -9,8 +9,8 @@ from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from multilora_fast.adapters.branches import Branches, as_lora
-from multilora_fast.layers.shared_input import hooked
-from multilora_fast.ops.grouped import multilora_grouped, route
+from multilora_fast.layers.shared_input import has_hooks, hooked
+from multilora_fast.ops.grouped import inverse, multilora_grouped, route
 from multilora_fast.peft.layer import MultiLoraBranches, MultiLoraLayer, not_finite
 from multilora_fast.peft.quantization import check_writable
 
@@ -131,9 +131,7 @@ class MultiLoraExperts(nn.Module):
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[perm].unsqueeze(-1)
-        places = torch.empty_like(perm)
-        places[perm] = torch.arange(len(perm), device=perm.device)
-        return y[places].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+        return y[inverse(perm)].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for projection in self.projections():
@@ -159,9 +157,8 @@ class MultiLoraExperts(nn.Module):
 def _only_placed(base: Any) -> bool:
     """Whether all that a call of ``base`` does more is accelerate's, which moves the inputs to the device of weights
     that are there: a model over several GPUs has that on every module."""
-    hooks = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
     placed = getattr(base, "_hf_hook", None)
-    return not hooks and isinstance(placed, AlignDevicesHook) and not placed.offload
+    return not has_hooks(base) and isinstance(placed, AlignDevicesHook) and not placed.offload
 
 
 def project(
