@@ -1,4 +1,4 @@
-"""The layers that are compared: one frozen nn.Linear each, and what is put around it, as modules of x."""
+"""The layers under comparison: one frozen nn.Linear with each kind of adapter around it, as modules of x."""
 
 from collections.abc import Collection
 
@@ -17,7 +17,7 @@ LORA_COMPILED, OURS_COMPILED, OURS_TORCH = "PEFT LoRA, compiled", "ours, compile
 
 
 class Concatenated(FusedMultiLoRALinear):
-    """The algebra of the op in plain torch, differentiated by autograd: x̂ Ãᵀ, then B̃ᵀ built from scales and B."""
+    """The op's algebra in plain torch, differentiated by autograd: x̂ Ãᵀ, then B̃ᵀ built from scales and B."""
 
     def forward(self, x: Tensor) -> Tensor:
         H = F.linear(self.lora_dropout(x), self.lora_A.flatten(0, 1))
@@ -26,7 +26,7 @@ class Concatenated(FusedMultiLoRALinear):
 
 
 class AddmmLoRA(nn.Module):
-    """One LoRA of rank R whose products accumulate in place, as hand-written LoRA libraries do; no dropout, no bias."""
+    """One LoRA of rank R with in-place accumulating products, like hand-written LoRA libraries; no dropout or bias."""
 
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
@@ -55,7 +55,7 @@ class _Addmm(torch.autograd.Function):
 def layers(
     K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, compiled: Collection[str] = (COMPILED,)
 ) -> dict[str, nn.Module]:
-    """Every candidate that runs these settings, by name; of the compiled ones those in ``compiled``."""
+    """Return every candidate that supports these settings, by name; compiled ones only if listed in ``compiled``."""
 
     def base():
         return base_layer(K, N, dtype, device)
@@ -66,7 +66,7 @@ def layers(
         found[LORA_FLOAT32] = peft_lora(base(), n * r, p, float32=True)
     if p == 0:
         found[ADDMM] = AddmmLoRA(base(), n * r)
-    if device == "cuda":  # elsewhere it is what runs as ours
+    if device == "cuda":  # elsewhere "ours" already runs on torch
         found[OURS_TORCH] = on_torch(multilora(FusedMultiLoRALinear, base(), n, r, p))
     if can_compile(device):
         eager = {
@@ -79,7 +79,7 @@ def layers(
 
 
 def on_torch(model: nn.Module) -> nn.Module:
-    """``model``, with torch matmuls in every layer of ours."""
+    """Run every fused layer of ``model`` on torch matmuls, and return the model."""
     for layer in model.modules():
         if isinstance(layer, (FusedMultiLoRALinear, MultiLoraBranches)):
             layer.backend = "torch"
@@ -87,7 +87,7 @@ def on_torch(model: nn.Module) -> nn.Module:
 
 
 def can_compile(device: str) -> bool:
-    """Whether torch.compile has what it needs: a C++ compiler on a CPU, Triton on a GPU."""
+    """Whether torch.compile has a code generator: a C++ compiler on a CPU, Triton on a GPU."""
     import shutil
 
     return device == "cuda" or shutil.which("g++") is not None

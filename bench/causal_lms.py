@@ -1,4 +1,4 @@
-"""Causal LMs of many types, of equal sizes: hidden size 256, two layers where the type can have two."""
+"""Small causal LMs of many model types: hidden size 256, two layers where the type allows it."""
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -154,7 +154,7 @@ TYPES = {
 }
 
 
-# What "all-linear" names of a type though no adapter can be put on it.
+# Modules that "all-linear" matches in a type but that cannot hold an adapter.
 LEFT_OUT = {
     "mamba": ["out_proj"],
     "mamba2": ["out_proj"],
@@ -165,5 +165,5 @@ LEFT_OUT = {
 
 
 def config(kind: str) -> PreTrainedConfig:
-    """Of a type of TYPES, whose name may go on after a comma."""
+    """The config of a type of TYPES; a variant follows the type after a comma."""
     return AutoConfig.for_model(kind.partition(",")[0], **TYPES[kind])

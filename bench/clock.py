@@ -1,8 +1,7 @@
-"""What a callable costs the GPU, and what it costs the host, apart.
+"""GPU time and host time of a callable, measured separately.
 
-The GPU's time is that of replays of a captured CUDA graph: Python ran once, at the capture, and is in no figure. The
-gap that the GPU leaves between two kernels of one graph, about a microsecond, is. Host time is that of Python while it
-enqueues, not waited for.
+GPU time is measured on replays of a captured CUDA graph, so it contains no Python. It does contain the gap of about a
+microsecond between two kernels of a graph. Host time is the Python time to enqueue the work, without synchronization.
 """
 
 import statistics
@@ -13,23 +12,23 @@ from typing import Protocol
 import torch
 
 Calls = Sequence[Callable[[], object]]
-BUSY_CYCLES = 400_000  # 200 to 300 us of a GPU's clock: longer than the host needs for one graph and two events
+BUSY_CYCLES = 400_000  # 200 to 300 us of GPU clock: longer than the host needs to enqueue one graph and two events
 
 
 class Machine(Protocol):
-    """What the clock asks of a device; a test gives it another one."""
+    """The device operations that the clock needs; tests substitute a fake."""
 
     def warm_up(self, calls: Calls) -> None:
-        """Run every call, outside any capture, and wait."""
+        """Run every call outside of capture, then synchronize."""
 
     def capture(self, calls: Calls) -> Callable[[], None]:
-        """The calls in order as one graph: what returns replays it."""
+        """Capture the calls in order into one graph, and return its replay."""
 
     def elapsed(self, replay: Callable[[], None]) -> float:
-        """Microseconds of the device between an event before a replay and one after it."""
+        """Microseconds on the device between an event before a replay and one after it."""
 
     def wait(self) -> None:
-        """Until the device has nothing left to do."""
+        """Synchronize with the device."""
 
 
 class Cuda:
@@ -53,7 +52,7 @@ class Cuda:
 
     def elapsed(self, replay: Callable[[], None]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(BUSY_CYCLES)  # an idle GPU would wait for the host between the events
+        torch.cuda._sleep(BUSY_CYCLES)  # otherwise an idle GPU would wait for the host between the events
         start.record()
         replay()
         end.record()
@@ -65,13 +64,13 @@ class Cuda:
 
 
 def device_times(calls: Calls, replays: int = 8, warm_ups: int = 2, machine: Machine | None = None) -> list[float]:
-    """Microseconds of the GPU for one call: the mean over ``calls``, one figure per replay.
+    """GPU microseconds per call, averaged over ``calls``: one figure per replay.
 
-    The calls are captured in order into one graph. Where each has inputs of its own, and all of them together outgrow
-    L2 (:func:`cold_copies`), none finds its inputs there.
+    The calls are captured in order into one graph. Give each call inputs of its own that together exceed L2
+    (:func:`cold_copies`), and no call finds its inputs there.
 
     Raises:
-        RuntimeError: a call does what a graph cannot capture, such as waiting for the device.
+        RuntimeError: a call cannot be captured, for example because it synchronizes.
     """
     machine = machine or Cuda()
     machine.warm_up(calls)
@@ -88,9 +87,10 @@ def device_time(calls: Calls, replays: int = 8, machine: Machine | None = None) 
 
 
 def host_time(call: Callable[[], object], calls: int = 40, repeats: int = 5, machine: Machine | None = None) -> float:
-    """Microseconds of the host to enqueue one call, the median of ``repeats`` runs of ``calls``, none waited for.
+    """Host microseconds to enqueue one call: the median over ``repeats`` runs of ``calls``, without synchronization.
 
-    It is the host's own time where the device is the faster one and its queue, of some thousand launches, never full.
+    This is pure host time as long as the device is faster and the launch queue, of about a thousand launches, is not
+    full.
     """
     machine = machine or Cuda()
     for _ in range(3):
@@ -107,24 +107,26 @@ def host_time(call: Callable[[], object], calls: int = 40, repeats: int = 5, mac
 
 
 def cold_copies(bytes_each: int, cache: int, most: int = 64) -> int:
-    """How many inputs of ``bytes_each`` to rotate through so that a cache of ``cache`` bytes holds none that is read
-    next; at least 2, and at most ``most``, which may leave the smallest ones in it."""
+    """The number of input copies of ``bytes_each`` to rotate through so that a cache of ``cache`` bytes never holds the
+    next one: at least 2 and at most ``most``, which for small inputs may be too few.
+    """
     return max(2, min(most, 1 + -(-cache // max(1, bytes_each))))
 
 
 def cache_bytes() -> int:
-    """The size of the GPU's L2."""
+    """The size of the GPU's L2 in bytes."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
 def own_cost(time: float, frozen: float, lora: float) -> float | None:
-    """(time − frozen) / (LoRA − frozen): what the branches cost as a share of what PEFT's LoRA costs. None where LoRA
-    was not slower than the frozen layer, as in a run too noisy for the question."""
+    """(time − frozen) / (LoRA − frozen): the cost of the branches as a share of the cost of PEFT's LoRA. None where
+    LoRA was not slower than the frozen layer, which happens in noisy runs.
+    """
     return (time - frozen) / (lora - frozen) if lora > frozen else None
 
 
 def own_costs(times: dict[str, float], frozen: str, lora: str) -> dict[str, float]:
-    """:func:`own_cost` of every other candidate; empty where one of the two was not timed."""
+    """:func:`own_cost` of every other candidate; empty where frozen or LoRA was not timed."""
     if not {frozen, lora} <= times.keys():
         return {}
     found = {name: own_cost(t, times[frozen], times[lora]) for name, t in times.items() if name not in (frozen, lora)}

@@ -14,12 +14,17 @@ THREADS = 2
 
 
 def pytest_addoption(parser):
-    parser.addoption("--tiny", action="store_true", help="tiny shapes: does every bench run, not how fast")
+    parser.addoption("--tiny", action="store_true", help="tiny shapes, to check that every bench runs")
     parser.addoption(
-        "--seconds", type=float, help="begin no case later than this after the start: the JSON is written at the end"
+        "--seconds",
+        type=float,
+        help="start no case later than this many seconds after the start; the JSON is written at the end",
     )
     parser.addoption(
-        "--step-rounds", type=int, default=4, help="timed rounds of the training step, 4; more where noisy"
+        "--step-rounds",
+        type=int,
+        default=4,
+        help="timed rounds of the training step (default 4); use more on a noisy machine",
     )
 
 
@@ -39,8 +44,9 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 @pytest.fixture(autouse=True)
 def _start_anew():
-    """Nothing of the case before: its models hang in cycles, and torch.compile stops at eight versions of one function
-    and runs it eagerly without a word."""
+    """Free the models of the previous case, which form reference cycles, and reset torch.compile: after eight versions
+    of one function it silently runs the function eagerly.
+    """
     gc.collect()
     torch.compiler.reset()
 
@@ -52,7 +58,7 @@ def tiny(request) -> bool:
 
 @pytest.fixture
 def seconds_left(request) -> Callable[[], float]:
-    """The seconds that ``--seconds`` leaves."""
+    """Seconds left of ``--seconds``."""
     return lambda: request.config.bench_end - time.monotonic()
 
 

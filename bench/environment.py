@@ -1,4 +1,4 @@
-"""The conditions of a measurement, for the JSON it is kept in."""
+"""The conditions of a measurement, as stored in its JSON."""
 
 import os
 import platform
@@ -25,8 +25,7 @@ def conditions() -> dict[str, object]:
 
 
 def commit() -> str:
-    """What COMMIT says, for a checkout without its history; else the checkout's commit, marked where tracked files
-    differ from it."""
+    """COMMIT from the environment if set, else the commit of the checkout, marked dirty if tracked files differ."""
     if "COMMIT" in os.environ:
         return os.environ["COMMIT"]
     try:
@@ -39,7 +38,7 @@ def commit() -> str:
 
 
 def slug() -> str:
-    """The device's name as a folder's."""
+    """The device's name as a folder name."""
     return "-".join(device_name().split())
 
 

@@ -1,7 +1,7 @@
-"""The experts of one layer of a mixture of experts, frozen, under PEFT's LoRA on their parameters, and with branches:
-as modules of x, each with its routing, and what each holds of memory.
+"""The experts of one frozen MoE layer, with PEFT's LoRA on their parameters and with branches: modules of x that
+include a fixed routing, and the memory of each.
 
-Memory is counted on tensors that have sizes but no bytes, for a GPU's kernels.
+Memory is counted on meta tensors, for a GPU's kernels.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
 @dataclass(frozen=True)
 class Size:
-    """E experts with H hidden and I intermediate features, k of them to a token; adapters have total rank R."""
+    """E experts with H hidden and I intermediate features, k per token; adapters have total rank R."""
 
     E: int
     k: int
@@ -43,7 +43,7 @@ TINY = Size(4, 2, 32, 16, 24)
 
 
 class Routed(nn.Module):
-    """Experts with a routing that is drawn once, in which every token goes to k different experts."""
+    """Experts with a routing drawn once; every token goes to k different experts."""
 
     def __init__(self, experts: nn.Module, size: Size, tokens: int):
         super().__init__()
@@ -59,7 +59,7 @@ class Routed(nn.Module):
 
 
 class ByAutograd(nn.Module):
-    """Experts of ours with two of torch's grouped products for each branch, differentiated by autograd."""
+    """Our experts, with two torch grouped products per branch, differentiated by autograd."""
 
     def __init__(self, experts: nn.Module):
         super().__init__()
@@ -83,7 +83,9 @@ def _by_autograd(experts: Any, name: str, branches: list, x: Tensor, perm: Tenso
 
 
 def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x_e (S, K) W_eᵀ of the weights (E, N, K), in float64, which torch's grouped product refuses, by experts."""
+    """x_e (S, K) W_eᵀ for the weights (E, N, K), expert by expert in float64, which torch's grouped product does not
+    support.
+    """
     if x.dtype != torch.float64:
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
     parts = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
@@ -91,7 +93,7 @@ def _grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 def layers(size: Size, n: int, p: float, dtype: torch.dtype, device: str) -> dict[str, Callable]:
-    """What makes each candidate, a module of (x, top_k_index, top_k_weights). PEFT's LoRA has no dropout here."""
+    """A builder of each candidate, a module of (x, top_k_index, top_k_weights). PEFT's LoRA has no dropout here."""
     both: dict[str, Any] = {"target_modules": [], "target_parameters": TARGETS}
     lora = LoraConfig(r=size.R, lora_alpha=size.R, init_lora_weights=False, **both)
 
@@ -125,8 +127,9 @@ def _experts(size: Size, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def memory(name: str, size: Size, n: int, dtype: torch.dtype, tokens: int) -> tuple[int, int]:
-    """Bytes that the forward saves, and the most alive in forward and backward, without parameters, x, dy and the
-    routing, but with the gradients."""
+    """Bytes saved by the forward, and the peak over forward and backward. Excludes parameters, x, dy and the routing;
+    includes gradients.
+    """
     layer = layers(size, n, 0.0, dtype, "meta")[name]()
     with FakeTensorMode(), kernels():
         for module in layer.modules():
@@ -148,7 +151,7 @@ def memory(name: str, size: Size, n: int, dtype: torch.dtype, tokens: int) -> tu
 
 
 def rows(sizes: dict[str, Size], n: int = 3, tokens: int = 4096) -> list[dict]:
-    """For every size and candidate: bytes saved for each token, bytes saved whatever the tokens, and the peak."""
+    """For every size and candidate: bytes saved per token, constant bytes, and the peak."""
     found = []
     for label, size in sizes.items():
         print(f"Counting one layer's experts of {label} ...")

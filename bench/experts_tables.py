@@ -1,4 +1,4 @@
-"""The tables of experts: of the JSON of test_experts.py, and of ``python -m bench.memory --experts``."""
+"""The experts' tables, from the JSON of test_experts.py and of ``python -m bench.memory --experts``."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from bench.tables import benches, clock_tables, conditions_line, milliseconds, t
 
 
 def memory_text(found: list[dict]) -> str:
-    header = ["one layer's experts, R", "", "saved a token, KiB", "saved besides, MiB", "peak, GiB"]
+    header = ["one layer's experts, R", "", "saved per token, KiB", "saved, constant, MiB", "peak, GiB"]
     body = [
         [
             f"{row['size']}, {row['R']}", row["name"], f"{row['per_token'] / 2**10:.1f}",
@@ -22,15 +22,15 @@ def memory_section(path: Path) -> str:
     document = json.loads(path.read_text())
     found = document["rows"]
     note = (
-        f"Bytes kept for backward, and the most alive in forward and backward on {found[0]['tokens']} tokens beside "
-        f"parameters, x and dy; n = {found[0]['n']}, {found[0]['dtype']}, no dropout, counted on tensors without "
+        f"Bytes saved for backward, and the peak over forward and backward of {found[0]['tokens']} tokens, without "
+        f"parameters, x and dy; n = {found[0]['n']}, {found[0]['dtype']}, no dropout, counted on meta "
         f"storage. {conditions_line(document['conditions'])}"
     )
     return f"## Memory of experts\n\n{note}\n\n{memory_text(found)}"
 
 
 def time_section(path: Path) -> str:
-    """Of the JSON of test_experts.py."""
+    """The section made from the JSON of test_experts.py."""
     machine, found = benches(path)
     names = list(dict.fromkeys(name for row in found for name in row["median"]))
 
@@ -47,8 +47,8 @@ def time_section(path: Path) -> str:
     ]  # fmt: skip
     s = found[0]["settings"]
     note = (
-        f"One layer's experts, {s['k']} of them to a token, n = {s['n']} and total rank {s['R']}; forward + backward, "
-        f"ms; medians of rounds in which all take turns. PEFT's LoRA on parameters has no dropout, and runs without. "
+        f"One layer's experts, {s['k']} per token, n = {s['n']} and total rank {s['R']}; forward + backward, "
+        f"ms; medians of interleaved rounds. PEFT's LoRA on parameters has no dropout and runs without. "
         f"{conditions_line(machine)}"
     )
     first = f"## Time of experts\n\n{note}\n\n{table(['', *names, 'ours / LoRA'], body)}"

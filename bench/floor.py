@@ -1,4 +1,4 @@
-"""The least time a step can take: the FLOPs and bytes it must move over what the device was measured to do."""
+"""Lower bounds for the time of a step: FLOPs and bytes over measured device rates."""
 
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -9,7 +9,7 @@ from torch.utils.benchmark import Timer
 
 @dataclass(frozen=True)
 class Rates:
-    """bytes/s of a copy (read + written) and FLOP/s of a large matrix product, both measured."""
+    """Measured bytes/s of a copy (read + written) and FLOP/s of a large matrix product."""
 
     copy: float
     matrix: float
@@ -20,7 +20,7 @@ class Rates:
 
 @cache
 def rates(device: str, dtype: torch.dtype) -> Rates:
-    """Medians on this device, now, with the threads torch has now."""
+    """Measure the rates on this device with the current number of torch threads (medians)."""
     size = 2**28 if device == "cuda" else 2**25
     a = torch.empty(size, dtype=torch.uint8, device=device)
     d = 8192 if device == "cuda" else 1024
@@ -35,7 +35,7 @@ def rates(device: str, dtype: torch.dtype) -> Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What must be computed and moved."""
+    """The FLOPs and bytes of a piece of work."""
 
     flops: float
     bytes: float
@@ -45,7 +45,8 @@ class Work:
 
 
 def layer_work(M: int, K: int, N: int, R: int, itemsize: int, direction: str) -> Work:
-    """A frozen linear layer with branches of total rank R (0: none); each large tensor moves once per product.
+    """The work of a frozen linear layer with branches of total rank R (0: none); each product moves a large tensor
+    once.
 
     Forward: x Wᵀ, x̂ Ãᵀ, H B̃ᵀ onto y. Backward: dy W, dy B̃ with dyᵀ H in one reading of dy, dHᵀ x̂, dH Ã onto dx.
     """
@@ -58,7 +59,9 @@ def layer_work(M: int, K: int, N: int, R: int, itemsize: int, direction: str) ->
 
 
 def product_work(use: str, M: int, D: int, R: int, itemsize: int) -> Work:
-    """shrink and reduce read (M, D) once, expand writes it, and reads it too where it adds; each is one product with R
-    columns. ``use`` begins with the kernel's name, and says "added" of an expand that adds."""
+    """The work of one kernel: shrink and reduce read (M, D) once; expand writes it, and reads it too where it adds.
+    Each is one product with R columns. ``use`` starts with the kernel's name and contains "added" for an expand that
+    adds.
+    """
     large = M * D * (2 if "added" in use else 1)
     return Work(2 * M * D * R, itemsize * (large + M * R + R * D))

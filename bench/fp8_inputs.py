@@ -1,9 +1,9 @@
-"""What ``save_inputs="fp8"`` does to training: ``python -m bench.fp8_inputs [--out DIR] [--quick]``.
+"""The effect of ``save_inputs="fp8"`` on training: ``python -m bench.fp8_inputs [--out DIR] [--quick]``.
 
-SmolLM2-135M on the demo's mixture, once with exact inputs and once with 8-bit ones: same seed, same batches, same
-initial branches. Writes fp8_inputs.json (every loss, and the relative error of each layer's gradient of lora_A on one
-batch after training) and fp8_inputs.png. A second exact run from another seed's branches shows how far
-apart two runs end that differ in nothing that matters.
+Trains SmolLM2-135M on the demo's mixture with exact and with 8-bit inputs: same seed, batches and initial branches.
+Writes fp8_inputs.json (every loss, and the relative error of each layer's gradient of lora_A on one batch after
+training) and fp8_inputs.png. A second exact run with differently initialized branches shows the spread between
+equivalent runs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def batches(steps: int, size: int) -> list[list[Encoded]]:
 
 
 def train(model: nn.Module, data: list[list[Encoded]], title: str) -> list[float]:
-    """The loss of every step: AdamW at 1e-3, a tenth of the steps to warm up, then linear decay."""
+    """The loss of every step: AdamW at 1e-3, warmup over a tenth of the steps, then linear decay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     device, warmup, losses = parameters[0].device, max(1, len(data) // 10), []
@@ -60,7 +60,7 @@ def train(model: nn.Module, data: list[list[Encoded]], title: str) -> list[float
 
 
 def gradient_errors(model: nn.Module, batch: list[Encoded]) -> dict[str, float]:
-    """By kind of layer, the median of ‖dA with fp8 − dA‖ / ‖dA‖, all other gradients being those of the exact run."""
+    """The median of ‖dA with fp8 − dA‖ / ‖dA‖ by kind of layer, with the exact run's gradients elsewhere."""
     adapters = [m for m in model.modules() if hasattr(m, "save_inputs")]
     before = [m.save_inputs for m in adapters]
     found = []
@@ -82,7 +82,7 @@ def gradient_errors(model: nn.Module, batch: list[Encoded]) -> dict[str, float]:
 
 
 def summary(runs: dict[str, list[float]]) -> dict[str, float]:
-    """Mean loss of the last fifth of each run, and the mean distance of the curves to the exact one's."""
+    """The mean loss of each run's last fifth, and each curve's mean distance to the exact one."""
     last = max(1, len(runs["exact"]) // 5)
     found = {f"last fifth, {name}": statistics.mean(losses[-last:]) for name, losses in runs.items()}
     for name, losses in runs.items():
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("."), help="directory for fp8_inputs.json and .png")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few steps, as a smoke test")
     arguments = parser.parse_args()
     device = choose_device("auto")
     base = load_model(None, choose_dtype("auto", device), device).requires_grad_(False)

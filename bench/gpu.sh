@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a machine with a GPU, in stages of less than 3 minutes; without network, from a bare checkout.
+# Test and measure on a GPU, in stages of less than 3 minutes. Works from a bare checkout without network.
 #
 #   bench/gpu.sh tests|layers|tune|steps|memory|experts|all [OUT]      PYTHON=python3 by default; JSON goes to OUT
 set -uo pipefail
@@ -9,10 +9,10 @@ export PYTHONPATH=.
 stage=${1:-}
 status=0
 
-run() { # seconds, command: ended as by Ctrl-C, so that what was measured is still written
+run() { # seconds, command: SIGINT at the limit, so that finished measurements are still written
     timeout --signal=INT --kill-after=15 "$@" || status=1
 }
-bench() { # name, seconds in which cases begin, seconds in all
+bench() { # name, seconds to start cases in, seconds in total
     run "$3" "$python" -m pytest -q --benchmark-timer=torch.utils.benchmark.utils.timer.timer \
         "bench/test_$1.py" --seconds "$2" --benchmark-json="$out/$1.json"
 }
@@ -37,11 +37,11 @@ tests) # the kernels, the op and the clock on the device
         tests/examples/test_cuda_graph.py tests/test_long.py::test_more_than_two_to_the_31_elements_on_a_gpu
     "$python" -m bench.junit "$out/tests.xml" "$out/tests.json" || status=1
     ;;
-layers) # waited for, the device's time and the host's
+layers) # wall clock, device time and host time
     bench layer 80 115
     bench group 35 60
     ;;
-tune) # rows for kernels/configs.py with the timings they were chosen by, then every use of the kernels as it is
+tune) # rows for kernels/configs.py with their timings, then every use of the present kernels
     run 115 "$python" -m bench.tune --seconds 95 --out "$out"
     bench ops 40 60
     ;;

@@ -1,9 +1,9 @@
-"""What Python costs of one layer: ``python -m bench.host [--out DIR] [--check] [--rounds N]``.
+"""Host overhead of one layer: ``python -m bench.host [--out DIR] [--check] [--rounds N]``.
 
-Forward and backward of 8 tokens, 64 → 64, n = 3, r = 32, float32, one thread, the candidates interleaved, on a CPU that
-plays a GPU: of ours only what asks the device, compilation, the encoding of descriptors and `CompiledKernel.run` are
-left out. Keys, checks, allocations, addresses and the base product run. Own cost is (ours − frozen) / (LoRA − frozen),
-of the least times.
+Forward and backward of 8 tokens, 64 → 64, n = 3, r = 32, float32, one thread, candidates interleaved, on a CPU that
+simulates a GPU. Our layer skips only device queries, compilation, descriptor encoding and `CompiledKernel.run`; cache
+keys, checks, allocations, addresses and the base product all run. Own cost is (ours − frozen) / (LoRA − frozen) on
+minimum times.
 """
 
 import argparse
@@ -33,7 +33,7 @@ LIMITS = {OURS: 0.9, PEFT_OURS: 1.0, GROUP[OURS]: 0.9}
 
 
 class Projections(nn.Module):
-    """Layers that read one x."""
+    """Projections that read the same x."""
 
     def __init__(self, count: int):
         super().__init__()
@@ -74,7 +74,7 @@ def times(models: dict[str, nn.Module], rounds: int) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {name: [] for name in models}
     order = list(models.items())
     for done in range(rounds + 20):
-        random.shuffle(order)  # what runs before leaves its traces in the caches
+        random.shuffle(order)  # start with caches in the state a real run leaves them in
         for name, model in order:
             x.grad = None
             for parameter in model.parameters():
@@ -100,7 +100,7 @@ def own_costs(least: dict[str, float]) -> dict[str, float]:
 
 def measure(p: float, rounds: int) -> dict:
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)  # nothing runs that would write what is allocated, and the base product reads it
+    torch.set_flush_denormal(True)  # no kernel writes the allocated outputs, and the base product reads them
     with simulated_gpu(lambda *_: Compiled(lambda *_: None)):
         found = times(candidates(p), rounds)
     least = {name: min(taken) for name, taken in found.items()}
@@ -111,11 +111,11 @@ def measure(p: float, rounds: int) -> dict:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="directory for host.json")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where an own cost is past its limit")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if an own cost exceeds its limit")
     parser.add_argument("--rounds", type=int, default=3000)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for CPUs that it did not find
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # silences messages about CPU kernels it did not find
     rows = [measure(p, arguments.rounds) for p in (0.0, 0.05)]
     past = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""A JUnit file of pytest as JSON, with the conditions: ``python -m bench.junit FILE.xml FILE.json``."""
+"""Convert pytest's JUnit XML to JSON and add the conditions: ``python -m bench.junit FILE.xml FILE.json``."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from bench.environment import conditions
 
 
 def summary(xml: str) -> dict:
-    """How many tests there were, failed and were skipped, their seconds, and the failed ones with their message."""
+    """The counts of tests, failures and skips, the duration in seconds, and the message of each failure."""
     suite = next(ElementTree.fromstring(xml).iter("testsuite"))
     failed = {}
     for case in suite.iter("testcase"):

@@ -1,9 +1,9 @@
-"""Bytes one real LLaMA decoder layer saves for backward, on the CPU: ``python -m bench.memory [--out DIR] [--quick]``,
-or with ``--experts`` what the experts of one layer of two mixtures of experts save and hold (``experts.py``).
+"""Bytes saved for backward by one real LLaMA decoder layer: ``python -m bench.memory [--out DIR] [--quick]``. With
+``--experts``, the bytes saved and held by the experts of one layer of two MoE models (``experts.py``).
 
-Counted by storage, without the parameters, beyond what the frozen layer saves, in bytes per token. All seven linear
-layers are adapted, adapters in the base's bfloat16. PyTorch's CPU dropout keeps its mask in the dtype of x; here it is
-kept in one byte per element, as on CUDA.
+Runs on the CPU. Counts storages beyond what the frozen layer saves, without parameters, in bytes per token. All seven
+linear layers have adapters, in the base's bfloat16. PyTorch's CPU dropout keeps its mask in the dtype of x; it is
+converted to one byte per element here, as on CUDA.
 """
 
 import argparse
@@ -38,12 +38,12 @@ def decoder_layer(size: str) -> tuple[LlamaConfig, LlamaDecoderLayer]:
         layer = LlamaDecoderLayer(config, 0).to(torch.bfloat16)
     layer.to_empty(device="cpu")
     for parameter in layer.parameters():
-        nn.init.zeros_(parameter)  # what is saved does not depend on the values
+        nn.init.zeros_(parameter)  # the saved bytes do not depend on values
     return config, layer.requires_grad_(False).train()
 
 
 def adapted(layer: nn.Module, method: str, n: int, r: int, p: float) -> nn.Module:
-    """``layer`` with its seven linears adapted, in place, at total rank n·r."""
+    """Adapt the seven linears of ``layer`` in place, at total rank n·r."""
     if method == FROZEN:
         return layer
     way, options = (OURS, {"save_inputs": "fp8"}) if method == FP8 else (method, {})
@@ -61,7 +61,7 @@ def bytes_per_token(size: str, method: str, n: int = 5, r: int = 32, p: float = 
 
 
 def table(sizes: list[str], progress: Callable[[str], None] = print) -> list[dict]:
-    """For every size and dropout: bytes per token beyond the frozen layer, and ratios."""
+    """Bytes per token beyond the frozen layer, and ratios, for every size and dropout."""
     rows = []
     for size in sizes:
         progress(f"Counting one decoder layer of LLaMA-{size} ...")
@@ -73,7 +73,9 @@ def table(sizes: list[str], progress: Callable[[str], None] = print) -> list[dic
 
 
 def growth(size: str) -> list[dict]:
-    """Bytes per token beyond the frozen layer: total rank 160 in more and more branches, then ranks, then tokens."""
+    """Bytes per token beyond the frozen layer: total rank 160 in more and more branches, then growing ranks, then
+    tokens.
+    """
     p, rows = 0.05, []
     cuts = [(n, 160 // n, 128) for n in (1, 2, 4, 5, 8)]
     for n, r, tokens in [*cuts, (5, 8, 128), (5, 64, 128), (5, 32, 32), (5, 32, 512)]:
@@ -86,8 +88,8 @@ def growth(size: str) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="directory for the JSON")
-    parser.add_argument("--quick", action="store_true", help="a tiny layer")
-    parser.add_argument("--experts", action="store_true", help="experts of one layer, into experts_memory.json")
+    parser.add_argument("--quick", action="store_true", help="use a tiny layer")
+    parser.add_argument("--experts", action="store_true", help="measure experts, into experts_memory.json")
     arguments = parser.parse_args()
     if arguments.experts:
         found = experts.rows({"tiny": experts.TINY} if arguments.quick else experts.SIZES)

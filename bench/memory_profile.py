@@ -1,8 +1,8 @@
-"""Bytes alive over the time of one training step, to look at: ``python -m bench.memory_profile [--out DIR]``.
+"""Bytes alive over one training step: ``python -m bench.memory_profile [--out DIR]``.
 
-Forward and backward of one LLaMA decoder layer, all seven linears adapted at one total rank, beside each other: the
-frozen layer, the reference loop, PEFT LoRA and ours. Writes the peaks as memory_profile.json, where matplotlib is there
-also memory_profile.png, and on a GPU memory_snapshot.pickle, for torch's memory viewer.
+Forward and backward of one LLaMA decoder layer: frozen, and with all seven linears adapted by the reference loop, PEFT
+LoRA and ours at one total rank. Writes the peaks as memory_profile.json, with matplotlib also memory_profile.png, and
+on a GPU memory_snapshot.pickle for torch's memory viewer.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def step(layer: nn.Module, x: torch.Tensor, rotary: tuple) -> None:
 
 
 def profiles(size: str, tokens: int, p: float, device: str) -> dict[str, list[tuple[float, int]]]:
-    """The timeline of every method; warmed up once."""
+    """The timeline of every method, after one warmup."""
     found = {}
     for method in (FROZEN, REFERENCE, LORA, OURS):
         config, layer = decoder_layer(size)
@@ -47,7 +47,7 @@ def profiles(size: str, tokens: int, p: float, device: str) -> dict[str, list[tu
 
 
 def plot(found: dict[str, list[tuple[float, int]]], title: str, path: Path) -> None:
-    """One line per method over its own time, as a share of the step, so that slow and fast can be compared."""
+    """Plot one line per method over the fraction of its own step, so that slow and fast methods can be compared."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")

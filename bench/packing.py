@@ -1,8 +1,7 @@
-"""Tokens per second of training with padding and with packing: ``python -m bench.packing [--out DIR] [--quick]``.
+"""Training throughput with padding and with packing: ``python -m bench.packing [--out DIR] [--quick]``.
 
-SmolLM2-135M with a MultiLoRA adapter on rows of skewed length, most short and few long, of random tokens. A batch of
-padded rows and a batch of bins take turns, so that a drift meets both; a step is forward, backward and AdamW. Writes
-packing.json.
+SmolLM2-135M with a MultiLoRA adapter on rows of random tokens with a skewed length distribution. Batches of padded rows
+and batches of bins alternate, so that drift affects both; a step is forward, backward and AdamW. Writes packing.json.
 """
 
 import argparse
@@ -24,11 +23,11 @@ from multilora_fast.training.data import Example, collate
 from multilora_fast.training.packing import check_bins, flatten, pack
 
 LENGTH = 512  # tokens, of the longest row and of a bin
-ROWS = 4  # in a padded batch; a batch of bins is one bin
+ROWS = 4  # rows of a padded batch; a batch of bins is one bin
 
 
 def skewed(count: int, vocabulary: int) -> list[Example]:
-    """Rows whose lengths are log-normal, of median 64."""
+    """Rows with log-normal lengths of median 64."""
     draw = random.Random(0)
     rows = []
     for _ in range(count):
@@ -53,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("."), help="directory for packing.json")
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--quick", action="store_true", help="two rounds, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two rounds, as a smoke test")
     arguments = parser.parse_args()
     device = choose_device("auto")
     base = load_model(None, choose_dtype("auto", device), device).requires_grad_(False)
@@ -70,7 +69,7 @@ def main() -> None:
         "padded": [collate(rows[i : i + ROWS], 0) for i in range(0, len(rows), ROWS)],
         "packed": [flatten([one], 0) for one in bins],
     }
-    seconds(model, optimizer, batches["padded"][0], device)  # a first step makes the optimizer's state
+    seconds(model, optimizer, batches["padded"][0], device)  # the first step allocates the optimizer state
     took: dict[str, list[float]] = {name: [] for name in batches}
     for i in range(max(map(len, batches.values()))):
         for name, all_of in batches.items():

@@ -1,11 +1,12 @@
-"""Predicted against measured memory: ``python -m bench.plan_check [--all] [--out DIR] [--quick]``.
+"""Predicted and measured memory: ``python -m bench.plan_check [--all] [--out DIR] [--quick]``.
 
-A training step (forward, backward, AdamW) of SmolLM2-135M, on a GPU of four LLaMA-7B layers, n = 3, r = 32, adapters
-in the base's dtype, by all methods, one after the other: the peak that ``plan_memory`` predicts from the config, and
-that of the real step, as bytes of tensors alive beyond the weights, the adapter and the optimizer's state. On a CPU
-these are torch's allocations, on a GPU its allocator's peak. ``--all`` does so, on the CPU, with small models of many
-types and under FSDP2 (``plan_models.py``), and lists the types that are refused; run again with the same DIR and
-commit, it goes on where it was.
+Runs a training step (forward, backward, AdamW) by all methods, one after the other: SmolLM2-135M, or on a GPU four
+LLaMA-7B layers, n = 3, r = 32, adapters in the base's dtype. Compares the peak that ``plan_memory`` predicts from the
+config with the peak of the real step, as bytes beyond weights, adapter and optimizer state: torch's allocations on a
+CPU, the allocator's peak on a GPU.
+
+``--all`` does so on the CPU for small models of many types and under FSDP2 (``plan_models.py``), and lists the types
+that are refused. A second run with the same DIR and commit resumes.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def rows(quick: bool, device: str):
                 )  # fmt: skip
                 for method in METHODS:
                     if method == FULL and p:
-                        continue  # it has no adapter, and no dropout before one
+                        continue  # full fine-tuning has no adapter and thus no adapter dropout
                     predicted = beyond(plan[method])
                     try:
                         measured = measure(build[method]().train(), batch, length, device)
@@ -63,7 +64,7 @@ def rows(quick: bool, device: str):
 
 
 def everything(out: Path | None) -> None:
-    """The rows of many types, and which types are refused; into ``out`` as plan_models.json and plan_models.md."""
+    """Measure many types into ``out`` as plan_models.json and plan_models.md, with the types that are refused."""
     document = {"conditions": conditions(), "rows": [], "refused": {}}
     path = out and out / "plan_models.json"
     if path and path.exists():
@@ -96,7 +97,7 @@ def _table(document: dict) -> str:
     rows = document["rows"]
     cells = []
     for model, sharded in dict.fromkeys((row["model"], "fsdp" in row) for row in rows):
-        line = [f"{model}{', a rank of two under FSDP2' if sharded else ''}"]
+        line = [f"{model}{', one of two FSDP2 ranks' if sharded else ''}"]
         for method in METHODS:
             errors = [
                 row["error"] for row in rows
@@ -111,10 +112,10 @@ def _table(document: dict) -> str:
         for method, reason in reasons.items()
     ]
     return "\n".join([
-        "# The largest error of plan_memory's peak, by model type", "", str(plan_models.__doc__).strip(), "",
+        "# The largest error of plan_memory by model type", "", str(plan_models.__doc__).strip(), "",
         f"{len(rows)} rows. {conditions_line(document['conditions'])}", "", table(["model type", *METHODS], cells), "",
         f"## Refused, of {len(TYPES)} types", "", *refused, "",
-        f"All linear layers are adapted, without those on which no adapter can be put ({left_out}).", "",
+        f"All linear layers are adapted, except those that cannot hold an adapter ({left_out}).", "",
         "Written by `python -m bench.plan_check --all --out DIR`; every setting is in plan_models.json.", "",
     ])  # fmt: skip
 

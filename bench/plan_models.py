@@ -1,9 +1,9 @@
-"""Small causal LMs of many types, and what plan_memory says of a step of each, against a real one on this CPU.
+"""plan_memory against real steps of small causal LMs of many types on this CPU.
 
-Hidden size 256 and two layers, so that a per cent is no luck. Each base is in float32 and in bfloat16, its adapters in
-its dtype and in float32, with and without dropout and checkpointing; full fine-tuning has no adapters and no dropout.
-Measured are torch's allocations; oneDNN is off, whose bfloat16 products take buffers of their own, which are no tensors
-and differ from processor to processor.
+Hidden size 256 and two layers, large enough that one per cent is significant. Each base is in float32 and in bfloat16,
+its adapters in its dtype and in float32, with and without dropout and checkpointing; full fine-tuning has no adapters
+and no dropout. Measures torch's allocations with oneDNN off: its bfloat16 products take buffers outside of torch's
+allocator, which differ between processors.
 """
 
 import gc
@@ -40,13 +40,14 @@ SHARDED = ("llama", "phi")
 
 
 def beyond(plan: MethodPlan) -> int:
-    """The predicted peak without what stays between steps."""
+    """The predicted peak without what stays allocated between steps."""
     return plan.peak - plan.weights - plan.adapter - plan.optimizer - plan.workspace
 
 
 def measure(model: nn.Module, batch: int, length: int, device: str, accumulation: int = 1) -> int:
-    """The bytes alive at the peak of a real step, beyond those alive between steps. Under FSDP2 the least of a few: now
-    and then a thread of gloo lets go of a buffer late."""
+    """The peak of a real step beyond what stays allocated between steps, in bytes. Under FSDP2 the least of a few
+    steps, because a gloo thread may free a buffer late.
+    """
     ids = torch.randint(model.config.vocab_size, (batch, length), device=device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device == "cuda")
@@ -59,14 +60,14 @@ def measure(model: nn.Module, batch: int, length: int, device: str, accumulation
         optimizer.step()
         optimizer.zero_grad()
 
-    step(ids[:1, :8])  # makes the optimizer's state
+    step(ids[:1, :8])  # allocates the optimizer state
     steps = 4 if hasattr(model, "set_requires_gradient_sync") else 1
     with torch.backends.mkldnn.flags(enabled=False):
         return min(peak_bytes(partial(step, ids), torch.device(device)) for _ in range(steps))
 
 
 def model_of(kind: str, method: str, dtype: str, adapters: str, p: float, checkpointing: bool) -> nn.Module:
-    """As its users make it."""
+    """A model as users build it."""
     model = AutoModelForCausalLM.from_config(config(kind), dtype=getattr(torch, dtype))
     model.config.use_cache = False
     if checkpointing:
@@ -88,8 +89,9 @@ def planned(kind: str, dtype: str, adapters: str, p: float, checkpointing: bool,
 
 
 def rows(known: Callable[[dict], bool]) -> Iterator[dict]:
-    """One row per type, setting and method, but for those that are ``known``; of a method that cannot adapt the type,
-    one that says why."""
+    """One row per type, setting and method, except those in ``known``. A method that cannot adapt the type gives one
+    row with the reason.
+    """
     warnings.simplefilter("ignore")
     for kind, setting in product(MEASURED, SETTINGS):
         dtype, adapters, p, _ = setting
@@ -113,12 +115,12 @@ def compared(plan: MethodPlan, real: int) -> dict:
 
 
 def refusals() -> dict[str, dict[str, str]]:
-    """The types that are not planned, or not by every method: the reasons, by method, "all" for all of them."""
+    """The reasons of every type that is not planned, by method; "all" stands for every method."""
     return {kind: reasons for kind in TYPES if (reasons := refusal(kind))}
 
 
 def refusal(kind: str, dtype: str = "float32") -> dict[str, str]:
-    """Why a type is not planned; nothing where it is."""
+    """The reason why a type is not planned, or None."""
     try:
         return dict(planned(kind, dtype, dtype, 0.05, False).refused)
     except ValueError as error:
@@ -126,7 +128,7 @@ def refusal(kind: str, dtype: str = "float32") -> dict[str, str]:
 
 
 def measure_sharded(rank: int, folder: str, kind: str, setting: tuple, accumulation: int, ranks: int = 2) -> None:
-    """One of ``ranks`` gloo processes: the peak of a step under FSDP2, by method, as a file in ``folder``."""
+    """Run one of ``ranks`` gloo processes: write the peak of a step under FSDP2, by method, into ``folder``."""
     from torch.distributed.device_mesh import init_device_mesh
 
     torch.set_num_threads(1)
@@ -141,7 +143,7 @@ def measure_sharded(rank: int, folder: str, kind: str, setting: tuple, accumulat
 
 
 def sharded_rows(known: Callable[[dict], bool], ranks: int = 2) -> Iterator[dict]:
-    """Of the first of two processes, without and with gradient accumulation."""
+    """The rows of the first of two processes, without and with gradient accumulation."""
     accumulated = (1, SETTINGS[0]), (3, ("bfloat16", "float32", 0.0, True))
     for kind, (accumulation, setting) in product(SHARDED, accumulated):
         shared = {"fsdp": ranks, "gradient_accumulation": accumulation}

@@ -1,8 +1,8 @@
-"""Committed JSON → tables and plots: ``python -m bench.report [DIR ...]`` (default: every bench/results/<device>/).
+"""Tables and plots from committed JSON: ``python -m bench.report [DIR ...]`` (default: every bench/results/<device>/).
 
-Each directory gets a README.md and PNGs. The project's README and two pages of docs get the tables between their
-``<!-- name -->`` markers, of the first directory that has them; the headline is of all. A number that is in no JSON
-appears nowhere.
+Each directory gets a README.md and PNGs. The project's README and two docs pages get the tables between their ``<!--
+name -->`` markers from the first directory that has them; the headline table covers all directories. A number that is
+in no JSON appears nowhere.
 """
 
 import argparse
@@ -43,8 +43,8 @@ def layer_tables(path: Path) -> str:
         parts += clock_tables(chosen, lambda row: layer_case(row["settings"], tokens), direction)
     s = rows[0]["settings"]
     note = (
-        f"{', '.join(map(str, tokens))} tokens, r = {s['r']}; medians of rounds in which all take turns. Floor: the "
-        f"frozen layer's time of the same run times the FLOPs that the branches add. {conditions_line(machine)}"
+        f"{', '.join(map(str, tokens))} tokens, r = {s['r']}; medians of interleaved rounds. Floor: the frozen layer's "
+        f"time in the same run, scaled by the FLOPs that the branches add. {conditions_line(machine)}"
     )
     return "\n\n".join([f"## One layer\n\n{note}", *parts])
 
@@ -59,11 +59,11 @@ def ops_table(path: Path) -> str:
         figures = [f"{1e3 * seconds:.3f}", f"{found['GB/s']:.1f}", f"{found['TFLOP/s']:.3f}"]
         case = [s["use"], str(s["M"]), str(s["n"]), f"{s['dropout']:g}"]
         body.append([*case, *figures, f"{100 * found['share_of_floor']:.0f} %"])
-    clock = "by replays of a captured graph over inputs that outgrow L2; " if "device_seconds" in found else ""
+    clock = "graph replay over inputs that exceed L2; " if "device_seconds" in found else ""
     note = (
-        f"{s['D']} columns, r = {s['r']}, {s['dtype']}; {clock}medians. Floor: the FLOPs and the bytes that "
-        "each use must move, over the matrix rate and copy bandwidth measured in the same run. Where torch stands in "
-        f"for the kernels the mask is given, not drawn. {conditions_line(document['machine_info'])}"
+        f"{s['D']} columns, r = {s['r']}, {s['dtype']}; {clock}medians. Floor: the FLOPs and bytes of "
+        "each use over the matrix rate and copy bandwidth measured in the same run. On the torch backend the dropout "
+        f"mask is an input, not drawn. {conditions_line(document['machine_info'])}"
     )
     header = ["product", "tokens", "n", "dropout", "ms", "GB/s", "TFLOP/s", "of the floor"]
     return f"## The three products\n\n{note}\n\n{table(header, body)}"
@@ -83,7 +83,7 @@ def group_table(path: Path) -> str:
         body.append([group_case(row["settings"], tokens), *times, f"{row['ratios']['alone / shared']:.2f}x"])
     note = (
         f"{', '.join(map(str, tokens))} tokens, r = {rows[0]['settings']['r']}; forward + backward, ms; medians of "
-        f"rounds in which all take turns. {conditions_line(machine)}"
+        f"interleaved rounds. {conditions_line(machine)}"
     )
     first = f"## q, k and v together\n\n{note}\n\n{table(['layers', *names, 'alone / shared'], body)}"
     more = clock_tables(rows, lambda row: group_case(row["settings"], tokens), "q, k and v, forward + backward")
@@ -100,8 +100,8 @@ def plan_table(path: Path) -> str:
         body.append([row["method"], case, f"{row['lora_dropout']:g}", recomputed, *sizes, f"{row['error']:+.2%}"])
     header = ["method", "tokens", "dropout", "checkpointing", "planned, MiB", "measured, MiB", "error"]
     note = (
-        f"The peak that plan_memory says against that of a real step of {document['rows'][0]['model']}, n = "
-        f"{document['n']}, r = {document['r']}, without weights, adapter and optimizer's state. "
+        f"The peak that plan_memory predicts and that of a real step of {document['rows'][0]['model']}, n = "
+        f"{document['n']}, r = {document['r']}, without weights, adapter and optimizer state. "
         f"{conditions_line(document['conditions'])}"
     )
     return f"## Memory as planned\n\n{note}\n\n{table(header, body)}"
@@ -113,14 +113,14 @@ def fp8_table(path: Path) -> str:
     losses = [[name, f"{value:.4f}"] for name, value in document["summary"].items()]
     note = (
         f"{document['model']}, {document['dtype']}, {document['steps']} steps of {document['batch']} examples of the "
-        f"demo's mixture, n = {document['n']}, r = {document['r']}, no dropout. A distance is the mean over all steps "
-        f"of how far a run's loss is from the exact run's. {conditions_line(document['conditions'])}"
+        f"demo's mixture, n = {document['n']}, r = {document['r']}, no dropout. Distance: the mean absolute difference "
+        f"from the exact run's loss over all steps. {conditions_line(document['conditions'])}"
     )
     return "\n\n".join(
         [
-            f"## Inputs kept in 8 bits\n\n{note}",
+            f"## Inputs saved in 8 bits\n\n{note}",
             table(["loss", "value"], losses),
-            "After training, on one batch: the error of lora_A's gradient, the median over the layers of a kind.",
+            "The relative error of lora_A's gradient on one batch after training, median over the layers of a kind.",
             table(["layer", "relative error"], errors),
             "![losses](fp8_inputs.png)",
         ]
@@ -146,10 +146,10 @@ def step_table(path: Path) -> str:
             )
     s = rows[0]["settings"]
     header = ["training step", "tokens", "dropout", "ms", "of LoRA", "tokens/s", "saved, MiB", "peak, MiB"]
-    how = "each method alone, the others freed" if any("device" in row for row in rows) else "all take turns"
+    how = "rounds, one method in memory at a time" if any("device" in row for row in rows) else "interleaved rounds"
     note = (
         f"{s['model']}, {s['dtype'].removeprefix('torch.')}, n = {s['n']}, r = {s['r']}; forward, backward, AdamW; "
-        f"medians of rounds in which {how}. {conditions_line(machine)}"
+        f"medians of {how}. {conditions_line(machine)}"
     )
     first = f"## One training step\n\n{note}\n\n{table(header, body)}"
     return "\n\n".join([first, *clock_tables(rows, lambda row: step_case(row["settings"]), "a step", unit=1e3)])
@@ -166,8 +166,8 @@ def memory_table(path: Path) -> str:
         body.append([f"LLaMA-{row['size']}", f"{row['dropout']:g}", *figures])
     header = ["decoder layer", "dropout", LORA, REFERENCE, OURS, FP8, "ours / LoRA", "fp8 / LoRA", "ours / loop"]
     note = (
-        "Bytes per token that one decoder layer saves for backward beyond the frozen layer, n = 5, r = 32 against "
-        "LoRA of rank 160, bfloat16, all seven linears; dropout masks counted as one byte per element, as on CUDA. "
+        "Bytes per token that one decoder layer saves for backward, beyond the frozen layer's; n = 5, r = 32, LoRA of "
+        "rank 160, bfloat16, all seven linears; dropout masks count as one byte per element, as on CUDA. "
         f"{conditions_line(document['conditions'])}"
     )
     growth = [
@@ -179,14 +179,14 @@ def memory_table(path: Path) -> str:
     return "\n\n".join(
         [
             f"## Memory saved for backward\n\n{note}\n\n{table(header, body)}",
-            f"### How it grows\n\nThe same bytes per token, LLaMA-{size}, dropout {p:g}: with the branches that one "
-            f"total rank is cut into, with the rank, and with the tokens.\n\n{more}",
+            f"### By branches, rank and tokens\n\nThe same bytes per token, LLaMA-{size}, dropout {p:g}, for more "
+            f"branches at one total rank, a growing rank, and more tokens.\n\n{more}",
         ]
     )
 
 
 def headline(directories: list[Path]) -> str:
-    """The README's table: time and peak memory of the largest step of each device, relative to PEFT LoRA's."""
+    """The README's table: time and peak memory of the largest step on each device, relative to PEFT LoRA."""
     found, notes, drops = {}, [], set()
     for directory in directories:
         machine, rows = benches(directory / "step.json")
@@ -217,7 +217,7 @@ def headline(directories: list[Path]) -> str:
         *(f"{what}, dropout {p:g}" for p in sorted(drops) for what in ("time", "peak")),
     ]
     note = (
-        "One training step: time, and most bytes alive beside weights and optimizer; "
+        "One training step: time, and peak memory without weights and optimizer state; "
         f"{s['dtype'].removeprefix('torch.')}, n = {s['n']}, r = {s['r']} against LoRA of rank {s['n'] * s['r']}; "
         f"-: not measured. {' '.join(notes)}"
     )
@@ -225,7 +225,7 @@ def headline(directories: list[Path]) -> str:
 
 
 def plot(directory: Path, rows: list[dict]) -> None:
-    """One bar per candidate, forward + backward against the frozen layer, for each layer case."""
+    """Plot one bar per candidate, forward + backward relative to the frozen layer, for each layer case."""
     from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["settings"]["direction"] == "forward+backward"]
@@ -240,7 +240,7 @@ def plot(directory: Path, rows: list[dict]) -> None:
         axis.bar(at, heights, width, label=name, **style)
     labels = ["{K}→{N}\nn = {n}\n{dtype}\np = {dropout:g}".format(**row["settings"]) for row in rows]
     axis.set_xticks([x + 0.4 for x in range(len(rows))], labels, fontsize=7)
-    axis.set_ylabel("time against the frozen layer")
+    axis.set_ylabel("time relative to the frozen layer")
     axis.legend(fontsize=7, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(directory / "layer.png", dpi=130)
@@ -254,7 +254,7 @@ SECTIONS = {
 
 
 def report(directory: Path) -> dict[str, str]:
-    """Write ``directory``'s README.md and plots from its JSON; return the sections by name."""
+    """Write ``directory``'s README.md and plots from its JSON, and return the sections by name."""
     sections = {
         name: section(directory / f"{name}.json")
         for name, section in SECTIONS.items()
@@ -268,14 +268,14 @@ def report(directory: Path) -> dict[str, str]:
 
 
 def reported(results: Path) -> list[Path]:
-    """The devices' folders; one that has no file of SECTIONS, but a folder with figures of another kind, has none."""
+    """The devices' folders. A folder without any file of SECTIONS is left out."""
     return sorted(p for p in results.iterdir() if any((p / f"{name}.json").exists() for name in SECTIONS))
 
 
 def fill(text: str, sections: dict[str, str]) -> str:
-    """``text`` with every ``<!-- name -->`` … ``<!-- /name -->`` filled from the section of that name."""
+    """Fill every ``<!-- name -->`` … ``<!-- /name -->`` in ``text`` with the section of that name."""
     for name, section in sections.items():
-        body = section.partition("\n\n")[2].partition("\n\n### How")[0]
+        body = section.partition("\n\n")[2].partition("\n\n### By branches")[0]
         text = re.sub(
             rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m, b=body: f"{m[1]}{b}\n{m[2]}", text, flags=re.S
         )
@@ -288,7 +288,7 @@ def main() -> None:
     directories = parser.parse_args().directories or reported(RESULTS)
     sections = {}
     for directory in directories:
-        sections = report(directory) | sections  # the first that has one
+        sections = report(directory) | sections  # the first directory that has one
         print(f"wrote {directory / 'README.md'}")
     stepped = [directory for directory in directories if (directory / "step.json").exists()]
     if stepped:

@@ -1,4 +1,4 @@
-"""A machine without a GPU takes the way of one that has a GPU: what it would ask the device is answered here."""
+"""Simulate a GPU on a machine without one, to run and time the host path."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ ARCH, PROCESSORS = "sm_90", 132
 
 
 class Compiled:
-    """Stands for a compiled kernel: ``run`` gets the blocks, the stream, five more values and the arguments."""
+    """A stand-in for a compiled kernel: ``run`` gets the grid, the stream, five more values and the arguments."""
 
     function, packed_metadata = 0, ()
     metadata = SimpleNamespace(global_scratch_size=0, profile_scratch_size=0)
@@ -41,7 +41,7 @@ class Compiled:
 
 @contextmanager
 def simulated_gpu(compile_and_run: Callable, arch: str = ARCH) -> Iterator[None]:
-    """CPU tensors count as a GPU's, and ``compile_and_run(kernel, blocks, arguments)`` gives what a launch compiles."""
+    """Treat CPU tensors as CUDA tensors; ``compile_and_run(kernel, blocks, arguments)`` compiles a launch."""
     with ExitStack() as stack:
 
         def replace(module, name: str, value) -> None:

@@ -1,4 +1,4 @@
-"""Training steps one method at a time: built, measured and freed before the next, so that large ones fit."""
+"""Training steps, one method at a time: each is built, measured and freed before the next, so that large ones fit."""
 
 import gc
 import statistics
@@ -18,12 +18,12 @@ from multilora_fast.memory import peak_bytes, saved_bytes
 from multilora_fast.memory.methods import LORA, OURS
 
 NEEDED = (FROZEN, LORA, OURS)
-LEAST_SECONDS = 15.0  # for one more method: building, warming up and compiling it
+LEAST_SECONDS = 15.0  # for one more method: build, warm up and compile
 
 
 @dataclass
 class Steps:
-    """Seconds of a step waited for, and of the GPU alone where it was captured whole; bytes; why a method has none."""
+    """Seconds of synchronized steps, device seconds where a step was captured, bytes, and why a method has none."""
 
     median: dict[str, float] = field(default_factory=dict)
     device: dict[str, float] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Steps:
 
 
 def training_step(model: nn.Module, tokens: Tensor, capturable: bool = False) -> Callable[[], None]:
-    """Forward, backward and AdamW of the parameters that train, if any; ``capturable`` in a CUDA graph."""
+    """Forward, backward and AdamW of the trainable parameters, if any; ``capturable`` in a CUDA graph."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, capturable=capturable) if trained else None
 
@@ -50,14 +50,15 @@ def measure_alone(
     benchmark, builders: dict[str, Callable[[], nn.Module]], tokens: Tensor, rounds: int,
     seconds_left: Callable[[], float], captured: tuple[str, ...] = NEEDED, clock: Callable[..., float] = device_time,
 ) -> Steps:  # fmt: skip
-    """Each of ``builders`` in turn, ours under pytest-benchmark; those in ``captured`` as a CUDA graph too. Where
-    :data:`LEAST_SECONDS` are not left, what is not in :data:`NEEDED` is cut."""
+    """Measure each of ``builders`` in turn, ours under pytest-benchmark, those in ``captured`` also as a CUDA graph.
+    With less than :data:`LEAST_SECONDS` left, only :data:`NEEDED` are measured.
+    """
     found = Steps()
     for name, build in builders.items():
         if name not in NEEDED and seconds_left() < LEAST_SECONDS:
             found.cut.append(name)
             continue
-        timed = partial(_under_benchmark, benchmark, rounds) if name == OURS else partial(_waited_for, rounds)
+        timed = partial(_under_benchmark, benchmark, rounds) if name == OURS else partial(_synchronized, rounds)
         _attempt(
             found, name, name, lambda build=build, name=name, timed=timed: _eager(found, name, build, tokens, timed)
         )
@@ -67,7 +68,7 @@ def measure_alone(
 
 
 def _attempt(found: Steps, name: str, what: str, measure: Callable[[], None]) -> None:
-    """Run ``measure`` and free what it built; where it fails, which for ours alone it may not, write down why."""
+    """Run ``measure`` and free what it built. Record the reason of a failure, which is an error only for ours."""
     try:
         measure()
     except Exception as error:
@@ -86,7 +87,7 @@ def _eager(found: Steps, name: str, build: Callable, tokens: Tensor, timed: Call
     for _ in range(2):
         step()
     memory = {"peak": peak_bytes(step, tokens.device)}
-    if name not in (LORA_COMPILED, OURS_COMPILED):  # what counts would make them compile again
+    if name not in (LORA_COMPILED, OURS_COMPILED):  # otherwise the byte counters would trigger recompilation
         with saved_bytes([*model.parameters(), *model.buffers(), tokens]) as saved:
             model(input_ids=tokens, labels=tokens)
         memory["saved"] = saved.total
@@ -95,14 +96,14 @@ def _eager(found: Steps, name: str, build: Callable, tokens: Tensor, timed: Call
     found.memory[name] = memory
 
 
-def _waited_for(rounds: int, step: Callable) -> float:
+def _synchronized(rounds: int, step: Callable) -> float:
     timed = Timed(lambda: None, step)
     return statistics.median(timed.seconds() for _ in range(rounds))
 
 
 def _under_benchmark(benchmark, rounds: int, step: Callable) -> float:
     benchmark.pedantic(step, rounds=rounds, warmup_rounds=0)
-    return _waited_for(1, step) if benchmark.disabled else benchmark.stats.stats.median
+    return _synchronized(1, step) if benchmark.disabled else benchmark.stats.stats.median
 
 
 def _captured(found: Steps, name: str, build: Callable, tokens: Tensor, clock: Callable) -> None:

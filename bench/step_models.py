@@ -1,4 +1,4 @@
-"""A real decoder, and the models that its training step is taken by: each candidate on the decoder's own weights."""
+"""A real decoder, and each candidate of the training-step bench on the decoder's weights."""
 
 import copy
 from collections.abc import Callable
@@ -26,10 +26,10 @@ from multilora_fast.reference import MultiLoRALinear
 
 
 def decoder(tiny: bool, device: str) -> tuple[str, nn.Module]:
-    """Name and model: on a CPU SmolLM2-135M, on a GPU decoder layers of LLaMA-7B's size, ``tiny`` a small one.
+    """Name and model: SmolLM2-135M on a CPU, decoder layers of LLaMA-7B's size on a GPU, a small one with ``tiny``.
 
     Raises:
-        ValueError: a package that SmolLM2-135M comes from is missing.
+        ValueError: a package that SmolLM2-135M needs is missing.
     """
     if tiny or device == "cuda":
         sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_hidden_layers": 4}
@@ -44,12 +44,12 @@ def decoder(tiny: bool, device: str) -> tuple[str, nn.Module]:
 
 
 def methods(base: nn.Module, n: int, r: int, p: float) -> dict[str, nn.Module]:
-    """The candidates on the weights of ``base``, which is frozen; full fine-tuning on a copy."""
+    """The candidates on the frozen weights of ``base``; full fine-tuning works on a copy."""
     return {name: build() for name, build in builders(base, n, r, p).items()}
 
 
 def builders(base: nn.Module, n: int, r: int, p: float) -> dict[str, Callable[[], nn.Module]]:
-    """What makes each candidate, by name."""
+    """A builder of each candidate, by name."""
 
     def adapted(method: str, **options) -> nn.Module:
         base.requires_grad_(False)
@@ -73,8 +73,9 @@ def builders(base: nn.Module, n: int, r: int, p: float) -> dict[str, Callable[[]
 
 
 def builders_alone(base: nn.Module, n: int, r: int, p: float, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
-    """What is measured one at a time, those that tell most first: the frozen model, what :func:`builders` has but the
-    compiled loop, ours on torch matmuls, and LoRA's and our model compiled whole if ``compiled``."""
+    """The candidates measured one at a time, most important first: the frozen model, those of :func:`builders` except
+    the compiled loop, ours on torch matmuls, and with ``compiled`` LoRA's and our model compiled whole.
+    """
     eager = builders(base, n, r, p)
     found = {FROZEN: lambda: frozen(base), LORA: eager[LORA], OURS: eager[OURS], FP8: eager[FP8]}
     found |= {OURS_TORCH: lambda: on_torch(eager[OURS]()), REFERENCE: eager[REFERENCE], FULL: eager[FULL]}
@@ -86,7 +87,7 @@ def builders_alone(base: nn.Module, n: int, r: int, p: float, compiled: bool) ->
 
 
 def frozen(base: nn.Module) -> nn.Module:
-    """The model without adapters, whose backward goes down to the embeddings' output, and no further."""
+    """The model without adapters; backward computes dx down to the output of the embeddings."""
     base.requires_grad_(False)
     model = shallow_copy(base)
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: output.requires_grad_())

@@ -1,4 +1,4 @@
-"""What the tables of bench.report are made of."""
+"""Building blocks of the tables of bench.report."""
 
 import json
 from collections.abc import Callable
@@ -26,20 +26,21 @@ def conditions_line(machine: dict) -> str:
 
 
 def layer_case(s: dict, tokens: list[int]) -> str:
-    """A row's label; with its tokens where the rows of a table differ in them."""
+    """A row's label, with its tokens in tables whose rows differ in them."""
     many = f"{s['M']} tokens, " if len(tokens) > 1 else ""
     return f"{many}{s['K']}→{s['N']}, n = {s['n']}, {s['dtype']}, dropout {s['dropout']:g}"
 
 
 CLOCKS = {
-    "device": "the GPU alone, by replays of a captured graph",
-    "host": "the host, enqueueing 16 tokens that nobody waits for",
+    "device": "GPU time, graph replay",
+    "host": "host time to enqueue 16 tokens",
 }
 
 
 def clock_tables(rows: list[dict], case: Callable[[dict], str], what: str, unit: float = 1e6) -> list[str]:
-    """What is timed apart from the time that is waited for, in microseconds (``unit`` a second), and own costs by every
-    clock; nothing for files from before there was either."""
+    """Device and host times in microseconds (``unit`` a second), and own costs by every clock; empty for files without
+    them.
+    """
     parts = []
     for clock, meaning in CLOCKS.items():
         chosen = [row for row in rows if row.get(clock)]
@@ -57,7 +58,7 @@ def clock_tables(rows: list[dict], case: Callable[[dict], str], what: str, unit:
     cells = [[label, clock, *(f"{costs[n]:.2f}" if n in costs else "" for n in names)] for label, clock, costs in body]
     if cells:
         parts.append(
-            f"### {what}, own cost\n\nWhat is added to the frozen layer's time, as a share of what PEFT LoRA adds.\n\n"
+            f"### {what}, own cost\n\nThe time beyond the frozen layer, relative to that of PEFT LoRA.\n\n"
             f"{table(['', 'clock', *names], cells)}"
         )
     return parts

@@ -2,9 +2,9 @@
 
     pytest bench/test_experts.py --benchmark-json=OUT.json
 
-Before anything is timed, output and gradients, the routing weights' too, must be at most twice as far from float64 as
-those of the branches by autograd. All are waited for; on a GPU, replays of captured graphs give the device's part.
-PEFT's LoRA on parameters has no dropout: it is compared without.
+Before timing, the error of the output and every gradient, those of the routing weights included, must be at most twice
+that of the branches by autograd, relative to float64. Calls are synchronized; on a GPU, replays of captured graphs give
+the device time. PEFT's LoRA on parameters has no dropout and is compared without.
 """
 
 import copy
@@ -19,7 +19,7 @@ from multilora_fast.memory.methods import LORA, OURS
 
 SMALL = Size(32, 4, 512, 192, 24)
 QWEN, MIXTRAL = SIZES.values()
-# (size, tokens, dropout): on a GPU those that tell most come first
+# (size, tokens, dropout), most important first on a GPU
 CASES = [(SMALL, tokens, p) for tokens in (1024, 64) for p in (0.0, 0.05)]
 if torch.cuda.is_available():
     CASES = [(QWEN, 4096, 0.0), (QWEN, 4096, 0.05), (QWEN, 512, 0.0), (MIXTRAL, 4096, 0.0)]
@@ -27,7 +27,7 @@ DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def gate(experts: torch.nn.Module, size: Size, device: str) -> None:
-    """Raise AssertionError unless the experts, without dropout, are about as exact as autograd makes them."""
+    """Raise AssertionError if the experts, without dropout, are less exact than twice autograd's error."""
 
     def errors(way, exact=None) -> list[torch.Tensor]:
         dtype = torch.float64 if exact is None else DTYPE

@@ -1,10 +1,10 @@
-"""q, k and v of one attention block, forward and backward: each shrinking x alone, or all of them in one shrink.
+"""q, k and v of one attention block, forward and backward: one shrink of x per layer against one for all.
 
     pytest bench/test_group.py --benchmark-json=OUT.json
 
-Before anything is timed, outputs and gradients of the group must be those of the layers alone, but for rounding. All
-are interleaved and waited for; on a GPU, replays of captured graphs give the device's part, and sixteen tokens that
-nobody waits for the host's.
+Before timing, outputs and gradients of the group must equal those of separate layers up to rounding. All candidates are
+interleaved and synchronized; on a GPU, replays of captured graphs give the device time, and sixteen tokens without
+synchronization the host time.
 """
 
 import pytest
@@ -22,7 +22,7 @@ ALONE = "ours, each layer alone"
 SHAPES = [(4096, (4096, 4096, 4096))] if torch.cuda.is_available() else [(2048, (2048,) * 3), (576, (576, 192, 192))]
 NAMES = ("q_proj", "k_proj", "v_proj")
 DTYPES = ["bfloat16"] if torch.cuda.is_available() else ["float32", "bfloat16"]
-# (tokens, branches): on a GPU the widest first
+# (tokens, branches), widest first on a GPU
 CASES = [(8192, 3), (2048, 3), (8192, 5)] if torch.cuda.is_available() else [(1024, 5)]
 
 
@@ -56,7 +56,7 @@ def candidates(K, sizes, n, r, p, dtype, device, compiled: bool) -> dict[str, nn
         found[ADDMM] = base()
         for name in NAMES:
             setattr(found[ADDMM], name, AddmmLoRA(getattr(found[ADDMM], name), n * r))
-    if device == "cuda":  # elsewhere it is what runs as ours
+    if device == "cuda":  # elsewhere "ours" already runs on torch
         found[OURS_TORCH] = on_torch(adapted(OURS, init_weights=False))
     if compiled and can_compile(device):
         found[LORA_COMPILED] = torch.compile(adapted(LORA))
@@ -69,7 +69,7 @@ def step(model: nn.Module, x, dys):
 
 
 def gate(models: dict[str, nn.Module], x, dys, eps: float) -> None:
-    """Raise AssertionError unless the group's gradients are those of the layers alone, without dropout."""
+    """Raise AssertionError if the group's gradients differ from those of separate layers, without dropout."""
     found = []
     for model in (models[ALONE], models[OURS]):
         dropouts = [(m, m.p) for m in model.modules() if isinstance(m, nn.Dropout)]

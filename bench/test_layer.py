@@ -2,9 +2,9 @@
 
     pytest bench/test_layer.py --benchmark-json=OUT.json
 
-Before anything is timed, output and gradients must pass the 2× rule against the reference in float64. All are waited
-for; on a GPU, replays of captured graphs give the device's part, and sixteen tokens that nobody waits for the
-host's. A backward alone cannot be captured: it is the difference of the other two.
+Before timing, output and gradients must pass the 2× rule against the reference in float64. Calls are synchronized; on a
+GPU, replays of captured graphs give the device time, and sixteen tokens without synchronization the host time. Backward
+alone cannot be captured: its device time is the difference of the other two.
 """
 
 from dataclasses import dataclass
@@ -33,14 +33,14 @@ class Case:
     direction: str = "forward+backward"
     dtype: str = "bfloat16"
     compiled: tuple[str, ...] = ()
-    enqueued: bool = False  # whether the host's part, which is the same for all sizes, is timed
+    enqueued: bool = False  # whether to time the host, whose cost does not depend on the size
 
     def __str__(self) -> str:
         return f"{self.direction}-{self.M}x{self.K}-{self.N}-{self.dtype}-{self.n}-{self.p:g}"
 
 
 def gpu_cases() -> list[Case]:
-    """Those that tell most come first: a short run may be cut."""
+    """The GPU's cases, most important first: a short run may be cut."""
     both = [
         Case(8192, 4096, 4096, 3, 0.0, compiled=EVERY, enqueued=True),
         Case(8192, 4096, 4096, 3, 0.05, compiled=EVERY, enqueued=True),
@@ -53,7 +53,7 @@ def gpu_cases() -> list[Case]:
 
 
 def cpu_cases() -> list[Case]:
-    """The halves of a step are timed apart at n = 5."""
+    """The CPU's cases; forward and backward are timed apart at n = 5."""
     found = []
     for direction in DIRECTIONS:
         both = direction == "forward+backward"
@@ -100,7 +100,7 @@ def test_layer(benchmark, case, tiny, device):
         if case.enqueued:
             clocks["host"] = enqueue_seconds(timed_layers(ENQUEUED_TOKENS))
     add_clocks(benchmark.extra_info, medians, **clocks)
-    best = benchmark.extra_info.get("device", medians)  # without the host, where it can be told
+    best = benchmark.extra_info.get("device", medians)  # device time where available, without the host
     benchmark.extra_info["work"] = {
         "flops": work.flops, "bytes": work.bytes, "rates": measured.as_dict(), "floor_seconds": work.seconds(measured),
         "floor_by_frozen_layer": best[FROZEN] * (1 + extra / frozen_flops),

@@ -1,10 +1,10 @@
-"""The three products, each in its forward and its backward use, against the floor of its bytes and FLOPs.
+"""The three products, in forward and in backward, against a lower bound from their bytes and FLOPs.
 
     pytest bench/test_ops.py --benchmark-json=OUT.json
 
-On a GPU the Triton kernels, by replays of a captured graph over inputs that outgrow L2, at a count of tokens of every
-size class; elsewhere the torch matmuls that stand in for them. Each result is compared with the same product in float64
-before it is timed. expand writes what the base product is added to, or adds where that is there already.
+On a GPU these are the Triton kernels, timed by replays of a captured graph over inputs that exceed L2, with a token
+count from each size class; elsewhere the torch matmuls of the torch backend. Each result is compared with float64
+before timing. expand writes the output before the base product is added, or adds to an existing one.
 """
 
 import pytest
@@ -21,11 +21,11 @@ USES = [
     "expand backward, added", "reduce forward", "reduce backward",
 ]  # fmt: skip
 TOKENS, D = ((8192, 2048, 512, 64), 4096) if GPU else ((1024,), 2048)
-DECODE = 64  # tokens, at most: nothing trains on so few
+DECODE = 64  # maximum tokens; training never uses so few
 
 
 def call(ops, use: str, t: dict[str, torch.Tensor], keep, p: float):
-    """One use with the tensors of ``t``; expand works in place on t["y"] and returns it."""
+    """Run one use with the tensors of ``t``; expand works in place on t["y"] and returns it."""
     n = t["A"].shape[0]
     dropout = (keep, p) if p else ()
     match use:

@@ -1,10 +1,10 @@
 """One training step of a real decoder (forward, backward, AdamW), interleaved with its peers.
 
-On a CPU: SmolLM2-135M in bfloat16, or float32 where the CPU has no bfloat16, compilation of each adapted linear
-alone. On a GPU: decoder layers of LLaMA-7B's size in bfloat16, random weights; each method is built, measured and freed
-before the next, the frozen model, PEFT's LoRA and ours also as a CUDA graph of the whole step, and compilation is of
-the whole model. Adapters on all seven linears, in the base's dtype, n·r = 96. Each size of linear must pass the 2× rule
-before anything is timed.
+On a CPU: SmolLM2-135M in bfloat16, or in float32 where the CPU has no bfloat16; compiled candidates compile each
+adapted linear. On a GPU: decoder layers of LLaMA-7B's size in bfloat16 with random weights; each method is built,
+measured and freed before the next; frozen, PEFT LoRA and ours also run as a CUDA graph of the whole step; compiled
+candidates compile the whole model. Adapters on all seven linears, in the base's dtype, n·r = 96. Each size of linear
+must pass the 2× rule before timing.
 """
 
 from functools import partial
@@ -23,7 +23,7 @@ from multilora_fast.memory.methods import LORA, OURS, REFERENCE
 from multilora_fast.models import LINEARS, target_linears
 
 GPU = torch.cuda.is_available()
-# (batch, length, dropout): on a GPU those that tell most first, the first two also compiled
+# (batch, length, dropout), most important first on a GPU, the first two also compiled
 CASES = [(4, 128, 0.0), (4, 128, 0.05)]
 if GPU:
     CASES = [(batch, length, p) for p in (0.05, 0.0) for batch, length in ((8, 1024), (1, 1024), (1, 2048))]
@@ -63,7 +63,7 @@ def test_step(benchmark, batch, length, p, tiny, device, request, seconds_left):
 
 
 def measure_together(benchmark, models: dict[str, nn.Module], tokens: torch.Tensor, rounds: int) -> Steps:
-    """All of ``models`` at once, so that a drift meets all of them."""
+    """Measure all ``models`` interleaved, so that drift affects all of them."""
     timed = {name: Timed(lambda: None, training_step(model.train(), tokens)) for name, model in models.items()}
     found = Steps()
     for name, model in models.items():

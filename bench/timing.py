@@ -1,4 +1,4 @@
-"""Interleaved timing under pytest-benchmark, and on a GPU the device's and the host's part of it apart."""
+"""Interleaved timing under pytest-benchmark, with device and host times on a GPU."""
 
 import gc
 import statistics
@@ -11,13 +11,13 @@ from multilora_fast.benchmark.layer import FROZEN
 from multilora_fast.benchmark.timing import Timed
 from multilora_fast.memory.methods import LORA
 
-ENQUEUED_TOKENS = 16  # too few to keep a GPU busy, so that the host is what is timed
+ENQUEUED_TOKENS = 16  # too few to keep a GPU busy: the time is the host's
 
 
 def compare(benchmark, timed: dict[str, Timed], ours: str, rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Let pytest-benchmark time ``ours``, every other candidate being timed before each of its rounds.
+    """Time ``ours`` by pytest-benchmark, and every other candidate before each of its rounds.
 
-    The others' seconds go to ``benchmark.extra_info["peers"]``, by round. Returns the median seconds of all.
+    The peers' seconds go to ``benchmark.extra_info["peers"]``, by round. Returns the median seconds of all.
     """
     seconds = {name: [] for name in timed if name != ours}
 
@@ -36,8 +36,9 @@ def compare(benchmark, timed: dict[str, Timed], ours: str, rounds: int, warmup: 
 
 
 def drop_failing(timed: dict[str, Timed], needed: tuple[str, ...]) -> dict[str, str]:
-    """Take out of ``timed`` each peer that does not run here, such as a compiled one, and say why. Raises what one of
-    ``needed`` raises."""
+    """Remove each peer that does not run here, for example a compiled one, from ``timed``, and return the reasons.
+    Raises the errors of ``needed``.
+    """
     failed = {}
     for name, one in list(timed.items()):
         error = _failure(one.seconds)
@@ -58,12 +59,12 @@ def _failure(call: Callable[[], object]) -> Exception | None:
 
 
 def device_seconds(timed: dict[str, list[Timed]], clock: Callable[..., float] = device_time) -> tuple[dict, dict]:
-    """Seconds of the GPU by candidate, each from one graph of its calls, and why one has none."""
+    """GPU seconds by candidate, each from one graph of its calls, and why a candidate has none."""
     return _measured(timed, lambda parts: clock([lambda one=one: one.run(one.prepare()) for one in parts]))
 
 
 def enqueue_seconds(timed: dict[str, Timed], clock: Callable[..., float] = host_time) -> tuple[dict, dict]:
-    """Seconds of the host to enqueue one call by candidate, and why one has none."""
+    """Host seconds to enqueue one call by candidate, and why a candidate has none."""
     return _measured(timed, lambda one: clock(lambda: one.run(one.prepare())))
 
 
@@ -75,7 +76,7 @@ def _measured(timed: dict, microseconds: Callable) -> tuple[dict[str, float], di
         except Exception as error:
             failed[name] = reason(error)
         for part in one if isinstance(one, list) else [one]:
-            part.prepare()  # drops gradients, which a graph holds
+            part.prepare()  # resets gradients, which a graph holds
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -87,11 +88,12 @@ def reason(error: Exception) -> str:
 
 
 def add_clocks(info: dict, waited: dict[str, float], **clocks: tuple[dict[str, float], dict[str, str]]) -> None:
-    """Put each clock's seconds into ``info`` under its name, why a candidate has none under "failed", and what the
-    branches cost of PEFT LoRA's, by every clock, under "own cost"; ``waited`` are those waited for."""
+    """Add each clock's seconds to ``info``, the reasons for missing ones under "failed", and own costs by every clock
+    under "own cost"; ``waited`` are the synchronized times.
+    """
     for name, (seconds, failed) in clocks.items():
         info[name] = seconds
         if failed:
             info.setdefault("failed", {}).update({f"{who}, {name}": why for who, why in failed.items()})
-    every = {"waited for": waited, **{name: seconds for name, (seconds, _) in clocks.items()}}
+    every = {"wall clock": waited, **{name: seconds for name, (seconds, _) in clocks.items()}}
     info["own cost"] = {name: own_costs(seconds, FROZEN, LORA) for name, seconds in every.items()}

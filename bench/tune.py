@@ -1,12 +1,12 @@
-"""Times candidate tiles on this GPU and prints rows to paste into kernels/configs.py.
+"""Time candidate tiles on this GPU and print rows for kernels/configs.py.
 
     python -m bench.tune [--kernel KERNEL] [--size 8192|2048|512|decode] [--seconds N] [--out DIR]
 
-A stage is one row of the table: a kernel and its use (expand adding or writing, a mask or none), size class and rank
-class. Each candidate is checked against torch in float32 before it is timed, by replays of a captured graph over inputs
-that outgrow L2, for every shape of its stage; the present row is the first candidate. The stages of "product" compare
-the joint kernel with expand and the library's product. The seconds are shared out over the stages, the headline ones
-first; a stage out of time keeps the best so far and says so, and one that would get too little is not begun.
+A stage is one row of the table: a kernel and its use (expand adding or writing, with or without a mask), a size class
+and a rank class. For every shape of a stage, each candidate is checked against torch in float32, then timed by replays
+of a captured graph over inputs that exceed L2. The first candidate is the present row. The stages of "product" compare
+the joint kernel with expand and the library's product. The time budget is divided over the stages, headline ones first;
+a stage that runs out of time keeps its best so far and says so, and a stage with too little time is not started.
 """
 
 import argparse
@@ -33,9 +33,9 @@ SHARED_LIMIT = 224 * 1024
 TOKENS = {"8192": (8192,), "2048": (2048,), "512": (512,), "decode": (1, 64)}
 FEATURES = (4096, 11008)
 RANKS = {96: (3, 32), 160: (5, 32), 288: (9, 32), 512: (15, 32)}
-HEADLINE = (96, 160)  # 288 and 512 are several layers at once in training
-LEAST_SECONDS = 3.0  # of a stage: inputs, the check of the present row and a few candidates
-TOGETHER = 24  # candidates of a stage that are compiled at once
+HEADLINE = (96, 160)  # 288 and 512 occur where several layers share an input
+LEAST_SECONDS = 3.0  # for one stage: inputs, the check of the present row and a few candidates
+TOGETHER = 24  # candidates of a stage compiled at once
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ class Stage:
 
 
 def stages(kernel: str | None = None, size: str | None = None) -> list[Stage]:
-    """The rows of the kernels, the headline rank classes and sizes first. Nothing trains on a handful of tokens: reduce
-    and what has a mask have no decode rows."""
+    """The kernels' rows, headline rank classes and sizes first. Training never has decode-sized inputs, so reduce and
+    masked uses have no decode rows.
+    """
     every = (Stage(k, s, rank) for rank in RANKS for s in TOKENS for k in KERNELS)
     return [
         stage
@@ -64,7 +65,7 @@ def stages(kernel: str | None = None, size: str | None = None) -> list[Stage]:
 
 
 def schedule(kernel: str | None = None, size: str | None = None) -> list[Stage | ProductStage]:
-    """All stages in order: of each headline rank the kernels' and then the joint kernel's, then the other ranks'."""
+    """All stages in order: for each headline rank the kernels', then the joint kernel's; then the other ranks'."""
     kernels = stages(kernel, size)
     joint = product_stages(HEADLINE) if kernel in (None, JOINT) and size is None else []
     found: list[Stage | ProductStage] = []
@@ -74,7 +75,7 @@ def schedule(kernel: str | None = None, size: str | None = None) -> list[Stage |
 
 
 def shared_bytes(kernel: str, config: KernelConfig, R: int, itemsize: int = 2) -> int:
-    """Roughly the shared memory of the pipelined tiles, and of the weight that expand keeps."""
+    """Approximate shared memory of the pipelined tiles and of the weight that expand keeps, in bytes."""
     columns = sum(rank_tiles(R, config))
     if kernel.startswith("expand"):
         return (config.num_stages * config.BLOCK_M + config.BLOCK_D) * columns * itemsize
@@ -85,7 +86,7 @@ def shared_bytes(kernel: str, config: KernelConfig, R: int, itemsize: int = 2) -
 
 
 def candidates(stage: Stage, present: KernelConfig) -> list[KernelConfig]:
-    """The present row, then every tile worth timing, shuffled so that a short run still samples them all."""
+    """The present row, then all plausible tiles, shuffled so that a short run still samples them."""
     n, r = RANKS[stage.rank]
     few = stage.size in ("512", "decode")
     rows, columns, programs = (64, 128), (64, 128), (1,)
@@ -109,7 +110,7 @@ def candidates(stage: Stage, present: KernelConfig) -> list[KernelConfig]:
 
 @dataclass(frozen=True)
 class Work:
-    """One shape of a stage: what is launched, over inputs to rotate through, and what the first must give."""
+    """One shape of a stage: launches over rotating inputs, and the expected result of the first."""
 
     shape: str
     sets: list[Inputs]
@@ -120,14 +121,14 @@ def work_of(stage: Stage) -> list[Work]:
     n, r = RANKS[stage.rank]
     found = []
     for M, D in itertools.product(TOKENS[stage.size], FEATURES):
-        touched = DTYPE.itemsize * D * (M + n * r)  # the least that one launch moves
+        touched = DTYPE.itemsize * D * (M + n * r)  # the minimum traffic of one launch
         sets = [draw_inputs(M, D, n, r) for _ in range(cold_copies(touched, cache_bytes()))]
         found.append(Work(f"{M}x{D}", sets, truths(stage.kernel, sets[0])))
     return found
 
 
 def time_config(stage: Stage, config: KernelConfig, work: list[Work], clock=device_time) -> dict[str, float] | str:
-    """Microseconds by use and shape, or why the configuration does not count."""
+    """Microseconds by use and shape, or why the configuration fails."""
     times = {}
     for case in work:
         rotated = [launches(stage.kernel, inputs) for inputs in case.sets]
@@ -137,7 +138,7 @@ def time_config(stage: Stage, config: KernelConfig, work: list[Work], clock=devi
                     return f"wrong result in {name} at {case.shape}"
             except OutOfResources as error:
                 return f"does not fit ({error})"
-            except (CompilationError, RuntimeError) as error:  # some tiles are beyond some compilers
+            except (CompilationError, RuntimeError) as error:  # some tiles fail in some compilers
                 return f"does not compile or run ({(str(error).splitlines() or [''])[0][:200]})"
             calls = [lambda use=uses[name]: use(config) for uses in rotated]
             calls *= -(-8 // len(calls))
@@ -177,7 +178,7 @@ def quoted(key: tuple) -> str:
 
 
 def row_text(config: KernelConfig) -> str:
-    """The call that makes the configuration: its four sizes, and what differs from the defaults."""
+    """The call that builds the configuration: its four sizes, and what differs from the defaults."""
     values = list(asdict(config).values())[:4]
     plain = asdict(KernelConfig(*values))
     named = [f"{name}={value!r}" for name, value in asdict(config).items() if value != plain[name]]
@@ -185,7 +186,7 @@ def row_text(config: KernelConfig) -> str:
 
 
 def share(seconds: float, stages_left: int) -> float:
-    """The seconds of the next stage: an equal share, but enough to be worth beginning; 0 where there are too few."""
+    """The seconds of the next stage: an equal share, raised to a useful minimum; 0 if too few are left."""
     if seconds < LEAST_SECONDS:
         return 0.0
     return max(LEAST_SECONDS, seconds / stages_left)
@@ -200,7 +201,7 @@ def run_product_stage(stage: ProductStage) -> dict:
 
 
 def begin(ahead: Precompiler, soon: list[Stage | ProductStage], arch: str) -> None:
-    """Have the first candidates of the kernels' stages among ``soon`` compiled."""
+    """Start compiling the first candidates of the kernels' stages among ``soon``."""
     for stage in soon:
         if isinstance(stage, Stage):
             shape = TOKENS[stage.size][0], FEATURES[0], *RANKS[stage.rank]
@@ -209,10 +210,10 @@ def begin(ahead: Precompiler, soon: list[Stage | ProductStage], arch: str) -> No
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--kernel", choices=["shrink", "expand", "reduce", JOINT], help="only this kernel")
-    parser.add_argument("--size", choices=list(TOKENS), help="only this size class")
-    parser.add_argument("--seconds", type=float, default=480.0, help="time for all stages together (default 480)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results") / slug(), help="folder for tune.json")
+    parser.add_argument("--kernel", choices=["shrink", "expand", "reduce", JOINT], help="tune only this kernel")
+    parser.add_argument("--size", choices=list(TOKENS), help="tune only this size class")
+    parser.add_argument("--seconds", type=float, default=480.0, help="total time in seconds (default 480)")
+    parser.add_argument("--out", type=Path, default=Path("bench/results") / slug(), help="directory for tune.json")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench.tune needs a GPU: it times kernels, and torch.cuda.is_available() is False here.", file=sys.stderr)
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     todo, results, won = schedule(args.kernel, args.size), [], {}
     with Precompiler() as ahead:
         begin(ahead, todo[:2], arch)
-        ahead.wait(todo[0], min(30.0, args.seconds / 6))  # the processes start
+        ahead.wait(todo[0], min(30.0, args.seconds / 6))  # start the worker processes
         for index, stage in enumerate(todo):
             now = time.monotonic()
             seconds = share(end - now, len(todo) - index)

@@ -1,7 +1,8 @@
-"""The joint kernel against expand and the library's product, by replay: rows for PRODUCT_WINS in kernels/configs.py.
+"""The joint kernel against expand plus the library's product, by graph replay: rows for PRODUCT_WINS in
+kernels/configs.py.
 
-Both write the same matrix: y = x Wᵀ + H B̃ᵀ forward, dx = dy W + dH Ã backward. In backward it must win with dropout
-too, which the table does not tell apart. Each result is checked against torch in float32 before it is timed.
+Both write the same matrix: y = x Wᵀ + H B̃ᵀ forward, dx = dy W + dH Ã backward. In backward the joint kernel must also
+win with dropout, which the table does not distinguish. Each result is checked against torch in float32 before timing.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from multilora_fast.ops.torch_backend import inverse_keep
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))  # in_features, out_features
 DIRECTIONS = ("forward", "backward")
 TOKENS = (8192, 2048, 1024)
-MARGIN = 0.98  # of the library's time: clocks move single figures by some per cent
+MARGIN = 0.98  # of the library's time: clock changes move single figures by a few per cent
 LIBRARY, JOINT = "expand + addmm_", "product"
 
 
@@ -45,13 +46,13 @@ def product_stages(ranks: Iterable[int]) -> list[ProductStage]:
 def ways(
     direction: str, M: int, K: int, N: int, n: int, r: int, p: float, dtype=DTYPE, device="cuda"
 ) -> tuple[dict[str, Callable[[], torch.Tensor]], torch.Tensor]:
-    """Each way by name, returning what it wrote, and what torch makes of the same inputs in float32."""
+    """Each way by name, returning what it wrote, and torch's float32 result for the same inputs."""
 
     def make(*size, scale=1.0):
         return torch.randn(*size, device=device, dtype=dtype) * scale
 
     transposed = direction == "forward"
-    inner, outer = (K, N) if transposed else (N, K)  # of x, or dy, and of what is written
+    inner, outer = (K, N) if transposed else (N, K)  # columns of x, or dy, and of the output
     x, weight, h = make(M, inner), make(N, K, scale=inner**-0.5), make(M, n * r)
     if transposed:
         w, scale = make(n, N, r, scale=r**-0.5).transpose(1, 2), make(n, N)
@@ -82,7 +83,7 @@ def ways(
 
 
 def time_product(stage: ProductStage, n: int, r: int) -> dict[str, dict[str, float] | str]:
-    """Microseconds of both ways by tokens and dropout, or why one does not count."""
+    """Microseconds of both ways by tokens and dropout, or why a way fails."""
     found: dict[str, dict[str, float] | str] = {}
     for M in TOKENS:
         for p in (0.0, P) if stage.direction == "backward" else (0.0,):
@@ -91,7 +92,7 @@ def time_product(stage: ProductStage, n: int, r: int) -> dict[str, dict[str, flo
             case, (first, truth) = f"{M} tokens, dropout {p:g}", sets[0]
             try:
                 wrong = [name for name, way in first.items() if not near(way(), truth)]
-            except Exception as error:  # what a compiler or a driver refuses is no fault of the other way
+            except Exception as error:  # a compiler or driver error in one way leaves the other valid
                 found[case] = f"does not compile or run ({(str(error).splitlines() or [repr(error)])[0][:200]})"
                 continue
             if wrong or JOINT not in first:
@@ -105,7 +106,7 @@ def time_product(stage: ProductStage, n: int, r: int) -> dict[str, dict[str, flo
 
 
 def wins(times: dict[str, dict[str, float] | str]) -> dict[int, bool]:
-    """By tokens, whether the joint kernel was the faster way, with and without dropout, by more than MARGIN."""
+    """By tokens, whether the joint kernel was faster with and without dropout by more than MARGIN."""
     found: dict[int, bool] = {}
     for case, result in times.items():
         tokens = int(case.split()[0])
@@ -115,10 +116,10 @@ def wins(times: dict[str, dict[str, float] | str]) -> dict[int, bool]:
 
 
 def winning_rows(measured: dict[ProductStage, dict[int, bool]], ranks: Iterable[int]) -> dict[str, list[tuple]]:
-    """(in_features, out_features, rank, tokens) by direction, as PRODUCT_WINS takes them.
+    """(in_features, out_features, rank, tokens) by direction, as PRODUCT_WINS stores them.
 
-    A row stands for all lower ranks and all larger counts of tokens, so it is made where all of those that are timed
-    won, and a rank whose lower ones were not timed gives none.
+    A row covers all lower ranks and all larger token counts, so it requires that every timed one of those won. A rank
+    whose lower ranks were not timed gives no row.
     """
     found: dict[str, list[tuple]] = {way: [] for way in DIRECTIONS}
     for way in DIRECTIONS:
@@ -130,7 +131,7 @@ def winning_rows(measured: dict[ProductStage, dict[int, bool]], ranks: Iterable[
                 if tokens is None:
                     break
                 least = max(least, tokens)
-                rows = [row for row in rows if row[3] < least]  # what a wider rank says of as many tokens
+                rows = [row for row in rows if row[3] < least]  # the result of a wider rank for the same tokens
                 rows.append((K, N, rank, least))
             found[way] += rows
     return found

@@ -1,4 +1,4 @@
-"""The uses of the kernels that bench.tune times: inputs that can be rotated through, launches, results in float32."""
+"""The uses of the kernels that bench.tune times: rotating inputs, launches, and float32 results."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from multilora_fast.kernels.shrink import shrink
 from multilora_fast.ops.torch_backend import inverse_keep
 
 P = 0.05
-# As the table names them: a kernel, whether expand adds to what y holds, and whether there is a mask.
+# As named in the table: the kernel, whether expand adds to y, and whether there is a mask.
 KERNELS = (
     "shrink", "shrink dropout", "expand", "expand add", "expand dropout", "expand add dropout", "reduce",
     "reduce dropout",
@@ -25,7 +25,7 @@ Launch = Callable[[KernelConfig], torch.Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every use of one shape needs, drawn anew: no two have a tensor in common."""
+    """Inputs for every use of one shape; instances share no tensor."""
 
     large: torch.Tensor  # (M, D): x or dy
     y: torch.Tensor  # (M, D), zeros
@@ -47,7 +47,7 @@ def draw_inputs(M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, devi
 
 
 def empty_inputs(M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, device: str = "cuda") -> Inputs:
-    """Inputs of the same kind, with nothing in them and no kernel run."""
+    """Uninitialized inputs of the same kind; no kernel runs."""
 
     def make(*size, dtype=dtype):
         return torch.empty(*size, device=device, dtype=dtype)
@@ -58,8 +58,9 @@ def empty_inputs(M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, dev
 
 
 def launches(kernel: str, t: Inputs) -> dict[str, Launch]:
-    """The uses that share a row of the table, by name. Each returns its result; expand's is ``t.y`` itself, to which
-    "expand add" adds again at every launch."""
+    """The uses that share a row of the table, by name. Each returns its result; expand returns ``t.y`` itself, and
+    "expand add" adds to it at every launch.
+    """
     (n, _, _), dtype = t.a.shape, t.large.dtype
     dropout = {"bits": t.bits, "p": P} if "dropout" in kernel else {}
 
@@ -87,7 +88,7 @@ def launches(kernel: str, t: Inputs) -> dict[str, Launch]:
 
 
 def truths(kernel: str, t: Inputs) -> dict[str, torch.Tensor]:
-    """What :func:`launches` must give on the same inputs, by torch in float32."""
+    """The results of :func:`launches` on the same inputs, by torch in float32."""
     (n, r, D), M = t.a.shape, t.large.shape[0]
     large, h, a, b, scale = (x.float() for x in (t.large, t.h, t.a.flatten(0, 1), t.b, t.scale))
     packed, keep = (scale[:, None] * b).flatten(0, 1), 1.0
@@ -108,14 +109,14 @@ Use = tuple[str, Launch, torch.Tensor]
 
 
 def uses(kernel: str, M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, device: str = "cuda") -> list[Use]:
-    """(name, launch, result of torch in float32) for each use of a kernel on one shape; KERNELS names the kernel."""
+    """(name, launch, float32 result) for each use of a kernel on one shape; KERNELS names the kernel."""
     t = draw_inputs(M, D, n, r, dtype, device)
     truth = truths(kernel, t)
     return [(name, launch, truth[name]) for name, launch in launches(kernel, t).items()]
 
 
 def correct(kernel: str, launch: Launch, config: KernelConfig, truth: torch.Tensor) -> bool:
-    """Whether one launch is within 1 % of float32; expand adds to what its target holds, which is zero then."""
+    """Whether one launch is within 1 % of float32. The target of an adding expand starts at zero."""
     if "add" in kernel:
         launch(config).zero_()
     return near(launch(config), truth)

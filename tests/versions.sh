@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the tests on other versions of what setup.py requires, each set in a virtual environment in .versions/.
+# Run the tests on other versions of the dependencies in setup.py, each set in a virtual environment in .versions/.
 #
 #   tests/versions.sh                 oldest and newest: downloads torch twice, which on Linux is several GB from PyPI
 #   tests/versions.sh quick           the oldest Triton, transformers and PEFT on .venv's torch, and the tests near them

@@ -35,17 +35,17 @@ def step(batch, p, median=MEDIAN, **more):
 
 
 def test_device_host_and_own_cost_have_tables_of_their_own(tmp_path):
-    own = {"waited for": {OURS: 0.5, REFERENCE: 3.0}, "device": {OURS: 0.51}}
+    own = {"wall clock": {OURS: 0.5, REFERENCE: 3.0}, "device": {OURS: 0.51}}
     rows = [layer(8192, 0.0, device=DEVICE, host={OURS: 2e-4}, **{"own cost": own}), layer(1024, 0.05)]
     write(tmp_path, "layer", rows)
     write(tmp_path, "step", [step(8, 0.05, device=DEVICE, **{"own cost": own}), step(1, 0.05)])
     text = "\n\n".join(report.report(tmp_path).values())
-    assert "### forward+backward, us: the GPU alone" in text
+    assert "### forward+backward, us: GPU time" in text
     assert "| 8192 tokens, 64→48, n = 3, bfloat16, dropout 0 | 700 | 1,100 | 900 |" in text
-    assert "the host, enqueueing 16 tokens" in text
+    assert "host time to enqueue 16 tokens" in text
     assert "| 8192 tokens, 64→48, n = 3, bfloat16, dropout 0 | device | 0.51 |  |" in text
     assert "| ours | 8 x 1024 | 0.05 | 1.5 | 0.75x |" in text
-    assert "each method alone, the others freed" in text
+    assert "one method in memory at a time" in text
     assert (tmp_path / "layer.png").exists()
 
 
@@ -61,7 +61,7 @@ def test_a_group_names_its_rows_and_a_product_its_device_time(tmp_path):
     sections = report.report(tmp_path)
     assert "| 64→48, 16, n = 3, bfloat16, dropout 0 | 1.00 | 4.00 | 2.00 | 1.50 | 1.25x |" in sections["group"]
     assert "| expand forward | 64 | 3 | 0 | 0.005 | 1.0 | 2.000 | 50 % |" in sections["ops"]
-    assert "outgrow L2" in sections["ops"]
+    assert "exceed L2" in sections["ops"]
 
 
 def test_the_headline_is_of_the_largest_step_of_each_device_and_of_what_fits(tmp_path):

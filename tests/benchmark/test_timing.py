@@ -55,7 +55,7 @@ def test_own_costs_are_told_apart_by_clock():
     add_clocks(info, waited, device=(device, {ADDMM: "why"}), host=({FROZEN: 1.0, OURS: 2.0}, {}))
     assert info["device"] == device
     assert info["failed"] == {f"{ADDMM}, device": "why"}
-    assert info["own cost"] == {"waited for": {OURS: 1.5}, "device": {OURS: 0.5}, "host": {}}
+    assert info["own cost"] == {"wall clock": {OURS: 1.5}, "device": {OURS: 0.5}, "host": {}}
 
 
 def test_the_layer_has_every_row():
