@@ -19,8 +19,7 @@ is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def once_differentiable(backward):
-    """torch's once_differentiable, called only with create_graph (it costs three microseconds). Batched gradients are
-    refused."""
+    """torch's once_differentiable, skipped without create_graph because it costs 3 µs. Refuses batched gradients."""
     refusing = function.once_differentiable(backward)
 
     @wraps(backward)
@@ -36,7 +35,7 @@ def once_differentiable(backward):
 
 
 class MultiLoRAFunction(torch.autograd.Function):
-    """The op as eager calls take it. ``weight`` may be a function that returns the dense weight."""
+    """The op in eager mode. ``weight`` may be a function that returns the dense weight."""
 
     @staticmethod
     def forward(ctx, x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call):
@@ -61,7 +60,7 @@ class MultiLoRAFunction(torch.autograd.Function):
 def forward(
     x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call: Call, new: int | None = 0
 ) -> Sequence[Tensor]:
-    """The output (..., N), a tensor of its own, and H (M, R). ``new`` as in :meth:`Call.run`."""
+    """The output (..., N), in memory of its own, and H (M, R). ``new`` as in :meth:`Call.run`."""
     dtype = call.settings.dtype
     if y is not None:
         y, weight, bias = y.clone(memory_format=torch.contiguous_format), None, None
@@ -75,7 +74,7 @@ def forward(
 def backward(
     dy, x, scale, H, weight, lora_A, lora_B, lora_scaling, seed, call: Call, needs: Needs, new: int | None = None
 ) -> list[Tensor | None]:
-    """The gradients in the order of ``needs``, None where none is needed."""
+    """The gradients in the order of ``needs``, None where not needed."""
     dtype = call.settings.dtype
     tokens = as_tokens(dy, dtype)
     known = restore(x, scale, dtype) if needs.lora_A or needs.weight else None
@@ -87,9 +86,9 @@ def backward(
 
 
 class GroupFunction(torch.autograd.Function):
-    """The outputs of layers that read one x. ``tensors`` are the weights, biases, lora_A, lora_B and lora_scaling of
-    all of them; the weights may all be functions that return the dense weight. ``waiting`` refers weakly to what holds
-    the ``outputs`` for layers that are still to come: a backward takes them back."""
+    """The outputs of layers that read one x. ``tensors`` are their weights, biases, lora_A, lora_B and lora_scaling;
+    the weights may all be functions that return the dense weight. ``waiting`` is a weak reference to the holder of the
+    ``outputs`` of layers not called yet, which a backward drops."""
 
     @staticmethod
     def forward(ctx, x, seed, call, waiting, *tensors):
@@ -130,17 +129,13 @@ class GroupFunction(torch.autograd.Function):
         return dx, None, None, None, *chain(*kinds)
 
 
-def _direct(function: type[torch.autograd.Function]) -> Callable:
-    """``function.apply`` without its functorch wrapper, which costs five microseconds."""
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-    return lambda *inputs: function.apply(*inputs) if transforming() else apply(*inputs)
-
-
-apply_op, apply_group = _direct(MultiLoRAFunction), _direct(GroupFunction)
+# Past the functorch wrapper of ``Function.apply``, which costs 5 µs: neither is called under a transform.
+apply_op: Callable = super(torch.autograd.Function, MultiLoRAFunction).apply  # type: ignore[misc]
+apply_group: Callable = super(torch.autograd.Function, GroupFunction).apply  # type: ignore[misc]
 
 
 def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
-    """dx, and the gradients of the layers that are ``present``, kind by kind."""
+    """dx, and the gradients of the ``present`` layers, kind by kind."""
     x, scale, seed, H, *tensors = ctx.saved_tensors
     needs, any_needs, settings = ctx.needs, ctx.any_needs, ctx.call.settings
     counts, ranks, dtype = settings.counts, settings.ranks, settings.dtype
@@ -148,7 +143,7 @@ def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
     if len(present) < len(dys):
         dys, needs, counts, ranks = (tuple([t[i] for i in present]) for t in (dys, needs, counts, ranks))
         weights, lora_As, lora_Bs, scales = ([kind[i] for i in present] for kind in (weights, lora_As, lora_Bs, scales))
-        any_needs = union(needs)
+        any_needs = _union(needs)
     tokens = [as_tokens(dy, dtype) for dy in dys]
     known = restore(x, scale, dtype) if any_needs.lora_A or any_needs.weight else None
     if not any_needs.x:
@@ -183,37 +178,37 @@ def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
 
 
 def _run(ctx, function, inputs: Sequence, *options, new: int | None) -> Sequence:
-    if ctx.dense:  # functions, which cannot be recorded
+    if ctx.dense:  # a plan cannot record functions
         return ctx.call.run_once(function, inputs, *options)
     return ctx.call.run(function, inputs, *options, new=new)
 
 
 def new_in_backward() -> int | None:
-    """How many inputs of a backward can differ in kind from the recorded one: dy alone, or any (None) under
+    """How many inputs of a backward may differ in kind from the recorded one: dy alone, or any (None) under
     saved-tensor hooks, which may change layouts."""
     return 1 if torch._C._autograd._top_saved_tensors_default_hooks(False) is None else None
 
 
 @cache
 def needs_of(flags: tuple[bool, ...]) -> tuple[Needs, bool]:
-    """Which of x, y, weight, bias, and then A or H, B and s want a gradient: the needs of the op, and y's."""
+    """The needs of the op, and whether y has one, from the flags of x, y, weight, bias, A, B and s."""
     x, y, *rest = flags
     return Needs(x, *rest), y
 
 
 @cache
 def group_needs(flags: tuple[bool, ...]) -> tuple[tuple[Needs, ...], Needs]:
-    """The needs of each layer of a group, and of any, from the flags of :class:`GroupFunction`'s arguments."""
+    """The needs of each layer of a group, and their union, from the flags of :class:`GroupFunction`'s arguments."""
     needs = tuple(Needs(flags[0], *own) for own in zip(*by_kind(flags[4:], 5), strict=True))
-    return needs, union(needs)
+    return needs, _union(needs)
 
 
-def union(needs: Sequence[Needs]) -> Needs:
+def _union(needs: Sequence[Needs]) -> Needs:
     return Needs(*map(any, zip(*needs, strict=True)))
 
 
 def saved(x: Tensor, H: Tensor | None, settings: OpSettings | GroupSettings, needs: Needs) -> tuple[Tensor | None, ...]:
-    """What is kept for backward: of x, its values and the scale of 8-bit ones, and H."""
+    """What is saved for backward: x or its 8-bit values, their scale, and H."""
     wanted_x = x if needs.lora_A or needs.weight else None
     wanted_H = H if needs.lora_B or needs.lora_scaling else None
     if settings.save_inputs == "exact" or needs.weight:
@@ -222,11 +217,11 @@ def saved(x: Tensor, H: Tensor | None, settings: OpSettings | GroupSettings, nee
 
 
 def _dense(weight: Callable[[], Tensor], dtype: torch.dtype, *base) -> Tensor:
-    """What ``weight`` returns, in ``dtype``, checked against the ``base``, x, bias and N, where it is given."""
+    """What ``weight`` returns, in ``dtype``; checked if ``base``, which is x, bias and N, is given."""
     found = weight()
     if base:
         x, bias, N = base
-        check_base(x, found, bias, N, autocast=True)  # the product casts it
+        check_base(x, found, bias, N, autocast=True)  # cast below, as under autocast
     return cast(found, dtype)
 
 
@@ -248,7 +243,7 @@ def _scale_gradient(ds: Tensor | None, lora_scaling: Tensor, needs: Needs) -> Te
 
 
 def _below(lora_As: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
-    """All branches of all layers below each other, (Σn, r, K), or (1, ΣR, K) where they have several ranks."""
+    """The branches of all layers stacked, (Σn, r, K), or (1, ΣR, K) if their ranks differ."""
     return torch.cat([*lora_As]) if _one_rank(ranks) else torch.cat([A.flatten(0, 1) for A in lora_As])[None]
 
 

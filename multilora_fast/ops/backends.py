@@ -1,4 +1,4 @@
-"""Which implementation of shrink, expand and reduce runs: the Triton kernels, or torch matmuls."""
+"""The implementations of shrink, expand and reduce: Triton kernels, or torch matmuls."""
 
 import os
 from collections.abc import Callable
@@ -11,8 +11,8 @@ from multilora_fast.ops import grouped_torch, torch_backend
 
 
 class Backend(NamedTuple):
-    """``draw(seed, M, K, p, dtype)`` gives what the products take for dropout, made once per forward and once per
-    backward: the mask as bits for the Triton kernels, as numbers in ``dtype`` for torch; None where nothing drops."""
+    """The products of one backend. ``draw(seed, M, K, p, dtype)`` returns the dropout mask they take, as bits for the
+    Triton kernels and as numbers in ``dtype`` for torch, or None where nothing is dropped."""
 
     draw: Callable
     shrink: Callable
@@ -36,7 +36,8 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype = torch.fl
         name = "triton" if device.type == "cuda" else "torch"
     if name not in ("triton", "torch"):
         raise ValueError(f'backend must be "triton", "torch" or None, not {name!r}.')
-    if name == "triton" and device.type not in ("cuda", "meta") and not interpreted():
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if name == "triton" and device.type not in ("cuda", "meta") and not interpreted:
         raise ValueError(
             f'backend "triton" needs a CUDA device (or TRITON_INTERPRET=1), but x is on {device}: use backend="torch".'
         )
@@ -45,27 +46,19 @@ def choose(name: str | None, device: torch.device, dtype: torch.dtype = torch.fl
     return name
 
 
-def interpreted() -> bool:
-    """Whether Triton kernels run in its interpreter, on the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 @cache
 def load(name: str) -> Backend:
-    """The functions of a backend that :func:`choose` named."""
+    """The products of the backend ``name``, "triton" or "torch"."""
     if name == "torch":
         return Backend(*(getattr(torch_backend, field) for field in Backend._fields))
     try:
-        from multilora_fast.kernels.dropout import draw, dropout_mask
-        from multilora_fast.kernels.expand import expand
-        from multilora_fast.kernels.launch import multiply
-        from multilora_fast.kernels.linear import layer, linear
-        from multilora_fast.kernels.reduce import reduce, reduce_all, reduce_scaled
-        from multilora_fast.kernels.shrink import shrink
+        from multilora_fast.kernels import dropout, expand, launch, linear, reduce, shrink
     except ImportError as error:
         raise ValueError(f'backend "triton" cannot be loaded ({error}): use backend="torch".') from error
-    bits = lambda seed, M, K, p, dtype: draw(seed, M, K, p)  # noqa: E731
-    return Backend(bits, shrink, expand, linear, layer, multiply, reduce, reduce_scaled, reduce_all, dropout_mask)
+    return Backend(
+        _bits, shrink.shrink, expand.expand, linear.linear, linear.layer, launch.multiply,
+        reduce.reduce, reduce.reduce_scaled, reduce.reduce_all, dropout.dropout_mask,
+    )  # fmt: skip
 
 
 class Grouped(NamedTuple):
@@ -82,10 +75,15 @@ class Grouped(NamedTuple):
 def load_grouped(name: str) -> Grouped:
     if name == "torch":
         return Grouped(*(getattr(grouped_torch, field) for field in Grouped._fields))
-    from multilora_fast.kernels.dropout import draw
-    from multilora_fast.kernels.grouped_expand import grouped_expand
-    from multilora_fast.kernels.grouped_reduce import grouped_reduce, grouped_reduce_scaled
-    from multilora_fast.kernels.grouped_shrink import grouped_shrink
+    from multilora_fast.kernels import grouped_expand, grouped_reduce, grouped_shrink
 
-    bits = lambda seed, S, K, p, dtype: draw(seed, S, K, p)  # noqa: E731
-    return Grouped(bits, grouped_shrink, grouped_expand, grouped_reduce, grouped_reduce_scaled)
+    return Grouped(
+        _bits, grouped_shrink.grouped_shrink, grouped_expand.grouped_expand,
+        grouped_reduce.grouped_reduce, grouped_reduce.grouped_reduce_scaled,
+    )  # fmt: skip
+
+
+def _bits(seed, M: int, K: int, p: float, dtype: torch.dtype):
+    from multilora_fast.kernels.dropout import draw
+
+    return draw(seed, M, K, p)

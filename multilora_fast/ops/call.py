@@ -1,7 +1,7 @@
 """Cache checked settings and launch plans by call signature.
 
-The signature of an eager call on a GPU is everything that checks and launchers read: the shapes, strides, dtypes and
-devices of all tensors, the settings, and autocast.
+The signature is everything that checks and launchers read: the shapes, strides, dtypes and devices of all tensors, the
+settings, and autocast. Only eager calls on a GPU are cached.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -14,17 +14,14 @@ from torch import Tensor
 
 from multilora_fast.ops.equations import GroupSettings, OpSettings
 
-KEPT = 4096  # calls: a model has some ten for every count of tokens
+KEPT = 4096  # calls; a model makes about ten for each token count
 _CALLS: dict[Hashable, "Call"] = {}
 _ALONE = nullcontext()
 
 
 class Call:
-    """``settings``, and the launch ``plans`` of forward and backward: one per alignment of the inputs, False where it
-    cannot be replayed, and the plan used last.
-
-    Layers that cannot share this input have a call without settings.
-    """
+    """``settings``, None for layers that cannot share this input, and the launch ``plans`` of forward and backward: one
+    per alignment of the inputs, False where it cannot be replayed, and the plan used last."""
 
     __slots__ = ("plans", "settings")
 
@@ -36,13 +33,14 @@ class Call:
         self, function: Callable, inputs: Sequence[Tensor | None], *options: Hashable, new: int | None = None
     ) -> Sequence:
         """``function(*inputs, settings, *options)``, replayed from its plan if there is one. Only the first ``new``
-        inputs can differ in kind from earlier runs of this call; None: any can."""
+        inputs, or all if None, can differ in kind from earlier runs of this call."""
         x: Any = inputs[0]
         if self.settings.backend != "triton" or not is_cached(x):
             return self.run_once(function, inputs, *options)
         key: Hashable = function
-        if new != 0:
-            key = function, options, signature(inputs[:new])
+        if new != 0:  # signature() inlined: every Python call counts here
+            kinds = [None if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.device) for t in inputs[:new]]
+            key = function, options, tuple(kinds)
         planning = _planning()
         plan = self.plans.get(key)
         if plan is not None and not planning.hooked():
@@ -52,7 +50,7 @@ class Call:
         return self._replay_or_record(key, planning, function, inputs, options)
 
     def _replay_or_record(self, key: Hashable, planning, function: Callable, inputs: Sequence, options) -> Sequence:
-        """The same for inputs whose alignment differs from the last run of this ``key``."""
+        """The same, for inputs aligned differently from the last run of this ``key``."""
         aligned = key, alignments(inputs)
         plan = self.plans.get(aligned)
         if plan is None:
@@ -69,7 +67,7 @@ class Call:
         return outputs
 
     def run_once(self, function: Callable, inputs: Sequence, *options: Hashable) -> Sequence:
-        """The same without recording: ``inputs`` need not all be tensors."""
+        """The same without recording; ``inputs`` need not all be tensors."""
         with no_autocast(inputs[0].device.type):
             return function(*inputs, self.settings, *options)
 
@@ -77,13 +75,13 @@ class Call:
 def find(
     tensors: Sequence[Tensor | None], options: Hashable, check: Callable[[], OpSettings | GroupSettings | None]
 ) -> Call:
-    """The call for these tensors (x first) and options. ``check`` validates a new one and returns its settings."""
+    """The call for these tensors, x first, and options. ``check`` validates a new one and returns its settings."""
     if not is_cached(tensors[0]):
         return Call(check())
     key = (options, signature(tensors))
     try:
         call = _CALLS.get(key)
-    except TypeError:  # an option that is no number or word, which the check names
+    except TypeError:  # an unhashable option, which the check refuses
         return Call(check())
     if call is None:
         call = Call(check())
@@ -94,12 +92,12 @@ def find(
 
 
 def is_cached(x: Any) -> bool:
-    """Whether calls on x are cached: on a GPU, where Python is slower than small kernels."""
+    """Whether calls on x are cached: on a GPU, where Python takes longer than small kernels."""
     return x.is_cuda
 
 
 def signature(tensors: Sequence[Tensor | None]) -> tuple:
-    """What checks and launchers read of each tensor."""
+    """The part of each tensor that checks and launchers read."""
     return tuple([None if t is None else (t.__class__, t.dtype, t.shape, t.stride(), t.device) for t in tensors])
 
 
@@ -109,7 +107,7 @@ def alignments(tensors: Sequence[Tensor | None]) -> tuple:
 
 
 def no_autocast(kind: str):
-    """Autocast off: kernels and products with out= ignore it."""
+    """Turn autocast off, so that backends agree: kernels and products with out= ignore it."""
     return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else _ALONE
 
 

@@ -1,7 +1,4 @@
-"""The op as a custom op, opaque to torch.compile.
-
-A custom op costs more per call than the eager Function, so only compilation uses it.
-"""
+"""The op as a custom op, opaque to torch.compile. Eager mode uses the Function, which costs less per call."""
 
 import math
 from collections.abc import Sequence
@@ -62,7 +59,7 @@ def compiled_backward(
     exact_base: bool = False,
 ) -> list[Tensor]:
     call = _call(scaling_factor, dropout_p, dtype, backend, exact_base)
-    grads = backward(dy, x, None, H, weight, lora_A, lora_B, lora_scaling, seed, call, _needs(tuple(needs)))
+    grads = backward(dy, x, None, H, weight, lora_A, lora_B, lora_scaling, seed, call, _needs(*needs))
     return list(compress(grads, needs))  # type: ignore[arg-type]
 
 
@@ -94,12 +91,10 @@ def _compiled_backward(ctx, dy, _):
 compiled.register_autograd(_compiled_backward, setup_context=_setup)
 
 
-@cache
-def _needs(flags: tuple[bool, ...]) -> Needs:
-    return Needs(*flags)
+_needs = cache(Needs)
 
 
 @cache
 def _call(scaling_factor: float, dropout_p: float, dtype: torch.dtype, backend: str, exact_base: bool) -> Call:
-    """The call of any tensors: they were checked when they were traced."""
+    """The call for any tensors, which were checked when they were traced."""
     return Call(OpSettings(scaling_factor, dropout_p, dtype, backend, exact_base=exact_base))

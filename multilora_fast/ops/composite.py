@@ -1,4 +1,4 @@
-"""The op in PyTorch's own operations, for what has to see inside it: torch.func's transforms and torch.jit.trace."""
+"""The op in PyTorch's own operations, for torch.func's transforms and torch.jit.trace."""
 
 import math
 
@@ -12,7 +12,7 @@ from multilora_fast.ops.torch_backend import inverse_keep
 
 
 def is_seen_through() -> bool:
-    """Whether torch.jit.trace or a transform of torch.func runs."""
+    """Whether a transform of torch.func or torch.jit.trace is active."""
     return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
 
 

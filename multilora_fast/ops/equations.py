@@ -1,17 +1,17 @@
 """The op: y = x Wᵀ + b + Σᵢ c·sᵢ ⊙ Bᵢ Aᵢ dropout(x), forward and backward.
 
-M tokens, K in_features, N out_features, n branches of rank r, R = n·r, c the constant scaling factor. Ã (R, K) is
-the branches' A below each other, B̃ (N, R) the branches' c·sᵢ ⊙ Bᵢ beside each other, x̂ = dropout(x) with one mask.
+M tokens, K in_features, N out_features, n branches of rank r, R = n·r, c the constant scaling factor. Ã (R, K)
+stacks the branches' A, B̃ (N, R) concatenates c·sᵢ ⊙ Bᵢ, x̂ = dropout(x) with one mask.
 
     H  = x̂ Ãᵀ                 shrink        dH = dy B̃                          shrink
     y  = x Wᵀ + b + H B̃ᵀ      expand        dx = dy W + mask/(1−p) ⊙ (dH Ã)    expand
                                             dÃ = dHᵀ x̂                         reduce
     P = dyᵀ H, dBᵢ = c·sᵢ ⊙ Pᵢ, dsᵢ = c·rowsum(Bᵢ ⊙ Pᵢ)                        reduce, epilogue
 
-Layers that share an input run as one: with all their Ã below each other, and all their H and dH beside each other,
-shrink and reduce read x once for all of them, and dx is written once and added to in place. Here x is (M, K), dy
-(M, N), both in the dtype of the products, as are W and b; the ``shape`` they had gives y and dx theirs. The functions
-do nothing but allocate, make views and call products: what they launch can be recorded.
+Layers that share an input run as one: their Ã are stacked and their H and dH concatenated, so that shrink and reduce
+read x once, and dx is accumulated in place. x is (M, K), dy (M, N), both in the dtype of the products, as are W and b;
+y and dx take their leading dimensions from ``shape``. The functions only allocate, make views and call products, so
+that a launch plan can record them.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class OpSettings(NamedTuple):
 
 
 class GroupSettings(NamedTuple):
-    """Of layers that share an input: they agree in all but scaling_factor and exact_base."""
+    """The settings of layers that share an input, which differ in scaling_factor and exact_base alone."""
 
     each: tuple[OpSettings, ...]
     counts: tuple[int, ...]  # n of each
@@ -45,7 +45,7 @@ class GroupSettings(NamedTuple):
     save_inputs: str
 
     def columns(self, H: Tensor) -> Sequence[Tensor]:
-        """H of each layer, (M, R), in that of all."""
+        """The columns of each layer, (M, R), in the H of all."""
         return H.split([n * r for n, r in zip(self.counts, self.ranks, strict=True)], dim=1)
 
 
@@ -61,24 +61,16 @@ class Needs(NamedTuple):
 
 
 def forward(
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    lora_scaling: Tensor,
-    seed: Tensor | None,
-    settings: OpSettings,
-    shape: torch.Size,
-) -> tuple[Tensor, Tensor]:
-    """The output (..., N), or ``y`` with the branches added in place where it is given, and H (M, R)."""
+    x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    lora_scaling: Tensor, seed: Tensor | None, settings: OpSettings, shape: torch.Size,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The output (..., N), which is ``y`` with the branches added in place if it is given, and H (M, R)."""
     if y is not None:
         H = _shrink(x, lora_A, seed, settings)
         _expand(as_tokens(y, y.dtype), x, None, None, H, lora_B, lora_scaling, settings)
         return y, H
     c, p, w = settings.scaling_factor, settings.dropout_p, lora_B.transpose(1, 2)
-    ops, scale = _products("forward", x, lora_A, settings), _per_column(lora_scaling, w)
+    ops, scale = _products("forward", x, lora_A, settings), per_column(lora_scaling, w)
     mask = ops.draw(seed, *x.shape, p, settings.dtype)
     out = _new(x, shape, lora_B.shape[1])
     tokens = as_tokens(out, settings.dtype)
@@ -87,26 +79,17 @@ def forward(
 
 
 def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    H: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    lora_scaling: Tensor,
-    seed: Tensor | None,
-    settings: OpSettings,
-    needs: Needs,
-    shape: torch.Size,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """dx (..., K), dÃ as (n, r, K), dB and ds (n, N), None where ``needs`` says so.
+    dy: Tensor, x: Tensor | None, H: Tensor | None, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    lora_scaling: Tensor, seed: Tensor | None, settings: OpSettings, needs: Needs, shape: torch.Size,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """dx (..., K), dÃ as (n, r, K), dB and ds (n, N), each None where it is not needed.
 
-    The reduces come last: the product hides their launches.
+    The reduces come last, so that the product hides their launches.
     """
     c, p, dtype = settings.scaling_factor, settings.dropout_p, settings.dtype
     n, _, K = lora_A.shape
     w = lora_B.transpose(1, 2)
-    ops, scale = _products("backward", dy, w, settings), _per_column(lora_scaling, w)
+    ops, scale = _products("backward", dy, w, settings), per_column(lora_scaling, w)
     dx = dA = dB = ds = dH = mask = None
     if needs.x or needs.lora_A:
         dH = ops.shrink(dy, w, scale, c)
@@ -128,11 +111,10 @@ def backward(
 
 
 def group_forward(x: Tensor, lora_A: Tensor, seed: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """The outputs of layers that share x, and last their H beside each other, (M, ΣR).
+    """The outputs of layers that share x, and their H concatenated, (M, ΣR).
 
-    ``lora_A`` (Σn, r, K), or (1, ΣR, K) where they have several r, is theirs below each other. ``rest`` are the
-    weights, the biases, the lora_B and the lora_scaling of all layers, a :class:`GroupSettings`, and x's shape. A
-    weight may be a function that returns it.
+    ``lora_A`` stacks theirs: (Σn, r, K), or (1, ΣR, K) where r differs. ``rest`` are the weights, biases, lora_B and
+    lora_scaling of all layers, a :class:`GroupSettings`, and x's shape. A weight may be a function that returns it.
     """
     *tensors, settings, shape = rest
     weights, biases, lora_Bs, scales = by_kind(tensors, 4)
@@ -148,11 +130,11 @@ def group_forward(x: Tensor, lora_A: Tensor, seed: Tensor | None, *rest: Any) ->
 
 
 def group_backward(*inputs: Any) -> tuple[Tensor | None, ...]:
-    """dx (..., K), written once and added to in place, dÃ, every dB and every ds.
+    """dx (..., K), accumulated in place, dÃ, every dB and every ds.
 
-    ``inputs`` are the dy (M, N) of the layers that have one, x, their ``lora_A`` as forward, the seed, the H of all
-    layers beside each other, then their weights, lora_B and lora_scaling, the group's settings, which layers these are,
-    their needs, and the shape of dy.
+    ``inputs`` are the dy (M, N) of the layers that have one, x, their ``lora_A`` as in forward, the seed, the H of all
+    layers, then the weights, lora_B and lora_scaling of those with a dy, the group's settings, the indices of these
+    layers, their needs, and the shape of dy.
     """
     *tensors, settings, present, needs, shape = inputs
     m = len(present)
@@ -161,7 +143,7 @@ def group_backward(*inputs: Any) -> tuple[Tensor | None, ...]:
     each = [settings.each[i] for i in present]
     p, dtype, (n, r, K) = each[0].dropout_p, each[0].dtype, lora_A.shape
     ws = [lora_B.transpose(1, 2) for lora_B in lora_Bs]
-    scales = [_per_column(lora_scaling, w) for lora_scaling, w in zip(scales, ws, strict=True)]
+    scales = [per_column(lora_scaling, w) for lora_scaling, w in zip(scales, ws, strict=True)]
     for dy, w, one in zip(dys, ws, each, strict=True):
         ops = _products("backward", dy, w, one)
     dx = dA = dH = mask = None
@@ -194,7 +176,7 @@ def group_backward(*inputs: Any) -> tuple[Tensor | None, ...]:
 
 
 def by_kind(tensors: Sequence, kinds: int) -> list[Sequence]:
-    """The tensors of all layers of a group, which lie kind after kind, one sequence for each kind."""
+    """Split the tensors of a group's layers, ordered kind after kind, into one sequence per kind."""
     count = len(tensors) // kinds
     return [tensors[i : i + count] for i in range(0, kinds * count, count)]
 
@@ -210,7 +192,7 @@ def _expand(
     lora_scaling: Tensor, settings: OpSettings,
 ) -> None:  # fmt: skip
     c, w = settings.scaling_factor, lora_B.transpose(1, 2)
-    ops, scale = _products("forward", H, w, settings), _per_column(lora_scaling, w)
+    ops, scale = _products("forward", H, w, settings), per_column(lora_scaling, w)
     if weight is None:
         ops.expand(out, H, w, scale, c)
     else:
@@ -222,11 +204,12 @@ def _new(tokens: Tensor, shape: torch.Size, width: int) -> Tensor:
 
 
 def _products(direction: str, tokens: Tensor, w: Tensor, settings: OpSettings) -> Backend:
-    """The backend's products; on a GPU the kernels are tried once before they are trusted."""
+    """The backend's products; on a GPU after the self-check of its kernels."""
     if settings.backend == "triton" and tokens.is_cuda:
         selfcheck.check(direction, tokens, w, settings)
     return load(settings.backend)
 
 
-def _per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:
-    return lora_scaling.expand(w.shape[0], w.shape[2])
+def per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:
+    """The scale of each column of w (…, n, r, N), (…, n, N)."""
+    return lora_scaling.expand(*w.shape[:-2], w.shape[-1])

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from multilora_fast.ops.autograd import apply_op
 from multilora_fast.ops.backends import choose, load
-from multilora_fast.ops.call import Call, find
-from multilora_fast.ops.checks import check_base, check_base_output, check_branches
+from multilora_fast.ops.call import find
+from multilora_fast.ops.checks import check_base, check_branches, check_kind, check_shape
 from multilora_fast.ops.compile import compiled
 from multilora_fast.ops.composite import composite, is_seen_through
 from multilora_fast.ops.equations import OpSettings
@@ -43,25 +43,25 @@ def multilora_linear(
 
     Args:
         x: (..., K).
-        weight: (N, K), frozen or trainable, or a function that returns it (a quantized base), which is called again
-            in backward and gets no gradient.
+        weight: (N, K), frozen or trainable, or a function that returns it (for a quantized base), which is called
+            again in backward and gets no gradient.
         bias: (N,) or None.
-        lora_A, lora_B, lora_scaling: (n, r, K), (n, N, r) and (n, N), or (n, 1) for a scalar per branch. They may be
-            kept in another floating-point dtype than x; their gradients come in their own.
+        lora_A, lora_B, lora_scaling: (n, r, K), (n, N, r) and (n, N), or (n, 1) for a scalar per branch. Their
+            floating-point dtype may differ from x's; gradients have the parameter's dtype.
         dropout_p: probability in [0, 1) of dropping an element of x before A, one mask for all branches.
-        training: dropout acts only when true.
-        seed: of the mask: an int, or an int64 tensor of one element on x's device; drawn from torch's generator of
-            that device when None.
+        training: whether to apply dropout.
+        seed: of the mask, an int or an int64 tensor of one element on x's device. None draws it from torch's generator
+            of that device.
         backend: "triton", "torch", or None for Triton on a CUDA device and torch elsewhere.
-        save_inputs: "exact", or "fp8" to keep x for backward as 8-bit floats (e4m3, a power of two per token) where
-            nothing else keeps it: half the bytes of bfloat16, a lora_A gradient of 2 to 3 % relative error, and
-            every other gradient exact. Not under torch.compile.
-        exact_base: whether x Wᵀ is always the library's product, so that with scales of zero the output has the base
-            layer's bits. Otherwise a GPU for which it was measured to be faster runs one kernel for the product and the
-            branches, whose sums are rounded in another order.
+        save_inputs: "exact", or "fp8" to save x for backward as 8-bit floats (e4m3, a power of two per token) where
+            nothing else saves it: half the bytes of bfloat16, 2 to 3 % relative error in the gradient of lora_A, every
+            other gradient exact. Not under torch.compile.
+        exact_base: compute x Wᵀ with the library's product always, so that with scales of zero the output has the base
+            layer's bits. Otherwise one kernel computes the product and the branches on GPUs where it was measured to be
+            faster; it sums in another order.
 
-    Returns: (..., N), in x's dtype or autocast's. Its backward can be taken once: no double backward. Under
-    torch.func's transforms and torch.jit.trace the op is made of PyTorch's own operations instead.
+    Returns: (..., N), in x's dtype or autocast's. No double backward. Under torch.func's transforms and
+    torch.jit.trace the op runs as PyTorch's own operations.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree, dropout_p outside [0, 1), a scaling_factor that is not
@@ -85,9 +85,9 @@ def multilora_add(
     backend: str | None = None,
     save_inputs: str = "exact",
 ) -> Tensor:
-    """y + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x), for bases that bring their own forward and backward.
+    """y + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x), for base layers with their own forward and backward.
 
-    y (..., N) is left as it is; the result has its shape and dtype. Other arguments, limits and errors as
+    y (..., N) is not modified; the result has its shape and dtype. Other arguments, limits and errors as in
     :func:`multilora_linear`.
     """
     options = (scaling_factor, dropout_p, training, backend, save_inputs, True)
@@ -98,8 +98,8 @@ def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str |
     """The mask the op draws for x of M tokens and K features: bool (M, K), true where an element is kept.
 
     Kept elements are multiplied by 65536 / (65536 − round(65536·p)), which is 1/(1−p) up to 2⁻¹⁷. The mask depends on
-    the seed, the backend and, for "torch", on whether the seed is on a CPU. An int is a seed on the CPU: for the mask
-    of an op on a GPU pass a tensor there.
+    the seed, the backend and, for "torch", the seed's device. An int is a seed on the CPU; pass a tensor on the GPU for
+    the mask of an op there.
 
     Raises:
         ValueError: p outside [0, 1), M or K below 0, a seed that is neither an int of 64 bits nor an int64 tensor
@@ -113,16 +113,22 @@ def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str |
     return load(choose(backend, seed.device)).dropout_mask(seed, M, K, p)
 
 
-def prepare(
-    x, lora_A, lora_B, lora_scaling, scaling_factor, dropout_p, training, backend, save_inputs, exact_base
-) -> OpSettings:
-    """The settings of a call, after every check that does not concern the base layer."""
+def checked(x, y, weight, bias, lora_A, lora_B, lora_scaling, options: tuple) -> OpSettings:
+    """The settings of a call, after every check."""
     check_branches(x, lora_A, lora_B, lora_scaling)
-    return settings_for(x, scaling_factor, dropout_p, training, backend, save_inputs, exact_base)
+    settings = _settings(x, *options)
+    if y is not None:
+        check_shape("y", y, (*x.shape[:-1], lora_B.shape[1]), "x and lora_B")
+        check_kind("y", y, x)
+    elif isinstance(weight, Tensor):
+        check_base(x, weight, bias, lora_B.shape[1], autocast=autocast_dtype(x) is not None)
+    elif not callable(weight):
+        raise ValueError(f"weight must be a tensor or a function that returns one, not {weight!r}.")
+    return settings
 
 
-def settings_for(x, scaling_factor, dropout_p, training, backend, save_inputs, exact_base) -> OpSettings:
-    if not torch.compiler.is_compiling():  # comparing it would compile in its value
+def _settings(x, scaling_factor, dropout_p, training, backend, save_inputs, exact_base) -> OpSettings:
+    if not torch.compiler.is_compiling():  # a comparison would make its value a constant of the graph
         check_scaling_factor(scaling_factor)
     check_dropout("dropout_p", dropout_p)
     check_save_inputs(save_inputs)
@@ -130,28 +136,6 @@ def settings_for(x, scaling_factor, dropout_p, training, backend, save_inputs, e
     p = float(dropout_p) if training and dropout_p else 0.0
     dtype = autocast_dtype(x) or x.dtype
     return OpSettings(float(scaling_factor), p, dtype, choose(backend, x.device, dtype), save_inputs, exact_base)
-
-
-def find_call(x, y, weight, bias, lora_A, lora_B, lora_scaling, options: tuple) -> Call:
-    """The call with these tensors and the ``options`` of :func:`prepare`; its checks run at the first one."""
-    dense = weight if isinstance(weight, Tensor) else None
-    return find(
-        (x, y, dense, bias, lora_A, lora_B, lora_scaling),
-        (autocast_dtype(x), dense is None, options),
-        lambda: checked(x, y, weight, bias, lora_A, lora_B, lora_scaling, options),
-    )
-
-
-def checked(x, y, weight, bias, lora_A, lora_B, lora_scaling, options: tuple) -> OpSettings:
-    """The settings of a call, after every check."""
-    settings = prepare(x, lora_A, lora_B, lora_scaling, *options)
-    if y is not None:
-        check_base_output(x, y, lora_B.shape[1])
-    elif isinstance(weight, Tensor):
-        check_base(x, weight, bias, lora_B.shape[1], autocast=autocast_dtype(x) is not None)
-    elif not callable(weight):
-        raise ValueError(f"weight must be a tensor or a function that returns one, not {weight!r}.")
-    return settings
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -185,22 +169,19 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
 
 
 def apply(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options: tuple) -> Tensor:
-    """:func:`multilora_linear`, or :func:`multilora_add` where ``y`` is given, with the ``options`` of
-    :func:`prepare`."""
+    """:func:`multilora_linear`, or :func:`multilora_add` where ``y`` is given. ``options`` are scaling_factor,
+    dropout_p, training, backend, save_inputs and exact_base."""
     if torch.compiler.is_compiling():
         return _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
-    if is_seen_through():
-        return _seen_through(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options)
-    call = find_call(x, y, weight, bias, lora_A, lora_B, lora_scaling, options)
-    seed = seed_for(call.settings, seed, x)
-    return apply_op(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call)
-
-
-def _seen_through(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
     tensors = (x, y, weight, bias, lora_A, lora_B, lora_scaling)
-    tracing = torch.jit.is_tracing()  # where sizes are tensors, which no check can compare
-    settings = settings_for(x, *options) if tracing else checked(*tensors, options)
-    return composite(*tensors, None if seed is None else seed_for(settings, seed, x), settings)
+    if is_seen_through():
+        tracing = torch.jit.is_tracing()  # sizes are tensors then, which no check can compare
+        settings = _settings(x, *options) if tracing else checked(*tensors, options)
+        return composite(*tensors, None if seed is None else seed_for(settings, seed, x), settings)
+    dense = weight if isinstance(weight, Tensor) else None
+    key = (x, y, dense, bias, lora_A, lora_B, lora_scaling), (autocast_dtype(x), dense is None, options)
+    call = find(*key, lambda: checked(*tensors, options))
+    return apply_op(*tensors, seed_for(call.settings, seed, x), call)
 
 
 def _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
@@ -211,5 +192,5 @@ def _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
         raise ValueError(f'save_inputs="{settings.save_inputs}" cannot be compiled: use "exact" under torch.compile.')
     c, p, dtype, backend, _, exact_base = settings
     seed = seed_for(settings, seed, x)
-    lora_scaling = lora_scaling * c  # a factor that Dynamo may hold as a symbol, which an op could not take
+    lora_scaling = lora_scaling * c  # Dynamo may hold c as a symbol, which a custom op cannot take
     return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, 1.0, p, dtype, backend, exact_base)[0]

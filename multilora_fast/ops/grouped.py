@@ -1,13 +1,13 @@
-"""The linear layers of a mixture of experts, each expert over its own rows, with n LoRA branches per expert.
+"""The projections of a mixture of experts, with n LoRA branches per expert.
 
-T tokens go to k experts each: S = T·k rows, sorted by expert. K in_features, N out_features, E experts, R = n·r.
+T tokens, k experts each: S = T·k rows, sorted by expert. K in_features, N out_features, E experts, R = n·r.
 
     H_e  = x̂_e Ã_eᵀ            shrink        dH_e = dy_e B̃_e                                      shrink
     y_e  = x_e W_eᵀ + H_e B̃_eᵀ expand        dx_e = dy_e W_e + mask/(1−p) ⊙ (dH_e Ã_e)            expand
                                              dÃ_e = dH_eᵀ x̂_e, P_e = dy_eᵀ H_e and from it dB, ds  reduce
 
-Nothing of E·N·K elements is made, and the experts' counts stay on the device. The dropout mask belongs to the token
-and its slot among the k, so that it does not depend on how rows of one expert are ordered.
+No tensor of E·N·K elements is made, and the row counts stay on the device. The dropout mask is keyed by token and
+slot, so that it does not depend on the order of an expert's rows.
 """
 
 import torch
@@ -18,7 +18,8 @@ from multilora_fast.ops import grouped_torch, selfcheck
 from multilora_fast.ops.autograd import once_differentiable
 from multilora_fast.ops.backends import Grouped, choose, load_grouped
 from multilora_fast.ops.call import no_autocast
-from multilora_fast.ops.equations import OpSettings
+from multilora_fast.ops.checks import check_kind, check_scaling, check_shape
+from multilora_fast.ops.equations import OpSettings, per_column
 from multilora_fast.ops.functional import seed_for
 from multilora_fast.ops.grouped_torch import valueless
 from multilora_fast.ops.saved_input import cast
@@ -28,8 +29,8 @@ _CHUNK = 1024  # tokens whose rows are added up at once
 
 
 def route(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """How the rows of (T, k) expert indices are sorted by expert: ``perm`` (S,), the place token·k + slot that sorted
-    row s comes from, in order within an expert, and ``ends`` (E,), int32, where the rows of each expert end."""
+    """Sort the places token·k + slot of (T, k) expert indices by expert: ``perm`` (S,), the place of each sorted row,
+    ascending within an expert, and ``ends`` (E,), int32, the end of each expert's rows."""
     experts, perm = torch.sort(top_k_index.reshape(-1), stable=True)
     each = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
     return perm, torch.searchsorted(experts, each, right=True).to(torch.int32)
@@ -57,14 +58,14 @@ def multilora_grouped(
     """One projection of all experts: x_e W_eᵀ + Σᵢ scaling_factor·sᵢ ⊙ Bᵢ Aᵢ dropout(x_e) over the rows of expert e.
 
     Args:
-        x: (S, K), sorted by expert; with ``top_k`` the tokens (T, K) themselves, which are gathered, S = T·top_k.
-        weight: (E, N, K), frozen, or (E, K, N) where ``transposed``. None adds the branches to ``y`` (S, N) instead.
-        lora_A, lora_B, lora_scaling: (E, n, r, K), (E, n, N, r) and (E, n, N) or (E, n, 1). None for the base alone.
-        perm, ends: as :func:`route` gives them. Rows past ``ends[-1]`` get no branches.
+        x: (S, K), sorted by expert, or with ``top_k`` the tokens (T, K), which are gathered.
+        weight: (E, N, K), frozen, or (E, K, N) if ``transposed``; None to add the branches to a copy of ``y`` (S, N).
+        lora_A, lora_B, lora_scaling: (E, n, r, K), (E, n, N, r) and (E, n, N) or (E, n, 1), or all None.
+        perm, ends: from :func:`route`. Rows past ``ends[-1]`` get no branches.
         dropout_p: probability in [0, 1) of dropping an element of a row before A, one mask for all branches.
 
-    Other arguments as :func:`multilora_fast.multilora_linear`. Its backward can be taken once. Under torch.compile it
-    runs as it is, outside of the graph.
+    Other arguments as in :func:`multilora_fast.multilora_linear`. No double backward. torch.compile breaks its graph
+    here.
 
     Returns: (S, N), in the weight's dtype, to which x is cast.
 
@@ -84,8 +85,6 @@ def multilora_grouped(
 
 
 class _Function(torch.autograd.Function):
-    """Saves x as it came, H, the parameters and how the rows are sorted."""
-
     @staticmethod
     def forward(ctx, x, y, weight, lora_A, lora_B, lora_scaling, seed, perm, ends, top_k, transposed, settings):
         c, p, dtype = settings[:3]
@@ -101,7 +100,7 @@ class _Function(torch.autograd.Function):
                 w = lora_B.transpose(2, 3)
                 mask = ops.draw(seed, *rows.shape, p, dtype)
                 H = ops.shrink(rows, lora_A, ends, ids=perm, bits=mask, p=p)
-                ops.expand(out, H, w, ends, _per_column(lora_scaling, w), c)
+                ops.expand(out, H, w, ends, per_column(lora_scaling, w), c)
         ctx.needs = needs_x, needs_A, any(needs_B)
         kept_x, kept_H = x if needs_A else None, H if any(needs_B) else None
         ctx.tokens = len(x)
@@ -119,7 +118,7 @@ class _Function(torch.autograd.Function):
             rows = cast(dy, dtype).contiguous()
             if lora_A is not None:
                 w = lora_B.transpose(2, 3)
-                scale = _per_column(lora_scaling, w)
+                scale = per_column(lora_scaling, w)
                 if needs_x or needs_A:
                     dH = ops.shrink(rows, w, ends, scale, c)
                     mask = ops.draw(seed, len(rows), lora_A.shape[3], p, dtype)
@@ -142,8 +141,7 @@ class _Function(torch.autograd.Function):
 
 
 def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
-    """x_e (S, K) W_eᵀ, or W_e where ``transposed``: torch's grouped product, as transformers takes it, or one product
-    per expert for what that refuses."""
+    """x_e (S, K) W_eᵀ, or x_e W_e if ``transposed``, by torch's grouped_mm, or expert by expert where it refuses."""
     if not transposed:
         weight = weight.transpose(1, 2)
     if _is_served(x, weight):
@@ -155,14 +153,14 @@ def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor
 
 
 def inverse(perm: Tensor) -> Tensor:
-    """Where each place token·k + slot is among the sorted rows."""
+    """The sorted row of each place token·k + slot."""
     places = torch.empty_like(perm)
     places[perm] = torch.arange(len(perm), device=perm.device)
     return places
 
 
 def add_slots(rows: Tensor, perm: Tensor, tokens: int) -> Tensor:
-    """(T, D): for every token the sum of its rows of (S, D), in the order of its slots."""
+    """The sum (T, D) of every token's rows of (S, D), in the order of its slots."""
     places = inverse(perm)
     out = rows.new_empty(tokens, rows.shape[1])
     for part, into in zip(places.view(tokens, -1).split(_CHUNK), out.split(_CHUNK), strict=True):
@@ -171,7 +169,7 @@ def add_slots(rows: Tensor, perm: Tensor, tokens: int) -> Tensor:
 
 
 def _is_served(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's grouped product takes them: rows of 16 bytes, no float64, and on a GPU one it was made for."""
+    """Whether grouped_mm takes them: strides that are multiples of 16 bytes, no float64, a GPU of sm_80 or newer."""
     if x.dtype == torch.float64 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
         return False
     rows = {x.stride(0), *weight.stride()} - {1}
@@ -180,49 +178,35 @@ def _is_served(x: Tensor, weight: Tensor) -> bool:
 
 
 def _products(x: Tensor, lora_A: Tensor | None, settings: OpSettings) -> Grouped:
-    """The backend's products; on a GPU the kernels are tried once before they are trusted."""
+    """The backend's products; on a GPU after the self-check of its kernels."""
     if settings.backend == "triton" and x.is_cuda and lora_A is not None:
         selfcheck.check_grouped(x, lora_A.shape[1], lora_A.shape[2], lora_A.dtype, settings)
     return load_grouped(settings.backend)
 
 
-def _per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:
-    E, n, _, N = w.shape
-    return lora_scaling.expand(E, n, N)
-
-
 def _check(x, weight, lora_A, lora_B, lora_scaling, perm, ends, top_k, y, transposed) -> None:
     E, S = len(ends), len(perm)
-    if x.dim() != 2 or len(x) * (top_k or 1) != S:
-        raise ValueError(f"x must have shape ({S // (top_k or 1)}, K) to match perm, not {tuple(x.shape)}.")
+    check_shape("x", x, (S // (top_k or 1), "K"), "perm")
     K = x.shape[1]
     if (weight is None) == (y is None):
         raise ValueError("multilora_grouped takes a weight, or y to add the branches to, and not both.")
     if weight is not None:
-        if weight.dim() != 3 or weight.shape[0] != E or weight.shape[1 if transposed else 2] != K:
-            wanted = f"({E}, {K}, N)" if transposed else f"({E}, N, {K})"
-            raise ValueError(f"weight must have shape {wanted} to match x and ends, not {tuple(weight.shape)}.")
+        check_shape("weight", weight, (E, K, "N") if transposed else (E, "N", K), "x and ends")
         if weight.requires_grad and torch.is_grad_enabled():
             raise ValueError("weight must be frozen: the experts' own weights get no gradient here.")
         N = weight.shape[2 if transposed else 1]
     else:
-        N = y.shape[-1]
-        if tuple(y.shape) != (S, N):
-            raise ValueError(f"y must have shape ({S}, N) to match perm, not {tuple(y.shape)}.")
+        check_shape("y", y, (S, "N"), "perm")
+        N = y.shape[1]
     branches = {"lora_A": lora_A, "lora_B": lora_B, "lora_scaling": lora_scaling}
-    if any(t is None for t in branches.values()):
-        if weight is None or any(t is not None for t in branches.values()):
-            raise ValueError("lora_A, lora_B and lora_scaling must be given together.")
-        branches = {}
+    missing = [name for name, t in branches.items() if t is None]
+    if missing and (weight is None or len(missing) < len(branches)):
+        raise ValueError("lora_A, lora_B and lora_scaling must be given together.")
     for name, t in {"weight": weight, "y": y, **branches}.items():
-        if t is not None and (not t.is_floating_point() or t.device != x.device):
-            raise ValueError(f"{name} must be floating point and on {x.device} as x is, not {t.dtype} on {t.device}.")
-    if branches:
-        if lora_A.dim() != 4 or lora_A.shape[0] != E or lora_A.shape[3] != K or 0 in lora_A.shape[1:3]:
-            raise ValueError(f"lora_A must have shape ({E}, n, r, {K}), not {tuple(lora_A.shape)}.")
+        if t is not None:
+            check_kind(name, t, x)
+    if not missing:
+        check_shape("lora_A", lora_A, (E, "n", "r", K), "x and ends")
         _, n, r, _ = lora_A.shape
-        if tuple(lora_B.shape) != (E, n, N, r):
-            raise ValueError(f"lora_B must have shape {(E, n, N, r)} to match lora_A, not {tuple(lora_B.shape)}.")
-        if tuple(lora_scaling.shape) not in {(E, n, N), (E, n, 1)}:
-            shape = tuple(lora_scaling.shape)
-            raise ValueError(f"lora_scaling must have shape {(E, n, N)} or {(E, n, 1)}, not {shape}.")
+        check_shape("lora_B", lora_B, (E, n, N, r), "lora_A")
+        check_scaling(lora_scaling, (E, n, N))

@@ -1,8 +1,7 @@
-"""The grouped products of experts on torch matmuls: each expert's by those of the op, over its own rows.
+"""The grouped products of experts on torch matmuls, one expert at a time.
 
-S rows sorted by expert; those of expert e end at ``ends[e]``. Tensors of branches are views (E, n, r, D), scales
-(E, n, D). Row s of the mask is row ``ids[s]`` of what :func:`draw` gave; row s of x is row ``index[s]`` of x, where
-there is an index.
+S rows sorted by expert; those of expert e end at ``ends[e]``. Branch tensors are views (E, n, r, D), scales (E, n, D).
+Row s reads row ``ids[s]`` of the mask and, with an ``index``, row ``index[s]`` of x.
 """
 
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ def valueless(t: Tensor) -> bool:
 
 
 def segments(ends: Tensor, S: int) -> Iterator[tuple[int, slice]]:
-    """Each expert that has rows, and which. Where ``ends`` has no values, one expert with an even share of the rows
-    stands for all: their temporaries are made one after the other."""
+    """Each expert that has rows, and its slice. Without values in ``ends``, one expert with an even share of the rows
+    stands for all, since only one expert's temporaries are alive at a time."""
     if valueless(ends):
         yield 0, slice(0, -(-S // len(ends)))
         return
@@ -34,7 +33,7 @@ def segments(ends: Tensor, S: int) -> Iterator[tuple[int, slice]]:
 
 
 def draw(seed: Any, S: int, K: int, p: float, dtype: torch.dtype) -> Tensor | None:
-    """The mask (S, K) of an input whose rows are not sorted yet; None where nothing is dropped."""
+    """The mask (S, K) of the unsorted rows; None where nothing is dropped."""
     return None if torch_backend.threshold(p) == 0 else torch_backend.dropout_mask(seed, S, K, p, dtype)
 
 
@@ -42,7 +41,7 @@ def shrink(
     x: Tensor, w: Tensor, ends: Tensor, scale: Tensor | None = None, scaling: float = 1.0,
     index: Tensor | None = None, ids: Tensor | None = None, bits: Tensor | None = None, p: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """dropout(x) times (scaling·scale ⊙ w)ᵀ of each row's expert → (S, R) in x's dtype, zero in rows of none."""
+    """dropout(x) (scaling·scale ⊙ w_e)ᵀ → (S, R) in x's dtype, zero in rows of no expert."""
     S = len(x) if index is None else len(index)
     H = x.new_zeros(S, w.shape[1] * w.shape[2])
     for e, rows in segments(ends, S):
@@ -55,7 +54,7 @@ def expand(
     y: Tensor, h: Tensor, w: Tensor, ends: Tensor, scale: Tensor | None = None, scaling: float = 1.0,
     ids: Tensor | None = None, bits: Tensor | None = None, p: float = 0.0,
 ) -> None:  # fmt: skip
-    """y (S, D) += mask/(1−p) ⊙ (h (S, R) times scaling·scale ⊙ w), in place; rows of no expert stay."""
+    """y (S, D) += mask/(1−p) ⊙ (h (S, R) (scaling·scale ⊙ w_e)), in place; rows of no expert stay."""
     for e, rows in segments(ends, len(y)):
         own = None if scale is None else scale[e]
         torch_backend.expand(y[rows], h[rows], w[e], own, scaling, _mask(bits, ids, rows), p)
@@ -65,7 +64,7 @@ def reduce(
     h: Tensor, x: Tensor, ends: Tensor, n: int, dtype: torch.dtype,
     index: Tensor | None = None, ids: Tensor | None = None, bits: Tensor | None = None, p: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """h (S, R) ᵀ times dropout(x) → (E, n, r, D) in ``dtype``, zero for an expert without rows."""
+    """h_eᵀ dropout(x_e) → (E, n, r, D) in ``dtype``, zero for an expert without rows."""
     S, R = h.shape
     out = torch.zeros(len(ends), n, R // n, x.shape[1], dtype=dtype, device=x.device)
     for e, rows in segments(ends, S):

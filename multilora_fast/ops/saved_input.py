@@ -4,7 +4,6 @@ Only dÃ = dHᵀ x̂ reads x in backward, so rounding affects no other gradient:
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,31 +12,25 @@ _FP8 = torch.float8_e4m3fn
 _VIEWS = ("ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "TransposeBackward", "PermuteBackward")
 
 
-class SavedInput(NamedTuple):
-    """x (..., K) as it came, or its e4m3 values and the powers of two (..., 1), one per token, that they multiply."""
-
-    x: Tensor | None = None
-    scale: Tensor | None = None
-
-
-def save_input(x: Tensor | None, save_inputs: str) -> SavedInput:
-    """What to save of ``x`` under the choice "exact" or "fp8"."""
+def save_input(x: Tensor | None, save_inputs: str) -> tuple[Tensor | None, Tensor | None]:
+    """What to save of x (..., K) under "exact" or "fp8": x and None, or its e4m3 values and the power of two that
+    scales each token, (..., 1)."""
     if x is None or save_inputs == "exact" or x.numel() == 0 or _kept_anyway(x):
-        return SavedInput(x)
+        return x, None
     largest = torch.linalg.vector_norm(x, torch.inf, -1, keepdim=True).float()
     scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest / torch.finfo(_FP8).max).exponent)
-    scale.clamp_(min=torch.finfo(x.dtype).smallest_normal)  # in float16 a smaller one would divide as zero
+    scale.clamp_(min=torch.finfo(x.dtype).smallest_normal)  # float16 would flush a smaller one to zero
     scale = torch.where(largest.isfinite(), scale, torch.nan)
-    return SavedInput((x / scale.to(x.dtype)).to(_FP8), scale)
+    return (x / scale.to(x.dtype)).to(_FP8), scale
 
 
 def restore(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x as (M, K) in ``dtype``, from what :func:`save_input` gave."""
+    """x as (M, K) in ``dtype``, from what :func:`save_input` returned."""
     return as_tokens(x if scale is None else x.to(dtype).mul_(scale), dtype)
 
 
 def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, which takes a microsecond also where there is nothing to do."""
+    """``t.to(dtype)``, without its microsecond where there is nothing to do."""
     return t if t.dtype is dtype else t.to(dtype)
 
 
@@ -46,14 +39,14 @@ def cast_all(tensors: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tenso
 
 
 def as_tokens(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., D) as (M, D) in ``dtype``: t itself or a view of it where that can be."""
+    """(..., D) as (M, D) in ``dtype``, copied only where it must be."""
     if t.dtype is not dtype:
         t = t.to(dtype)
     return t if t.ndim == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _kept_anyway(x: Tensor) -> bool:
-    """Whether the operation that made x keeps it for its own backward, as attention kernels do with their output."""
+    """Whether the operation that made x saves it for its own backward, as attention kernels save their output."""
     node = x.grad_fn
     while node is not None and node.name().startswith(_VIEWS):
         node = node.next_functions[0][0]

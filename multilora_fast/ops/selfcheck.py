@@ -1,6 +1,7 @@
 """Self-check on first use: before the Triton kernels serve a device, dtype and adapter shape, each runs on a small
-input there and is compared with torch in float64. It takes milliseconds, next to the kernels' compilation."""
+input there and is compared with torch in float64. It takes milliseconds, beside the kernels' compilation."""
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,118 +18,107 @@ def check(direction: str, tokens: Tensor, w: Tensor, settings) -> None:
     (n, r, …) in ``settings.dtype``.
 
     Raises:
-        RuntimeError: a kernel's result is not what torch computes, by more than rounding.
+        RuntimeError: a kernel differs from torch by more than rounding.
     """
     from multilora_fast.kernels.configs import size_class
     from multilora_fast.kernels.launch import unrecorded
 
-    M = TOKENS[size_class(tokens.shape[0])]
-    n, r, _ = w.shape
-    dropout = settings.dropout_p if torch_backend.threshold(settings.dropout_p) else 0.0
+    M, (n, r, _) = TOKENS[size_class(len(tokens))], w.shape
     with unrecorded():
-        _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, dropout, M)
+        _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, settings.dropout_p, M)
+
+
+def check_grouped(x: Tensor, n: int, r: int, own: torch.dtype, settings) -> None:
+    """The same for the kernels of experts, in both directions, for branches (E, n, r, …) in ``own``."""
+    from multilora_fast.kernels.launch import unrecorded
+
+    with unrecorded():
+        _check_grouped(x.device, settings.dtype, own, n, r, settings.scaling_factor, settings.dropout_p)
 
 
 @cache
 def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: float, M: int) -> None:
-    from multilora_fast.kernels.launch import check_not_capturing
+    kernels, mask, keep, tensors = _problem((), M, device, dtype, own, n, r, p)
 
-    K, N = 208, 144
-    check_not_capturing((M, K))
-    x, dy, h = (_random(device, i, M, size).to(dtype) for i, size in enumerate((K, N, n * r)))
-    A, B, scale = (_random(device, 3 + i, *size).to(own) for i, size in enumerate(((n, r, K), (n, N, r), (n, N))))
-    w, seed = B.transpose(1, 2), torch.tensor([7], device=device)
-    kernels = load("triton")
-    keep = kernels.dropout_mask(seed, M, K, p).double() if p else None
-    bits = kernels.draw(seed, M, K, p, dtype)
-    if direction == "forward":
-        _compare("shrink", torch_backend.shrink, kernels.shrink, (x, A, None, 1.0), keep, bits, p)
-        _compare("expand", _expand(torch_backend.expand), _expand(kernels.expand), (dy, h, w, scale, c))
-    else:
-        _compare("shrink", torch_backend.shrink, kernels.shrink, (dy, w, scale, c))
-        written, kernel = (_expand(expand, accumulate=False) for expand in (torch_backend.expand, kernels.expand))
-        _compare("expand", written, kernel, (x, h, A, None, 1.0), keep, bits, p)
-        _compare("reduce", _reduce(torch_backend.reduce), _reduce(kernels.reduce), (h, x, n), keep, bits, p)
-        for i, name in enumerate(("reduce (lora_B)", "reduce (lora_scaling)")):
-            summed, kernel = (
-                lambda *a, f=f, i=i: f(*a)[i] for f in (torch_backend.reduce_scaled, kernels.reduce_scaled)
-            )
-            _compare(name, summed, kernel, (h, dy, w, scale, c))
+    def products(ops, mask, x, dy, h, A, B, scale):
+        w = B.transpose(1, 2)
+        if direction == "forward":
+            return {
+                "shrink": ops.shrink(x, A, None, 1.0, mask(), p),
+                "expand": _into(dy, ops.expand, h, w, scale, c),
+            }
+        db, ds = ops.reduce_scaled(h, dy, w, scale, c)
+        return {
+            "shrink": ops.shrink(dy, w, scale, c),
+            "expand": _into(x, ops.expand, h, A, None, 1.0, mask(), p, accumulate=False),
+            "reduce": ops.reduce(h, x, n, A.dtype, mask(), p),
+            "reduce (lora_B)": db,
+            "reduce (lora_scaling)": ds,
+        }
 
-
-def check_grouped(x: Tensor, n: int, r: int, own: torch.dtype, settings) -> None:
-    """The same of the kernels of experts, forward and backward, for branches (E, n, r, …) in ``own``."""
-    from multilora_fast.kernels.launch import unrecorded
-
-    dropout = settings.dropout_p if torch_backend.threshold(settings.dropout_p) else 0.0
-    with unrecorded():
-        _check_grouped(x.device, settings.dtype, own, n, r, settings.scaling_factor, dropout)
+    dropped = lambda: None if keep is None else torch_backend.Mask(keep.clone())  # noqa: E731
+    _compare(products, (kernels, mask), (torch_backend, dropped), tensors)
 
 
 @cache
 def _check_grouped(device, dtype, own, n: int, r: int, c: float, p: float) -> None:
-    from multilora_fast.kernels.launch import check_not_capturing
-
-    E, S, K, N = 3, 80, 208, 144
-    check_not_capturing((S, K))
+    E, S = 3, 80
+    _, mask, keep, tensors = _problem((E,), S, device, dtype, own, n, r, p)
     ends = torch.tensor([50, 50, S], dtype=torch.int32, device=device)
     ids = torch.arange(S - 1, -1, -1, device=device)
-    x, dy, h = (_random(device, i, S, size).to(dtype) for i, size in enumerate((K, N, n * r)))
-    sizes = (E, n, r, K), (E, n, N, r), (E, n, N)
-    A, B, scale = (_random(device, 3 + i, *size).to(own) for i, size in enumerate(sizes))
-    w, seed, kernels = B.transpose(2, 3), torch.tensor([7], device=device), load_grouped("triton")
-    keep = load("triton").dropout_mask(seed, S, K, p).double() if p else None
 
-    def products(ops, mask) -> dict:
-        drop = {"ids": ids, "bits": mask, "p": p}
+    def products(ops, mask, x, dy, h, A, B, scale):
+        w, drop = B.transpose(2, 3), {"ids": ids, "bits": mask(), "p": p}
+        db, ds = ops.reduce_scaled(h, dy, w, ends, scale, c)
         return {
-            "shrink": lambda x, w: ops.shrink(x, w, ends, **drop),
-            "shrink (scaled)": lambda dy, w, s: ops.shrink(dy, w, ends, s, c),
-            "expand": lambda y, h, w: _added(ops.expand, y, h, w, ends, None, 1.0, **drop),
-            "expand (scaled)": lambda y, h, w, s: _added(ops.expand, y, h, w, ends, s, c),
-            "reduce": lambda h, x: ops.reduce(h, x, ends, n, h.dtype, **drop),
-            "reduce (lora_B)": lambda h, dy, w, s: ops.reduce_scaled(h, dy, w, ends, s, c)[0],
-            "reduce (lora_scaling)": lambda h, dy, w, s: ops.reduce_scaled(h, dy, w, ends, s, c)[1],
+            "grouped shrink": ops.shrink(x, A, ends, **drop),
+            "grouped shrink (scaled)": ops.shrink(dy, w, ends, scale, c),
+            "grouped expand": _into(x, ops.expand, h, A, ends, None, 1.0, **drop),
+            "grouped expand (scaled)": _into(dy, ops.expand, h, w, ends, scale, c),
+            "grouped reduce": ops.reduce(h, x, ends, n, A.dtype, **drop),
+            "grouped reduce (lora_B)": db,
+            "grouped reduce (lora_scaling)": ds,
         }
 
-    given = (x, A), (dy, w, scale), (x, h, A), (dy, h, w, scale), (h, x), (h, dy, w, scale), (h, dy, w, scale)
-    exact, ours = products(load_grouped("torch"), keep), products(kernels, kernels.draw(seed, S, K, p, dtype))
-    for (name, kernel), arguments in zip(ours.items(), given, strict=True):
-        _compare(f"grouped {name}", exact[name], kernel, arguments)
+    _compare(products, (load_grouped("triton"), mask), (load_grouped("torch"), lambda: keep), tensors)
 
 
-def _added(function, y, *rest, **options):
+def _problem(experts: tuple[int, ...], M: int, device, dtype, own, n: int, r: int, p: float):
+    """The Triton kernels, the mask as they take it and in float64, each None without dropout, and x, dy, H and the
+    branches."""
+    from multilora_fast.kernels.launch import check_not_capturing
+
+    K, N = 208, 144
+    check_not_capturing((M, K))
+
+    def draw(seed: int, to: torch.dtype, *size: int) -> Tensor:
+        return torch.randn(*size, generator=torch.Generator(device).manual_seed(seed), device=device).to(to)
+
+    tensors = [draw(i, dtype, M, size) for i, size in enumerate((K, N, n * r))]
+    tensors += [draw(3 + i, own, *experts, n, *size) for i, size in enumerate(((r, K), (N, r), (N,)))]
+    kernels, seed = load("triton"), torch.tensor([7], device=device)
+    bits = kernels.draw(seed, M, K, p, dtype)
+    keep = None if bits is None else kernels.dropout_mask(seed, M, K, p).double()
+    return kernels, lambda: bits, keep, tensors
+
+
+def _compare(products: Callable[..., dict], ours: tuple, exact: tuple, tensors: list[Tensor]) -> None:
+    """‖error‖ ≤ 4·eps·‖the same formula on absolute values‖ for each product, against ``exact`` in float64."""
+    found = products(*ours, *tensors)
+    truths = products(*exact, *[t.double() for t in tensors])
+    sizes = products(*exact, *[t.double().abs() for t in tensors])
+    eps = max(torch.finfo(t.dtype).eps for t in tensors)
+    for name, got in found.items():
+        error, bound = (got.double() - truths[name]).norm().item(), 4 * eps * sizes[name].norm().item()
+        if not error <= bound:
+            raise RuntimeError(
+                f"Triton kernel {name} is wrong on {got.device} in {tensors[0].dtype}: "
+                f'error {error:.2e} where {bound:.2e} is rounding; use backend="torch".'
+            )
+
+
+def _into(y: Tensor, expand: Callable, *rest, **options) -> Tensor:
+    """What ``expand`` makes of a copy of y."""
     y = y.clone()
-    function(y, *rest, **options)
+    expand(y, *rest, **options)
     return y
-
-
-def _compare(name, exact, kernel, arguments, keep=None, bits=None, p=0.0) -> None:
-    """‖error‖ ≤ 4·eps·‖the same formula on absolute values‖, against ``exact`` in float64."""
-    dropout = (bits, p) if keep is not None else ()
-    got = kernel(*arguments, *dropout).double()
-    eps = max(torch.finfo(a.dtype).eps for a in arguments if isinstance(a, Tensor))
-
-    def double(f):
-        wide = (f(a.double()) if isinstance(a, Tensor) else a for a in arguments)
-        return exact(*wide, *((torch_backend.Mask(keep.clone()), p) if keep is not None else ()))
-
-    truth = double(lambda t: t)
-    error, bound = (got - truth).norm().item(), 4 * eps * double(Tensor.abs).norm().item()
-    if not error <= bound:
-        raise RuntimeError(
-            f"Triton kernel {name} is wrong on {got.device} in {arguments[0].dtype}: "
-            f'error {error:.2e} where {bound:.2e} is rounding; use backend="torch".'
-        )
-
-
-def _expand(function, accumulate=True):
-    return lambda y, *rest: _added(function, y, *rest, accumulate=accumulate)
-
-
-def _reduce(function):
-    return lambda h, x, n, *dropout: function(h, x, n, h.dtype, *dropout)
-
-
-def _random(device: torch.device, seed: int, *size: int) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator(device).manual_seed(seed), device=device)

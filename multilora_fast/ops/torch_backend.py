@@ -1,8 +1,8 @@
-"""The three products of the op on torch matmuls, with the signatures of the Triton launchers in kernels/.
+"""The op's products on torch matmuls, with the signatures of the Triton launchers in kernels/.
 
-M tokens, D columns (K or N), n branches of rank r, R = n·r. A branch tensor ``w`` is a view (n, r, D): lora_A as it
-is, or lora_B transposed. ``scale`` is a view (n, D); ``scaling`` a constant. The dropout mask is drawn from a seed, an
-int64 tensor of one element on x's device, once in forward and once in backward, and never kept.
+M tokens, D columns (K or N), n branches of rank r, R = n·r. A branch tensor ``w`` is a view (n, r, D): lora_A, or
+lora_B transposed. ``scale`` is a view (n, D); ``scaling`` a constant. The dropout mask is drawn from a seed, an
+int64 tensor of one element on x's device, once in forward and once in backward, and never saved.
 """
 
 from typing import Any
@@ -13,20 +13,19 @@ from torch import Tensor
 
 
 def threshold(p: float) -> int:
-    """Of 65536 equally likely 16-bit draws, those below this are dropped."""
+    """Elements whose 16-bit draw is below this are dropped."""
     return min(round(65536 * p), 65535)
 
 
 def inverse_keep(p: float) -> float:
-    """1/(1−p), of the probability as it is drawn."""
+    """1/(1−p), for p rounded to 16 bits as it is drawn."""
     return 65536 / (65536 - threshold(p))
 
 
 def dropout_mask(seed: Any, M: int, K: int, p: float, dtype: torch.dtype = torch.bool) -> Tensor:
     """Keep-mask (M, K) in ``dtype``: an element keeps when its 16-bit draw reaches ``threshold(p)``.
 
-    On a GPU the mask of the Triton kernels, in one launch that waits for nothing. Elsewhere the draws are SFC64,
-    which takes half the time of torch's generator on a CPU.
+    On a GPU it is the Triton kernels' mask, drawn without a sync; elsewhere SFC64, twice as fast as torch's.
     """
     if seed.is_meta:
         return torch.empty(M, K, dtype=dtype, device=seed.device)
@@ -41,18 +40,18 @@ def dropout_mask(seed: Any, M: int, K: int, p: float, dtype: torch.dtype = torch
 
 
 class Mask:
-    """0 or 1 per element, in the dtype of the products, for one forward or one backward."""
+    """The keep-mask, 0 or 1 in the dtype of the products, of one forward or one backward."""
 
     def __init__(self, keep: Tensor):
         self._keep: Tensor | None = keep
 
     @property
     def keep(self) -> Tensor:
-        assert self._keep is not None, "dropout(x) has taken the mask's place"
+        assert self._keep is not None, "drop() has overwritten the mask"
         return self._keep
 
     def drop(self, x: Tensor) -> Tensor:
-        """mask ⊙ x in the place of the mask, whose last use this is: no second tensor of x's size is made."""
+        """mask ⊙ x, written over the mask to save a tensor of x's size: the mask's last use."""
         dropped = self.keep.mul_(x)
         self._keep = None
         return dropped
@@ -67,33 +66,23 @@ def shrink(
     x: Tensor, w: Tensor, scale: Tensor | None = None, scaling: float = 1.0, mask: Mask | None = None, p: float = 0.0,
     *, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """dropout(x) (M, D) times (scaling·scale ⊙ w)ᵀ → (M, R) in x's dtype, into ``out`` where it is given."""
+    """dropout(x) (scaling·scale ⊙ w)ᵀ → (M, R) in x's dtype, into ``out`` if given."""
     if mask is not None:
         x, scaling = mask.drop(x), scaling * inverse_keep(p)
     return torch.mm(x, _stack(w, scale, scaling, x.dtype).t(), out=out)
 
 
 def expand(
-    y: Tensor,
-    h: Tensor,
-    w: Tensor,
-    scale: Tensor | None = None,
-    scaling: float = 1.0,
-    mask: Mask | None = None,
-    p: float = 0.0,
-    *,
-    accumulate: bool = True,
-    bias: Tensor | None = None,
-) -> None:
-    """y (M, D) += mask/(1−p) ⊙ (h (M, R) times scaling·scale ⊙ w), in place; y = bias + … without ``accumulate``."""
+    y: Tensor, h: Tensor, w: Tensor, scale: Tensor | None = None, scaling: float = 1.0, mask: Mask | None = None,
+    p: float = 0.0, *, accumulate: bool = True,
+) -> None:  # fmt: skip
+    """y (M, D) += mask/(1−p) ⊙ (h (M, R) (scaling·scale ⊙ w)), in place; y = … without ``accumulate``."""
     w = _stack(w, scale, scaling if mask is None else scaling * inverse_keep(p), y.dtype)
     h = h.to(y.dtype)
     if not accumulate:
         torch.mm(h, w, out=y)
         if mask is not None:
             y.mul_(mask.keep)
-        if bias is not None:
-            y.add_(bias)
     elif mask is None:
         y.addmm_(h, w)
     else:
@@ -109,7 +98,7 @@ def linear(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, w: Tensor, scale: Tensor | None = None,
     scaling: float = 1.0, mask: Mask | None = None, p: float = 0.0, *, transposed: bool, exact: bool = False,
 ) -> None:  # fmt: skip
-    """y (M, N) = x Wᵀ (``transposed``) or x W, plus the bias and what :func:`expand` adds."""
+    """y (M, N) = x Wᵀ (``transposed``) or x W, + bias + what :func:`expand` adds."""
     if not transposed:
         expand(y, h, w, scale, scaling, mask, p, accumulate=False)
         multiply(y, x, weight)
@@ -125,24 +114,22 @@ def layer(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Tensor | None,
     scaling: float, mask: Mask | None, p: float, *, exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Writes y = x Wᵀ + bias + H B̃ᵀ, and returns H (M, R)."""
+    """Write y = x Wᵀ + bias + H B̃ᵀ, and return H (M, R)."""
     H = shrink(x, a, None, 1.0, mask, p)
     linear(y, x, weight, bias, H, b, scale, scaling, transposed=True, exact=exact)
     return H
 
 
 def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, mask: Mask | None = None, p: float = 0.0) -> Tensor:
-    """h (M, R) ᵀ times dropout(x) (M, D) → (n, r, D) in ``dtype``."""
+    """hᵀ (R, M) dropout(x) (M, D) → (n, r, D) in ``dtype``."""
     if mask is not None:
         return (h.t() @ mask.drop(x)).to(dtype).mul_(inverse_keep(p)).view(n, -1, x.shape[1])
     return (h.t() @ x).to(dtype).view(n, -1, x.shape[1])
 
 
 def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """P = dyᵀ h (D, R), and from it the gradients of lora_B, (n, D, r), and of the vector scale, (n, D).
-
-    ``w`` is lora_B as a view (n, r, D). The first comes in w's dtype, the second in the wider of w's and scale's.
-    """
+    """From P = dyᵀ h (D, R): dB (n, D, r) in lora_B's dtype, and ds (n, D) of the vector scale in the wider of lora_B's
+    and the scale's. ``w`` is lora_B as a view (n, r, D)."""
     n, r, D = w.shape
     P = (dy.t() @ h).view(D, n, r).to(torch.promote_types(w.dtype, scale.dtype)).movedim(0, 1)
     db = torch.mul(P, _times(scale, scaling).unsqueeze(2), out=torch.empty(n, D, r, dtype=w.dtype, device=w.device))
@@ -158,10 +145,8 @@ def reduce_all(
 
 
 def _stack(w: Tensor, scale: Tensor | None, scaling: float, dtype: torch.dtype) -> Tensor:
-    """The branches below each other, (R, D), scaled in their own precision and then cast.
-
-    lora_B, the one with a scale, has its ranks next to each other in memory, and so has what is returned for it.
-    """
+    """The branches stacked, (R, D), scaled in their own precision and then cast. With a scale w is lora_B, whose ranks
+    are contiguous; they stay so."""
     n, r, D = w.shape
     if scale is not None:
         stacked = torch.empty(D, n, r, dtype=dtype, device=w.device)

@@ -1,7 +1,8 @@
-"""The dropout mask: what fixes it, at which rate it keeps, where it comes from."""
+"""The dropout mask: seeds, rate, and the torch backend's mask on a GPU."""
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from device import DEVICE
@@ -36,7 +37,11 @@ def test_mask_keeps_at_the_rate_asked_and_shows_no_pattern(p):
         assert abs((a * b).mean().item()) < 5 / a.numel() ** 0.5
 
 
-def test_mask_without_dropout_keeps_everything():
+def test_a_draw_that_equals_the_threshold_is_kept():
+    draws = np.random.SFC64(7).random_raw(5).view(np.int16)[:16].astype(int) + 32768
+    mask = dropout_mask(torch.tensor([7]), 1, 16, int(draws[0]) / 65536, backend="torch")[0]
+    assert mask.tolist() == (draws >= draws[0]).tolist()
+    assert mask[0]
     assert dropout_mask(3, 4, 5, 0.0, backend="torch").all()
 
 

@@ -1,4 +1,4 @@
-"""x kept in 8 bits: which gradient it touches, by how much, and where it is not done."""
+"""x saved in 8 bits: which gradient it changes, by how much, and where x stays exact."""
 
 import pytest
 import torch
@@ -18,15 +18,11 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_each_value_is_within_the_rounding_of_e4m3(dtype):
-    x = (
-        torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
-        .mul(torch.logspace(-3, 3, 64)[:, None])
-        .to(dtype)
-    )
-    kept = save_input(x, "fp8")
-    assert kept.x.dtype == torch.float8_e4m3fn
-    assert kept.scale.shape == (64, 1)
-    got, smallest = restore(*kept, dtype).double(), 2.0**-10 * kept.scale.double()
+    x = (torch.randn(64, 100) * torch.logspace(-3, 3, 64)[:, None]).to(dtype)
+    values, scale = save_input(x, "fp8")
+    assert values.dtype == torch.float8_e4m3fn
+    assert scale.shape == (64, 1)
+    got, smallest = restore(values, scale, dtype).double(), 2.0**-10 * scale.double()
     assert ((got - x.double()).abs() <= (x.double().abs() / 16).maximum(smallest)).all()
 
 
@@ -38,6 +34,15 @@ def test_zeros_and_non_finite_values():
     assert not got[1].isfinite().all()
     assert not got[2].isfinite().all()
     assert error(got[3].double(), x[3].double()) < 0.07
+
+
+def test_float16_inputs_below_its_normal_numbers_stay_finite():
+    x = torch.tensor([[6e-8, 3e-7, 0.0], [1e-6, -2e-6, 5e-7]], dtype=torch.float16)
+    values, scale = save_input(x, "fp8")
+    assert scale.min() >= torch.finfo(torch.float16).smallest_normal
+    again = restore(values, scale, torch.float16)
+    assert torch.isfinite(again).all()
+    assert (again - x).abs().max() <= 0.07 * x.abs().max()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -78,8 +83,8 @@ def test_the_mean_over_many_draws_has_no_bias():
 def test_what_attention_keeps_is_not_kept_again():
     q = torch.randn(1, 6, 2, 16, requires_grad=True).transpose(1, 2)
     out = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    assert save_input(out.transpose(1, 2).reshape(1, 6, 32), "fp8").scale is None
-    assert save_input((out * 2).transpose(1, 2).reshape(1, 6, 32), "fp8").scale is not None
+    assert save_input(out.transpose(1, 2).reshape(1, 6, 32), "fp8")[1] is None
+    assert save_input((out * 2).transpose(1, 2).reshape(1, 6, 32), "fp8")[1] is not None
 
 
 def test_a_trainable_weight_keeps_x_exact():
@@ -113,9 +118,7 @@ def test_a_model_saves_less_and_checkpointing_gives_the_same(monkeypatch):
 
 def test_errors():
     case = random_case((8, 16), 12, 2, 4)
-    with pytest.raises(ValueError, match='save_inputs must be "exact" or "fp8", not \'int4\''):
-        multilora_linear(case.x, **case.parameters, save_inputs="int4")
-    with pytest.raises(ValueError, match='save_inputs must be "exact" or "fp8", not \'int4\''):
+    with pytest.raises(ValueError, match="save_inputs must be"):
         config(save_inputs="int4")
     with pytest.raises((ValueError, torch._dynamo.exc.Unsupported), match="cannot be compiled"):
         torch.compile(multilora_linear, backend="aot_eager", fullgraph=True)(
