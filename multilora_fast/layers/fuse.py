@@ -1,4 +1,4 @@
-"""The swap of a model's MultiLoRALinear modules for the layer on the fused op, and back."""
+"""Swap a model's MultiLoRALinear modules for the layer on the fused op, and back."""
 
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -19,7 +19,7 @@ _ATTRIBUTES = (*_PARAMETERS, "lora_num", "lora_dropout", "scaling_factor")
 
 @dataclass
 class FuseReport:
-    """What :func:`fuse` did: the names it swapped, and those it left alone with the reason."""
+    """What :func:`fuse` did: the names of the modules it swapped, and of those it left, with the reason."""
 
     swapped: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
@@ -45,12 +45,12 @@ def fuse(
     """Swap every MultiLoRALinear in ``model``, ours or any module with its attributes, for the fused layer, in place.
 
     The attributes are weight, bias (or None), lora_A, lora_B, lora_scaling, lora_num, lora_dropout and scaling_factor.
-    The Parameter objects and state_dict keys stay, so an optimizer or checkpoint made before stays valid. A module
-    that is used in several places stays shared. Modules with merged weights, hooks, a forward of another formula, or
-    anything the fused layer does not hold are left alone and reported; so is ``model`` itself.
+    Parameters and state_dict keys stay, so existing optimizers and checkpoints stay valid. A module used in several
+    places stays shared. Modules with merged weights, hooks, another formula, or parameters and buffers that the fused
+    layer does not have are left alone and reported; so is ``model`` itself.
 
-    With ``share_inputs`` layers that read the same input (q, k, v; gate, up) read it once in training; the result is
-    the same but for rounding, and with dropout one mask serves all of them. ``exact_base`` as in
+    With ``share_inputs`` layers that read the same input (q, k, v; gate, up) share one shrink, one saved input and one
+    dropout mask in training; results agree up to rounding. ``backend``, ``save_inputs`` and ``exact_base`` as in
     :func:`~multilora_fast.multilora_linear`.
 
     Raises:
@@ -62,35 +62,32 @@ def fuse(
     _check_model(model)
     if backend not in (None, "triton", "torch"):
         raise ValueError(f'backend must be "triton", "torch" or None, not {backend!r}.')
-    report = FuseReport()
-    fused: dict[int, FusedMultiLoRALinear] = {}
-    refused: dict[int, str] = {}
+    report, swapped = FuseReport(), {}
+    tried: dict[int, FusedMultiLoRALinear | str] = {}  # by module, what replaces it or why nothing does
 
     def swap(name: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, FusedMultiLoRALinear) or not _is_multilora(module):
+        if not _is_unfused(module):
             return None
-        if id(module) not in fused and id(module) not in refused:
-            reason = _why_not(module)
-            if reason is None:
-                fused[id(module)] = _fused(module, backend, save_inputs, exact_base)
-            else:
-                refused[id(module)] = reason
-        if id(module) in refused:
-            report.left[name] = refused[id(module)]
+        if id(module) not in tried:
+            tried[id(module)] = _why_not(module) or _fused(module, backend, save_inputs, exact_base)
+        found = tried[id(module)]
+        if isinstance(found, str):
+            report.left[name] = found
             return None
-        report.swapped.append(name)
-        return fused[id(module)]
+        swapped[name] = found
+        return found
 
-    if _is_multilora(model) and not isinstance(model, FusedMultiLoRALinear):
+    if _is_unfused(model):
         report.left[""] = "it is the model itself, which has no parent to swap it in: build a FusedMultiLoRALinear"
     _swap_children(model, swap)
+    report.swapped += swapped
     if share_inputs:
-        assign_groups({name: cast(FusedMultiLoRALinear, model.get_submodule(name)) for name in report.swapped})
+        assign_groups(swapped)
     return report
 
 
 def unfuse(model: nn.Module) -> list[str]:
-    """Put back the module objects that :func:`fuse` replaced, with the parameters and mode of now; return the names."""
+    """Put back the modules that :func:`fuse` replaced, with the current parameters and mode; return their names."""
     _check_model(model)
     names: list[str] = []
 
@@ -115,7 +112,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _swap_children(model: nn.Module, swap) -> None:
-    """Replace each submodule, at every place it is used, by what ``swap(name, module)`` returns, unless None."""
+    """Replace each submodule, everywhere it is used, by what ``swap(name, module)`` returns, unless None."""
     for prefix, parent in list(model.named_modules()):
         for key, child in list(parent._modules.items()):
             if child is not None:
@@ -124,19 +121,18 @@ def _swap_children(model: nn.Module, swap) -> None:
                     parent._modules[key] = new
 
 
-def _is_multilora(module: nn.Module) -> bool:
-    return all(hasattr(module, key) for key in _ATTRIBUTES)
+def _is_unfused(module: nn.Module) -> bool:
+    return not isinstance(module, FusedMultiLoRALinear) and all(hasattr(module, key) for key in _ATTRIBUTES)
 
 
 def _why_not(module: Any) -> str | None:
     """The reason to leave a MultiLoRALinear alone, or None."""
     if getattr(module, "merged", False):
         return "its branches are merged into the weight"
-    if not set(module._parameters) <= set(_PARAMETERS) or module._buffers:
-        extra = sorted((set(module._parameters) | set(module._buffers)) - set(_PARAMETERS))
-        return f"it holds {', '.join(extra)}, which the fused layer does not"
-    needed = [key for key in _PARAMETERS if key != "bias" or module.bias is not None]
-    others = [key for key in needed if key not in module._parameters]
+    if extra := {*module._parameters, *module._buffers} - set(_PARAMETERS):
+        return f"it holds {', '.join(sorted(extra))}, which the fused layer does not"
+    missing = [key for key in _PARAMETERS if key not in module._parameters]
+    others = [key for key in missing if key != "bias" or module.bias is not None]
     if others:
         return f"{', '.join(others)} is not a plain Parameter"
     if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
@@ -157,17 +153,15 @@ def _why_not(module: Any) -> str | None:
 
 
 def _dropout(module: Any) -> nn.Dropout | None:
-    """The module's dropout; an inactive one for a plain function or nn.Identity, which stand for p = 0."""
+    """The module's dropout, an inactive one for nn.Identity or a plain function, None for another module."""
     dropout = module.lora_dropout
     if type(dropout) is nn.Dropout:
         return dropout
     return None if isinstance(dropout, nn.Module) and not isinstance(dropout, nn.Identity) else nn.Dropout(0.0)
 
 
-def _fused(
-    module: Any, backend: str | None, save_inputs: str = "exact", exact_base: bool = False
-) -> FusedMultiLoRALinear:
-    """A fused layer on the module's own parameters. It remembers the module, outside of its own submodules."""
+def _fused(module: Any, backend: str | None, save_inputs="exact", exact_base=False) -> FusedMultiLoRALinear:
+    """A fused layer on the module's own parameters. It keeps the module for :func:`unfuse`, not as a submodule."""
     fused = FusedMultiLoRALinear.__new__(FusedMultiLoRALinear)
     nn.Module.__init__(fused)
     for key in _PARAMETERS:
@@ -185,7 +179,7 @@ def _fused(
 
 @torch.no_grad()
 def _other_formula(module: Any) -> str | None:
-    """Why a module of another class is not the same function of x and its parameters, tried on two tokens."""
+    """Why a module of another class does not compute MultiLoRA's formula, tried on two tokens, or None."""
     if module.weight.is_meta:
         return "its forward cannot be tried on the meta device"
     fused = _fused(module, "torch")
@@ -200,7 +194,7 @@ def _other_formula(module: Any) -> str | None:
     training, dropout.training = dropout.training, False
     try:
         theirs, ours = (functional_call(m, parameters, (x,)).double() for m in (module, fused))
-    except Exception as error:  # another class's forward may raise anything; whatever it is, it is the reason
+    except Exception as error:  # another class's forward may raise anything
         return f"its forward could not be tried ({type(error).__name__}: {error})"
     finally:
         dropout.training = training

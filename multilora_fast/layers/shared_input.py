@@ -1,8 +1,8 @@
-"""One op for layers that read the same x, as q, k and v do, and gate and up.
+"""One op for layers that read the same x: q, k and v; gate and up.
 
-The first layer of a group that is called computes the outputs of all of them, with one pass over x, which is kept once;
-each of the others takes its own. Backward makes all their dÃ in one pass over x, and one dx. A group draws one dropout
-mask. This is for training: in evaluation every layer is on its own, and its bits do not depend on its neighbours.
+The first member called computes the outputs of all in one pass over x, which is saved once, and each other member takes
+its own. Backward computes every dÃ in one pass over x, and one dx. A group draws one dropout mask. In evaluation every
+layer runs alone, so that its bits do not depend on its neighbours.
 """
 
 import threading
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from multilora_fast.ops.autograd import apply_group
-from multilora_fast.ops.call import Call, find
+from multilora_fast.ops.call import find
 from multilora_fast.ops.composite import is_seen_through
 from multilora_fast.ops.equations import GroupSettings
 from multilora_fast.ops.functional import Weight, autocast_dtype, checked, seed_for
 
-# What attention and MLP blocks in transformers' and diffusers' models call them.
+# Names in the attention and MLP blocks of transformers and diffusers.
 SIBLINGS = (
     ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"), ("q", "k", "v"),
     ("to_q", "to_k", "to_v"), ("w1", "w3"), ("wi_0", "wi_1"),
@@ -29,7 +29,7 @@ _NOTHING = (None,) * 5
 
 
 class Layer(Protocol):
-    """What a group reads of its members, which are fused layers or PEFT adapters of ours."""
+    """What a group reads of its members, fused layers or our PEFT adapters."""
 
     training: bool
     lora_A: Any
@@ -45,7 +45,7 @@ class Layer(Protocol):
 
 
 def assign_groups(modules: Mapping[str, Layer]) -> None:
-    """Set ``shared`` on the ``modules`` (by path) that read the same x: siblings by name, with equal K."""
+    """Set ``shared`` on those of ``modules`` (by path) that read the same x: siblings by name, with equal K."""
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in modules):
         for names in SIBLINGS:
             paths = [f"{parent}.{name}" if parent else name for name in names]
@@ -57,8 +57,8 @@ def assign_groups(modules: Mapping[str, Layer]) -> None:
 
 
 class Base(NamedTuple):
-    """The base layer of a member: its weight (N, K) and bias. For a quantized layer the weight is a function that
-    returns it, and ``compute_dtype`` is the dtype of its product."""
+    """The base layer of a member: weight (N, K) and bias. For a quantized layer ``weight`` is a function that returns
+    it, and ``compute_dtype`` the dtype of its product."""
 
     weight: Weight
     bias: Tensor | None
@@ -66,10 +66,9 @@ class Base(NamedTuple):
 
 
 class SharedInput:
-    """Modules that read one x, by path; each holds what a fused layer or a PEFT adapter of ours does, and its
-    ``base(x)`` gives the :class:`Base` with which it would now be trained, or None where it must run itself.
+    """Layers that read one x, by path. A member's ``base(x)`` returns its :class:`Base`, or None if it must run itself.
 
-    ``disabled_reason`` is None, or why the group shares no more: its layers were seen to read different tensors.
+    ``disabled_reason`` is None, or why the group stopped sharing: its layers were given different tensors.
     """
 
     def __init__(self, members: dict[str, Layer]):
@@ -79,14 +78,8 @@ class SharedInput:
         self._abandoned = 0
         self._thread = _Thread()
 
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name != "_thread"}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _thread=_Thread())
-
     def take(self, member: Layer, x: Tensor) -> Tensor | None:
-        """The output of ``member``, or None if it cannot share its input in this call."""
+        """The output of ``member``, or None if it must run alone in this call."""
         if torch.compiler.is_compiling() or is_seen_through():
             return None
         finished = self.finished(member, x)
@@ -101,25 +94,30 @@ class SharedInput:
         members = [*self.members.values()]
         found, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
         bases = [base for base in found if base is not None]
-        if len(bases) < len(members) or not any(other is member for other in members):  # a replica is none of them
+        if len(bases) < len(members) or not any(other is member for other in members):  # as for a replica
             return None
         if "ds_id" in branches[0][0].__dict__:  # ZeRO gathers parameters for one layer at a time
             return None
         weights, biases, dtypes = zip(*bases, strict=True)
-        tensors = (*weights, *biases, *chain(*zip(*branches, strict=True)))
-        call = self._call(members, x, bases, branches, dtypes, tensors)
+        if dtypes.count(dtypes[0]) < len(members):
+            return None
+        tensors = (*biases, *chain(*zip(*branches, strict=True)))
+        dense = weights if dtypes[0] is None else ()  # functions have no signature
+        options = tuple([options_of(m) for m in members])
+        key = (x, *dense, *tensors), (autocast_dtype(x), dtypes[0], options)
+        call = find(*key, lambda: _settings(x, bases, branches, options))
         if call.settings is None or self._stops(id(member), waiting):
             return None
         outputs: dict[int, tuple] = {}
         waiting = self._thread.waiting = Waiting(x, outputs)
         seed = seed_for(call.settings.each[0], None, x)
-        outs = apply_group(x, seed, call, weakref.ref(waiting), *tensors)
+        outs = apply_group(x, seed, call, weakref.ref(waiting), *weights, *tensors)
         for other, out, base, own in zip(members, outs, bases, branches, strict=True):
             outputs[id(other)] = out, other.scaling_factor, base, own, _version(base, own)
         return outputs.pop(id(member))[0]
 
     def finished(self, member: Layer, x: Tensor) -> Tensor | None:
-        """The output of ``member`` if another member's call has computed it."""
+        """The output of ``member`` if another member's call computed it."""
         waiting = self._thread.waiting
         if waiting is None or waiting.x() is not x or waiting.state != _state(x):
             return None
@@ -134,40 +132,13 @@ class SharedInput:
             self._thread.waiting, self._abandoned = None, 0
         return out
 
-    def _call(self, members: list[Layer], x: Tensor, bases, branches, dtypes: tuple, tensors: tuple) -> Call:
-        """The members' call, without settings if they cannot share x."""
-        options = tuple([options_of(m) for m in members])
-        dense = dtypes[0]
-
-        def check() -> GroupSettings | None:
-            layers = list(zip(bases, branches, options, strict=True))
-            try:
-                each = tuple([checked(x, None, b.weight, b.bias, A, B, s, one) for b, (A, B, s), one in layers])
-            except ValueError:  # which the layer that is at fault raises when it is called
-                return None
-            As = [A for A, _, _ in branches]
-            alike = {
-                (one._replace(scaling_factor=1.0, exact_base=False), A.dtype) for one, A in zip(each, As, strict=True)
-            }
-            if len(alike) > 1:
-                return None
-            counts, ranks = zip(*[A.shape[:2] for A in As], strict=True)
-            return GroupSettings(each, counts, ranks, each[0].dtype, each[0].backend, each[0].save_inputs)
-
-        if dtypes.count(dense) < len(members):
-            return Call(None)
-        if dense:  # its weights are functions
-            tensors = tensors[len(members) :]
-        return find((x, *tensors), (autocast_dtype(x), dense, options), check)
-
     def _stops(self, member: int, waiting: "Waiting | None") -> bool:
         """Record that members were given different tensors; return whether the group stops sharing from this call on.
 
-        A forward under checkpointing continues as it began, because its recomputation must save the same tensors. The
-        group stops in a later forward.
+        Under checkpointing it stops in a later forward, because a recomputation must save what its forward saved.
         """
         recomputing = torch._C._current_graph_task_id() != -1
-        if waiting is not None and waiting.state[-1] == -1:  # a recomputation may end before every member was called
+        if waiting is not None and waiting.state[-1] == -1:  # not a recomputation, which may end early
             self._abandoned += 1
             if member in waiting.outputs or self._abandoned > 1:
                 self.disabled_reason = "its layers were not given the same tensor"
@@ -179,17 +150,34 @@ class SharedInput:
         return self._stopped
 
     def _watch(self, member: Layer, x: Tensor) -> None:
-        """Share again from the next forward on, after a forward in which every layer got the same x. The group may have
-        stopped because a forward raised halfway."""
+        """Share again from the next forward on, after one in which every layer got the same x: the group may have
+        stopped because a forward raised."""
         recomputing = torch._C._current_graph_task_id() != -1
         if not recomputing and self._thread.readers(member, x) == len(self.members):
             self.disabled_reason, self._abandoned = None, 0
             self._stopped = self._recomputed = False
 
 
+def _settings(x: Tensor, bases: list[Base], branches: list, options: tuple) -> GroupSettings | None:
+    """The settings of layers that can share x, None for others."""
+    try:
+        each = tuple([
+            checked(x, None, base.weight, base.bias, A, B, s, one)
+            for base, (A, B, s), one in zip(bases, branches, options, strict=True)
+        ])  # fmt: skip
+    except ValueError:  # the layer at fault raises it when it runs
+        return None
+    As = [A for A, _, _ in branches]
+    alike = {(one._replace(scaling_factor=1.0, exact_base=False), A.dtype) for one, A in zip(each, As, strict=True)}
+    if len(alike) > 1:
+        return None
+    counts, ranks = zip(*[A.shape[:2] for A in As], strict=True)
+    return GroupSettings(each, counts, ranks, each[0].dtype, each[0].backend, each[0].save_inputs)
+
+
 class Waiting:
-    """Outputs of members that have not been called yet: x, the state that must match, and by member id the output and
-    what it was computed from. They are dropped when x is freed or a backward runs."""
+    """Outputs for members not called yet: x, the state that must match, and by member id the output and what it was
+    computed from. They are dropped when x is freed or a backward runs."""
 
     __slots__ = ("__weakref__", "outputs", "state", "x")
 
@@ -198,13 +186,16 @@ class Waiting:
 
 
 class _Thread(threading.local):
-    """The state of one thread's forward."""
+    """The state of one thread's forward, which copies and pickles leave behind."""
 
     waiting: Waiting | None = None
     last: weakref.ref[Tensor] | None = None
 
+    def __reduce__(self):
+        return _Thread, ()
+
     def readers(self, member: Layer, x: Tensor) -> int:
-        """How many members were called on x in sequence, ``member`` last."""
+        """How many members in a row were called on x, up to ``member``."""
         if self.last is None or self.last() is not x:
             self.last, self.seen = weakref.ref(x), set()
         self.seen.add(id(member))
@@ -212,12 +203,12 @@ class _Thread(threading.local):
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs hooks or a forward of its own."""
+    """Whether ``module`` has hooks or a forward set on the object."""
     return has_hooks(module) or "forward" in module.__dict__
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether torch's hooks are on ``module``."""
+    """Whether ``module`` has hooks of torch's."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
@@ -230,19 +221,19 @@ def parameter(module: nn.Module | Layer, name: str) -> Any:
 
 
 def branches_of(member: Layer) -> tuple[Tensor, Tensor, Tensor]:
-    """lora_A, lora_B and lora_scaling, as the op takes them."""
+    """lora_A, lora_B and lora_scaling."""
     return parameter(member, "lora_A"), parameter(member, "lora_B"), parameter(member, "lora_scaling")
 
 
 def options_of(member: Layer) -> tuple:
-    """The op's options."""
+    """The ``options`` of :func:`multilora_fast.ops.functional.apply`."""
     dropout = member._modules["lora_dropout"]
     p, training = dropout.p, dropout.training
     return member.scaling_factor, p, training, member.backend, member.save_inputs, member.exact_base
 
 
 def _version(base: Base, branches: Sequence[Tensor]) -> int:
-    """A version that changes whenever the member's parameters are written."""
+    """A number that changes whenever the member's parameters are written."""
     (weight, bias, _), (lora_A, lora_B, lora_scaling) = base, branches
     version = lora_A._version + lora_B._version + lora_scaling._version
     if isinstance(weight, Tensor):
@@ -251,5 +242,5 @@ def _version(base: Base, branches: Sequence[Tensor]) -> int:
 
 
 def _state(x: Tensor) -> tuple:
-    """What must match for all members, besides x."""
+    """What must match for all members besides x."""
     return x._version, torch.is_grad_enabled(), autocast_dtype(x), torch._C._current_graph_task_id()
