@@ -1,7 +1,7 @@
 """The reference MultiLoRA layer: a loop over branches, which saves one activation per branch.
 
-It is the oracle of every test and the baseline of every bench. Initialisation after Wang et al. 2023
-(arXiv 2311.11501): A and B Kaiming-uniform, the learned scales zero, so a fresh layer answers as its base does.
+It is the oracle of the tests and the baseline of the benches. Initialisation after Wang et al. 2023 (arXiv 2311.11501):
+A and B Kaiming-uniform, scales zero, so that a new layer computes what its base does.
 """
 
 import math
@@ -15,8 +15,8 @@ from multilora_fast.validation import check_alpha, check_hyperparameters
 class MultiLoRALinear(nn.Linear):
     """y = W x + b + Σᵢ c·sᵢ ⊙ Bᵢ Aᵢ dropout(x), with c = lora_alpha / r and one dropout for all branches.
 
-    Holds the base layer's own ``weight`` (N, K) and ``bias`` (N,), and ``lora_A`` (n, r, K), ``lora_B`` (n, N, r),
-    ``lora_scaling`` (n, N), or (n, 1) with ``scaling="scalar"``. The base parameters keep their ``requires_grad``.
+    Holds the base layer's own Parameters ``weight`` (N, K) and ``bias`` (N,), and ``lora_A`` (n, r, K), ``lora_B``
+    (n, N, r), ``lora_scaling`` (n, N), or (n, 1) with ``scaling="scalar"``.
 
     Raises:
         ValueError: base is no plain nn.Linear, r or lora_num < 1, lora_dropout outside [0, 1), lora_alpha not finite,
@@ -50,12 +50,12 @@ class MultiLoRALinear(nn.Linear):
         self.lora_A = nn.Parameter(new(lora_num, r, self.in_features))
         self.lora_B = nn.Parameter(new(lora_num, self.out_features, r))
         self.lora_scaling = nn.Parameter(new(lora_num, self.out_features if scaling == "vector" else 1))
-        self.lora_dropout = nn.Dropout(lora_dropout or 0)  # Dynamo compiles in the integers of a module, and no floats
+        self.lora_dropout = nn.Dropout(lora_dropout or 0)  # Dynamo specializes on a module's ints, not its floats
         self.train(base.training)
         self.reset_branches()
 
     def reset_branches(self) -> None:
-        """Draw A and B anew (Kaiming-uniform, a = √5, each branch on its own) and set the scales to zero."""
+        """Initialise A and B (Kaiming-uniform, a = √5, per branch), and set the scales to zero."""
         for branch in (*self.lora_A, *self.lora_B):
             nn.init.kaiming_uniform_(branch, a=math.sqrt(5))
         nn.init.zeros_(self.lora_scaling)

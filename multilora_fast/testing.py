@@ -1,4 +1,4 @@
-"""How exactness is judged: against the reference loop in float64, by the error PyTorch makes itself.
+"""Exactness is judged against the reference loop in float64, by PyTorch's own error.
 
 The 2× rule, for the output and every gradient, same dropout mask, Frobenius norms:
 ‖error‖ ≤ 2·‖error of the reference in that dtype‖ + eps·‖the same formula on absolute values‖.
@@ -19,13 +19,13 @@ NAMES = ("weight", "bias", "lora_A", "lora_B", "lora_scaling")
 
 @dataclass
 class Case:
-    """Inputs of the op: x (..., K), the gradient of its output dy (..., N), parameters by name, and the rest."""
+    """Inputs of the op: x (..., K), dy (..., N), and parameters by name."""
 
     x: Tensor
     dy: Tensor
     parameters: dict[str, Tensor]  # by NAMES; bias may be missing
     scaling_factor: float = 1.0
-    factor: Tensor | None = None  # (M, K): mask/(1−p), what dropout multiplies x by
+    factor: Tensor | None = None  # (M, K): mask/(1−p), by which dropout multiplies x
 
     def map(self, f: Callable[[Tensor], Tensor]) -> "Case":
         parameters = {k: f(v) for k, v in self.parameters.items()}
@@ -36,7 +36,7 @@ def random_case(
     shape: tuple[int, ...], N: int, n: int, r: int, *, dtype=torch.float32, adapter_dtype=None, bias=True,
     scaling="vector", scaling_factor=2.0, seed=0, device="cpu",
 ) -> Case:  # fmt: skip
-    """A case with x of ``shape`` (..., K), non-zero scales, and everything drawn in float64 and then rounded."""
+    """A case with x of ``shape`` (..., K) and non-zero scales, drawn in float64 and rounded."""
     g = torch.Generator().manual_seed(seed)
     K = shape[-1]
 
@@ -57,18 +57,17 @@ def random_case(
 
 def run(op: Callable[..., Tensor], case: Case, wanted: Collection[str] | None = None) -> dict[str, Tensor]:
     """The output of ``op(x, **parameters)`` as "out", and the gradients of x and every parameter, or of those
-    ``wanted`` alone, as float64."""
+    ``wanted`` alone, in float64."""
     leaves = {"x": case.x, **case.parameters}
     leaves = {k: v.detach().requires_grad_(wanted is None or k in wanted) for k, v in leaves.items()}
-    asked = {k: v for k, v in leaves.items() if v.requires_grad}
-    out = op(leaves.pop("x"), **leaves)
+    out = op(leaves["x"], **{k: v for k, v in leaves.items() if k != "x"})
     out.backward(case.dy.to(out.dtype))
-    named: dict[str, Any] = {"out": out.detach(), **{k: v.grad for k, v in asked.items()}}
-    return {k: v.double() for k, v in named.items()}
+    found: dict[str, Any] = {"out": out.detach()} | {k: v.grad for k, v in leaves.items() if v.requires_grad}
+    return {k: v.double() for k, v in found.items()}
 
 
 def reference_op(case: Case) -> Callable[..., Tensor]:
-    """The reference module's forward as a function of x and the parameters, with the case's dropout."""
+    """The reference's forward as a function of x and the parameters, with the case's dropout."""
 
     def op(x, weight, lora_A, lora_B, lora_scaling, bias=None):
         n, r, _ = lora_A.shape
@@ -76,7 +75,7 @@ def reference_op(case: Case) -> Callable[..., Tensor]:
         layer = MultiLoRALinear(base, r=r, lora_num=n, lora_alpha=r * case.scaling_factor)
         if case.factor is not None:
             layer.lora_dropout = cast(nn.Dropout, _Multiply(case.factor))
-        layer._parameters = {  # the caller's own tensors, so that their gradients are asked for
+        layer._parameters = {  # the caller's own tensors, for their gradients
             "weight": weight, "bias": bias, "lora_A": lora_A, "lora_B": lora_B, "lora_scaling": lora_scaling,
         }  # fmt: skip
         return layer(x)
@@ -85,20 +84,16 @@ def reference_op(case: Case) -> Callable[..., Tensor]:
 
 
 def truth(case: Case) -> dict[str, Tensor]:
-    """What the reference computes in float64 from the case's values."""
+    """The reference's result in float64."""
     return run(reference_op(case), case.map(Tensor.double))
 
 
 def two_times_rule(
-    op: Callable[..., Tensor],
-    case: Case,
-    *,
-    autocast: torch.dtype | None = None,
-    wanted: Collection[str] | None = None,
+    op: Callable[..., Tensor], case: Case, *, autocast: torch.dtype | None = None, wanted: Collection[str] | None = None
 ) -> dict[str, tuple]:
     """(error, bound) of ``op`` for the output and every gradient, or those of the leaves ``wanted`` alone. The
-    reference runs in the case's dtype, or under autocast where its dtypes are mixed or ``autocast`` names one; ``op``
-    under autocast only where it is named."""
+    reference runs in the case's dtype, or under autocast if its dtypes are mixed or ``autocast`` is given; ``op`` runs
+    under autocast only if it is given."""
     device = case.x.device.type
     mixed = case.x.dtype if case.parameters["lora_A"].dtype != case.x.dtype else None
     exact = truth(case)
@@ -119,7 +114,7 @@ def two_times_rule(
 
 
 def assert_two_times_rule(op: Callable[..., Tensor], case: Case, **options) -> None:
-    """Raise AssertionError naming what breaks the 2× rule, with its error and bound; ``options`` as above."""
+    """Raise AssertionError naming each tensor that breaks the 2× rule; ``options`` as in :func:`two_times_rule`."""
     broken = {k: f"{e:.3e} > {b:.3e}" for k, (e, b) in two_times_rule(op, case, **options).items() if not e <= b}
     assert not broken, f"error beyond the 2x rule: {broken}"
 

@@ -1,1 +1,1 @@
-"""Layers timed beside their peers."""
+"""Benchmarks of layers beside their peers."""

@@ -1,5 +1,5 @@
-"""Benchmark of one linear layer: frozen, with the reference loop, with PEFT LoRA of the same total rank, and with ours.
-Results are checked before anything is timed."""
+"""Benchmark of one linear layer: frozen, reference loop, PEFT LoRA of the same total rank, and ours. Each result is
+checked before it is timed."""
 
 import statistics
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ DIRECTIONS = ("forward", "backward", "forward+backward")
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Median seconds by DIRECTIONS, the bytes that forward saves beyond the weights, and the most that forward and
-    backward have alive at once beyond weights, x and dy."""
+    """Median seconds by DIRECTIONS, the bytes saved for backward beyond the weights, and the peak bytes of forward and
+    backward beyond weights, x and dy."""
 
     seconds: dict[str, float]
     saved: int
@@ -38,7 +38,7 @@ def base_layer(K: int, N: int, dtype: torch.dtype, device: str) -> nn.Linear:
 
 
 def multilora(cls: type[MultiLoRALinear], base: nn.Linear, n: int, r: int, p: float) -> MultiLoRALinear:
-    """Branches with non-zero scales, in the base's dtype."""
+    """A layer with non-zero scales, in the base's dtype."""
     torch.manual_seed(1)
     layer = cls(base, r=r, lora_num=n, lora_dropout=p)
     nn.init.normal_(layer.lora_scaling)
@@ -46,7 +46,7 @@ def multilora(cls: type[MultiLoRALinear], base: nn.Linear, n: int, r: int, p: fl
 
 
 def peft_lora(base: nn.Linear, rank: int, p: float, *, float32: bool = False) -> nn.Module:
-    """PEFT's LoRA of the same total rank; its adapters in the base's dtype unless ``float32``."""
+    """PEFT's LoRA, in the base's dtype unless ``float32``."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=p, target_modules=["0"])
@@ -78,7 +78,7 @@ def candidates(K: int, N: int, n: int, r: int, p: float, dtype: torch.dtype, dev
 def measure(
     K: int, N: int, *, tokens: int, n: int, r: int, p: float, dtype: torch.dtype, device: str, rounds: int
 ) -> dict[str, LayerCost]:
-    """What the layer costs, by name, frozen and with branches of total rank n·r: medians of ``rounds``, interleaved.
+    """The cost of each candidate of total rank n·r, by name: medians of ``rounds``, interleaved.
 
     Raises:
         AssertionError: the op's result breaks the 2× rule of :mod:`multilora_fast.testing`.

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.benchmark.utils.timer import timer  # waits for the device, then reads the clock
+from torch.utils.benchmark.utils.timer import timer  # synchronizes, then reads the clock
 
 
 @dataclass
 class Timed:
-    """One candidate's part in a round: ``prepare()`` is not timed, ``run(prepared)`` is."""
+    """One candidate: ``run(prepare())``, of which ``run`` is timed."""
 
     prepare: Callable[[], object]
     run: Callable[[Any], object]
@@ -23,7 +23,7 @@ class Timed:
 
 
 def timed_layer(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> Timed:
-    """The forward, the backward, or both ("forward+backward") of a layer; gradients are dropped before each run."""
+    """The "forward", "backward" or "forward+backward" of a layer; gradients are dropped before each run."""
 
     def clear():
         x.grad = None
@@ -38,7 +38,7 @@ def timed_layer(layer: nn.Module, x: Tensor, dy: Tensor, direction: str) -> Time
 
 
 def interleaved(timed: dict[str, Timed], rounds: Iterable[object]) -> dict[str, list[float]]:
-    """The seconds of every candidate, in each of ``rounds`` once."""
+    """The seconds of every candidate, each run once per round."""
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for _ in rounds:
         for name, one in timed.items():
