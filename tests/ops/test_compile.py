@@ -1,4 +1,4 @@
-"""torch.compile keeps the op whole, and its dropout agrees between forward, recomputation and backward."""
+"""The op under torch.compile: one graph, exact, and one dropout mask in forward, recomputation and backward."""
 
 import shutil
 from functools import partial
@@ -43,13 +43,12 @@ def test_opcheck_of_backward_in_half_precision(scaling, backend, device):
 
 
 @needs_compiler
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_gradients_of_scales_in_half_precision_add_up(backend, device):
+def test_compiled_gradients_of_scales_in_half_precision_add_up(device):
     case = random_case((9, 24), 16, 2, 4, dtype=torch.float16, device=device)
     v = {k: t.requires_grad_() for k, t in case.parameters.items()}
 
     def twice(x, weight, bias, lora_A, lora_B, lora_scaling):
-        once = partial(multilora_linear, x, weight, bias, lora_A, lora_B, backend=backend)
+        once = partial(multilora_linear, x, weight, bias, lora_A, lora_B)
         return once(lora_scaling * 2) + once(lora_scaling)
 
     found = []
@@ -68,23 +67,25 @@ def test_compiled_in_one_graph_and_exact(dtype, device):
     assert_two_times_rule(op, case)
 
 
-@needs_compiler
 def test_scaling_factors_that_differ_stay_in_one_graph(device):
-    """After the second one the compiler sees a number that is not constant."""
+    """From the second one on the compiler sees a symbol."""
     case = random_case((9, 24), 16, 2, 4, device=device)
-    op = torch.compile(lambda c: multilora_linear(case.x, **case.parameters, scaling_factor=c), fullgraph=True)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def op(c):
+        return multilora_linear(case.x, **case.parameters, scaling_factor=c)
+
     for c in (1.0, 0.25, -3.0):
         torch.testing.assert_close(op(c), multilora_linear(case.x, **case.parameters, scaling_factor=c))
 
 
-@needs_compiler
 def test_compiled_add_in_one_graph(device):
     case = random_case((2, 9, 24), 16, 2, 4, device=device)
 
     def both(x, weight, bias, **branches):
         return multilora_add(nn.functional.linear(x, weight, bias), x, **branches, scaling_factor=2.0)
 
-    assert_two_times_rule(torch.compile(both, fullgraph=True), case)
+    assert_two_times_rule(torch.compile(both, fullgraph=True, backend="aot_eager"), case)
 
 
 def linear_in_dropout(device):
@@ -117,7 +118,6 @@ def test_one_mask_in_forward_recomputation_and_backward(checkpointed, device):
     assert not torch.equal(*masks)
 
 
-@needs_compiler
 def test_a_weight_from_a_function_runs_outside_the_graph(device):
     case = random_case((2, 9, 24), 16, 2, 4, device=device)
     weight = case.parameters.pop("weight")
@@ -126,19 +126,19 @@ def test_a_weight_from_a_function_runs_outside_the_graph(device):
         return multilora_linear(x, lambda: weight, **parameters)
 
     wanted = op(case.x, **case.parameters)
-    torch.testing.assert_close(torch.compile(op)(case.x, **case.parameters), wanted)
+    torch.testing.assert_close(torch.compile(op, backend="eager")(case.x, **case.parameters), wanted)
     torch.compiler.reset()
     with pytest.raises((torch._dynamo.exc.Unsupported, ValueError)):
-        torch.compile(op, fullgraph=True)(case.x, **case.parameters)
+        torch.compile(op, backend="eager", fullgraph=True)(case.x, **case.parameters)
 
 
-@pytest.mark.parametrize(("dynamic", "autocast", "p"), [(None, False, 0.0), (True, False, 0.0), (True, True, 0.1)])
+@pytest.mark.parametrize(("dynamic", "autocast", "p"), [(None, False, 0.0), (True, True, 0.1)])
 def test_token_counts_cost_no_more_graphs_than_with_lora(dynamic, autocast, p):
     def graphs(model) -> int:
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         compiled_model = torch.compile(model, backend=counter, dynamic=dynamic)
-        for tokens in (3, 4, 5, 7):
+        for tokens in (3, 4, 5):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 compiled_model(torch.randn(2, tokens, 8)).sum().backward()
         return counter.frame_count

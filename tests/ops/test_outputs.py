@@ -1,4 +1,4 @@
-"""Every output is a tensor of its own: what follows may write to it in place, and it costs no copy."""
+"""Every output is a tensor of its own, without a copy: in-place operations may follow."""
 
 import pytest
 import torch
@@ -22,8 +22,7 @@ def gradients(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-def test_an_activation_in_place_after_a_layer(shape, p, backend):
+def test_an_activation_in_place_after_a_layer(shape, backend):
     loop = MultiLoRALinear(nn.Linear(8, 6), r=2, lora_num=2).double()
     nn.init.normal_(loop.lora_scaling)
     fused = FusedMultiLoRALinear(nn.Linear(8, 6), r=2, lora_num=2).double()
@@ -33,12 +32,12 @@ def test_an_activation_in_place_after_a_layer(shape, p, backend):
     wanted, found = (gradients(nn.Sequential(layer, nn.ReLU(inplace=True)), x) for layer in (loop, fused))
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
-    fused.lora_dropout.p = p
+    fused.lora_dropout.p = 0.3
     assert nn.Sequential(fused, nn.ReLU(inplace=True))(x).min() >= 0
 
 
 @pytest.mark.parametrize("base", [nn.Linear(8, 6), Conv1D(6, 8), nn.Bilinear], ids=["Linear", "Conv1D", "hooked"])
-@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
 def test_in_place_after_a_peft_layer(shape, base):
     hooked = base is nn.Bilinear
     base = nn.Linear(8, 6) if hooked else base
@@ -74,7 +73,7 @@ def test_in_place_after_branches_added_to_an_output():
 
 
 class Made(TorchDispatchMode):
-    """Counts the tensors of ``size`` numbers that operations make in memory of their own."""
+    """Collects the tensors of ``size`` elements that operations return."""
 
     def __init__(self, size: int):
         super().__init__()

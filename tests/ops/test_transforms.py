@@ -1,4 +1,4 @@
-"""The op where something has to see inside it: torch.func, torch.jit.trace, batches of gradients."""
+"""The op under torch.func and torch.jit.trace, and batches of gradients, which it refuses."""
 
 import io
 
@@ -24,7 +24,7 @@ def loss(layer):
     return parameters, lambda p, x: torch.func.functional_call(layer, p, (x,)).square().sum()
 
 
-@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 5, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(8,), (2, 5, 8)], ids=str)
 @pytest.mark.parametrize("transform", ["grad", "vmap of grad", "jvp", "hessian"])
 def test_torch_func_gives_the_loops_result(transform, shape):
     x, found = torch.randn(shape, dtype=torch.float64), []
@@ -73,8 +73,7 @@ def test_a_seed_gives_the_mask_of_dropout_mask_under_torch_func():
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize(("training", "group"), [(True, True), (False, False)])
 def test_a_trace_can_be_saved_and_serves_any_number_of_tokens(training, group, recwarn):
     model = nn.ModuleDict({name: MultiLoRALinear(nn.Linear(8, 6), r=2, lora_num=3) for name in ("q_proj", "k_proj")})
     fuse(model)
