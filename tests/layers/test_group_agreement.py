@@ -1,4 +1,4 @@
-"""When layers share an input: what must be the same for all of them, and when what waits for the others goes."""
+"""When layers share an input: what must match for all of them, and when outputs not taken are dropped."""
 
 import gc
 import threading
@@ -7,21 +7,11 @@ import weakref
 import pytest
 import torch
 from torch import nn
-from transformers import T5Config, T5ForConditionalGeneration
 
 from multilora_fast import MultiLoRALinear, fuse
 from multilora_fast.layers import shared_input
-from multilora_fast.peft import MultiLoraConfig
 
 NAMES = ("q_proj", "k_proj", "v_proj")
-
-
-@pytest.fixture
-def served(monkeypatch):
-    """How many layers each call of a group served."""
-    found, apply = [], shared_input.apply_group
-    monkeypatch.setattr(shared_input, "apply_group", lambda *args: found.append((len(args) - 4) // 5) or apply(*args))
-    return found
 
 
 def projections(p=0.0) -> nn.ModuleDict:
@@ -48,21 +38,20 @@ def forward(model, x):
 
 
 @pytest.mark.parametrize("grad", [True, False])
-@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B", "lora_scaling"])
-def test_a_parameter_that_changed_since_is_used_as_it_is(name, grad):
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B", "lora_scaling", "replaced", "factor"])
+def test_a_member_that_changed_since_computes_anew(name, grad):
     model, x = projections(), torch.randn(3, 8)
+    member = model["k_proj"]
     with torch.set_grad_enabled(grad):
         model["q_proj"](x)
-        with torch.no_grad():
-            getattr(model["k_proj"], name).add_(1.0)
-        assert torch.equal(model["k_proj"](x), alone(model["k_proj"], x))
-
-
-def test_a_parameter_that_was_replaced_since_is_used_as_it_is():
-    model, x = projections(), torch.randn(3, 8)
-    model["q_proj"](x)
-    model["k_proj"].lora_B = nn.Parameter(torch.randn(2, 8, 2))
-    assert torch.equal(model["k_proj"](x), alone(model["k_proj"], x))
+        if name == "replaced":
+            member.lora_B = nn.Parameter(torch.randn(2, 8, 2))
+        elif name == "factor":
+            member.scaling_factor *= 2
+        else:
+            with torch.no_grad():
+                getattr(member, name).add_(1.0)
+        assert torch.equal(member(x), alone(member, x))
 
 
 def test_two_autocast_dtypes_for_one_x():
@@ -127,7 +116,7 @@ def test_threads_that_share_a_model_do_not_meet(served):
 
     def work():
         try:
-            for _ in range(30):
+            for _ in range(10):
                 torch.testing.assert_close(forward(model, torch.ones(3, 8)), wanted)
         except BaseException as error:
             errors.append(error)
@@ -138,7 +127,7 @@ def test_threads_that_share_a_model_do_not_meet(served):
     for thread in threads:
         thread.join()
     assert not errors
-    assert served == [3] * 121
+    assert served == [3] * 41
     assert group_of(model).disabled_reason is None
 
 
@@ -181,17 +170,3 @@ def test_parameters_that_zero_gathers_are_not_shared(served):
         p.ds_id = 7
     forward(model, torch.randn(3, 8))
     assert served == [3]
-
-
-@pytest.mark.parametrize("reentrant", [False, True, None])
-def test_an_encoder_decoder_trains_from_its_first_step(reentrant):
-    from peft import get_peft_model
-
-    sizes = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
-    model = get_peft_model(base, MultiLoraConfig(r=2, lora_num=2, target_modules=["q", "k", "v"])).train()
-    if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()
-    for _ in range(3):
-        model(input_ids=torch.randint(1, 99, (2, 5)), labels=torch.randint(1, 99, (2, 4))).loss.backward()
