@@ -1,4 +1,4 @@
-"""What the house promises: light imports, the kernels' place, the direction of dependencies."""
+"""The layout: light imports, the place of kernels/, the direction of dependencies."""
 
 import ast
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "multilora_fast"
-# From the ground up, folders and the files beside them: each imports from itself and from lower floors. Those of the
+# Folders and the files beside them, from the ground up: each imports from itself and from lower floors. Those on the
 # ground may import one another.
 FLOORS = [
     ("validation", "files", "devices", "models", "console", "reference", "testing"),
@@ -28,7 +28,7 @@ MODULES |= {f"kernels.{path.stem}": path for path in sorted((ROOT / "kernels").g
 
 
 def imported(path: Path) -> set[str]:
-    """Names of everything that a file imports, at its top or later: modules, and what may be modules in packages."""
+    """All names that a file imports, at its top or later: modules, and possible submodules."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -41,31 +41,33 @@ def imported(path: Path) -> set[str]:
 
 
 def own(path: Path) -> set[str]:
-    """The modules of this package that a file imports, by their names in it."""
+    """The modules of this package that a file imports."""
     mine = (name for name in imported(path) if name.startswith("multilora_fast."))
     found = {name.removeprefix("multilora_fast.") for name in mine} & set(MODULES)
     return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
 
 
-def modules_after(statement: str) -> set[str]:
-    code = f"import sys; before = set(sys.modules); {statement}; print(*sorted(set(sys.modules) - before))"
+def modules_after(*statements: str) -> list[set[str]]:
+    """The top-level modules loaded after each of the statements, which one process runs."""
+    code = "import sys; before = set(sys.modules)"
+    code += "".join(f"; {statement}; print(*(set(sys.modules) - before))" for statement in statements)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return {name.split(".")[0] for name in done.stdout.split()}
+    return [{name.split(".")[0] for name in line.split()} for line in done.stdout.splitlines()]
 
 
-def test_importing_the_library_loads_torch_and_nothing_heavier():
-    for statement in ("import multilora_fast", "import multilora_fast.models"):
-        loaded = modules_after(statement)
-        assert "torch" in loaded
-        assert not loaded & {"kernels", "triton", "transformers", "peft", "matplotlib", "datasets", "typer"}
-
-
-def test_kernels_never_become_a_top_level_package():
+def test_imports_are_light_and_kernels_is_no_top_level_package():
     assert (ROOT / "multilora_fast/kernels").is_symlink()
     assert not (ROOT / "kernels/__init__.py").exists()
-    assert "kernels" not in modules_after("import multilora_fast; from multilora_fast.kernels import shrink")
-    both = "import multilora_fast.kernels.shrink; from transformers import LlamaForCausalLM"
-    assert "transformers" in modules_after(both)
+    light, kernels, both = modules_after(
+        "import multilora_fast, multilora_fast.models",
+        "from multilora_fast.kernels import shrink",
+        "from transformers import LlamaForCausalLM",
+    )
+    assert "torch" in light
+    assert not light & {"kernels", "triton", "transformers", "peft", "matplotlib", "datasets", "typer"}
+    assert "triton" in kernels
+    assert "kernels" not in kernels
+    assert "transformers" in both
 
 
 def test_kernels_import_torch_and_triton_only():
@@ -93,7 +95,7 @@ def test_imports_go_down():
     assert not upward
 
 
-def test_imports_go_in_no_circle():
+def test_imports_have_no_cycle():
     TopologicalSorter({name: own(path) - {name} for name, path in MODULES.items()}).prepare()
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show. The other tests of the op run there too, on the device they find."""
+"""Tests that need a GPU. The other tests of the op run there too."""
 
 import copy
 from functools import partial
@@ -11,7 +11,7 @@ from examples.cuda_graph import captured_step
 from multilora_fast import FusedMultiLoRALinear, MultiLoraConfig, multilora_linear
 from multilora_fast.kernels import launch
 from multilora_fast.ops import call
-from multilora_fast.testing import assert_two_times_rule, random_case, run
+from multilora_fast.testing import assert_two_times_rule, random_case
 
 pytestmark = pytest.mark.gpu
 
@@ -26,27 +26,13 @@ def test_two_times_rule_at_size(shape, adapter_dtype, dtype, n_r):
 
 
 def test_launches_share_no_kernel_that_was_compiled_for_other_sizes_or_alignment():
-    for rows, K, offset in (
-        (64, 128, 0),
-        (64, 128, 1),
-        (64, 127, 0),
-        (1, 128, 0),
-        (48, 1, 0),
-        (64, 128, 8),
-        (64, 128, 0),
-    ):
+    sizes = ((64, 128, 0), (64, 128, 1), (64, 127, 0), (1, 128, 0), (48, 1, 0), (64, 128, 8), (64, 128, 0))
+    for rows, K, offset in sizes:
         case = random_case((rows, K), 96, 2, 16, dtype=torch.bfloat16, device="cuda")
         wide = torch.zeros(rows, K + 8, dtype=torch.bfloat16, device="cuda")
         wide[:, offset : offset + K] = case.x
         case.x = wide[:, offset : offset + K]
         assert_two_times_rule(partial(multilora_linear, scaling_factor=case.scaling_factor), case)
-
-
-def test_bit_equal_twice():
-    case = random_case((4096, 1024), 1536, 5, 32, dtype=torch.bfloat16, device="cuda")
-    op = partial(multilora_linear, scaling_factor=case.scaling_factor, dropout_p=0.1, seed=3)
-    first, second = run(op, case), run(op, case)
-    assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_a_cuda_graph_draws_a_new_mask_at_every_replay():
