@@ -1,7 +1,6 @@
-"""What a run of the GPU profile asks of an H100, before there is one.
+"""Estimate time and memory of a run of the GPU profile on an H100: ``python -m examples.multitask.estimate PREPARED``.
 
-``python -m examples.multitask.estimate PREPARED`` counts the FLOPs of a step on the meta device, and writes time and
-memory on the study's page as estimates.
+FLOPs of a step are counted on the meta device. The estimates are written on the study's page.
 """
 
 import argparse
@@ -11,19 +10,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from examples.multitask.batches import groups, padded, tokens
+from examples.multitask.batches import binned, tokens
 from examples.multitask.data import Items, drawn
 from examples.multitask.methods import adapted
 from examples.multitask.plan import FIRST, METHODS, Study
 from multilora_fast import plan_memory
 from multilora_fast.console import MIB
 
-PEAK, SHARE = 989e12, 0.4  # an H100's bfloat16 products, and the share of it that a small model may reach
-HOST = (0.001, 0.002)  # seconds of Python a linear layer, forward and backward: what eager steps on an H100 took
+PEAK, SHARE = 989e12, 0.4  # an H100's bfloat16 FLOP/s, and the share that a small model may reach
+HOST = (0.001, 0.002)  # seconds of Python per linear layer, forward and backward, measured in eager steps on an H100
 
 
 def flops(model: Path, method: str, study: Study, shape: tuple[int, int], kept: int) -> int:
-    """Of forward and backward of one batch (B, T) with logits at ``kept`` positions a row."""
+    """FLOPs of forward and backward on one batch (B, T) with logits at ``kept`` positions of each row."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
     trained = adapted(base, method, study.rank(method))
@@ -36,11 +35,11 @@ def flops(model: Path, method: str, study: Study, shape: tuple[int, int], kept: 
 
 
 def estimate(model: Path, items: Items, study: Study) -> dict:
-    """By method a step's FLOPs a token, seconds of a run by its products alone and by the host alone, and bytes."""
+    """By method: FLOPs per token, seconds of a run for its GEMMs alone and for Python alone, peak bytes."""
     examples = drawn(items, study, None, 0)
     first = examples[: 20 * study.batch_size]
     steps = [first[i : i + study.batch_size] for i in range(0, len(first), study.batch_size)]
-    made = [padded(group) for step in steps for group in groups(step, study.micro_tokens)]
+    made = [batch for step in steps for batch in binned(step, study.micro_tokens)]
     shapes = [tuple(batch["input_ids"].shape) for batch in made]
     places = sum(rows * length for rows, length in shapes)
     longest = max(shapes, key=lambda shape: shape[0] * shape[1])
@@ -57,7 +56,8 @@ def estimate(model: Path, items: Items, study: Study) -> dict:
         "methods": {},
     }
     for method in FIRST:
-        same = study.rival(method) if METHODS[method].kind == "multilora" else method  # in place, ours are not counted
+        # The counter does not see in-place products, ours: LoRA of the same rank has as many.
+        same = study.rival(method) if METHODS[method].kind == "multilora" else method
         each = flops(model, same, study, longest, kept) / (longest[0] * longest[1])
         host = [seconds * linears * micro for seconds in HOST]
         found["methods"][method] = {
@@ -82,19 +82,18 @@ def section(found: dict) -> str:
          " to ".join(f"{seconds:.0f}" for seconds in one["host"]), f"{one['peak'] / MIB / 1024:.0f}"]
         for name, one in found["methods"].items()
     ]  # fmt: skip
-    header = ["method", "GFLOP a token", "products, s", "Python, s", "peak, GiB"]
+    header = ["method", "GFLOP/token", "GEMMs, s", "Python, s", "peak, GiB"]
     shape = " x ".join(map(str, found["shape"]))
     return (
         f"**Estimates: nothing here was measured on a GPU.** A run of the GPU profile reads {found['tokens']:,} tokens "
-        f"in {found['batches']:,} batches, of which padding makes {found['padding']:.2f} times as many places.\n\n"
-        f"{table(header, rows)}\n\nFLOPs of forward and backward, counted on the meta device. "
-        f"Products: at {SHARE:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s. Python: at {HOST[0] * 1e3:g} to "
-        f"{HOST[1] * 1e3:g} ms a linear layer, what eager steps of few tokens took on an H100 "
-        "with LoRA and with earlier kernels of ours; full fine-tuning takes less. The larger of the two is a run's "
-        "training, so that runs side by side gain until their products fill the card. Evaluation comes on top: of some "
-        "19,000 items, in batches of 128. MultiLoRA's products are counted as those of LoRA of its rank. Peak: what "
-        f"`plan_memory` says of the largest batch, {shape} tokens, in float32 with logits everywhere, "
-        "which is more than bfloat16 products and logits of answers alone will hold."
+        f"in {found['batches']:,} batches. With padding they hold {found['padding']:.2f} times as many.\n\n"
+        f"{table(header, rows)}\n\nFLOPs: forward and backward, counted on the meta device. MultiLoRA's are counted as "
+        f"those of LoRA of its rank. GEMMs: at {SHARE:.0%} of an H100's {PEAK / 1e12:.0f} TFLOP/s. Python: at "
+        f"{HOST[0] * 1e3:g} to {HOST[1] * 1e3:g} ms per linear layer, measured in eager steps of few tokens on an H100 "
+        "with LoRA and with earlier kernels; full fine-tuning takes less. Training takes the larger of the two, so "
+        "runs side by side gain until their GEMMs fill the GPU. Evaluation is extra: some 19,000 items in batches of "
+        f"128. Peak: `plan_memory` for the largest batch, {shape} tokens, in float32 with all logits. A run needs "
+        "less: its GEMMs are in bfloat16, and it computes logits of answers only."
     )
 
 

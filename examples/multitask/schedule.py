@@ -1,4 +1,4 @@
-"""What is run, in which order: one run after the other, or several side by side on one device."""
+"""Schedule the missing runs: one after the other, or several at once on one device."""
 
 import gc
 import itertools
@@ -18,8 +18,8 @@ def run_missing(
     folder: Path, study: Study, bench: Bench, done: dict[str, dict], limit: int | None = None,
     minutes: float | None = None,
 ) -> None:  # fmt: skip
-    """Run what is not in ``done``, at most ``limit`` runs; each is added to it, and to ``folder`` as a file. None is
-    begun that would take longer than what is left of ``minutes``, if it takes as long as the longest so far."""
+    """Run what is not in ``done``, at most ``limit`` runs. Each is added to ``done`` and written to ``folder``. No run
+    begins if the longest run so far would exceed what is left of ``minutes``."""
     clock = Clock(minutes)
     for _ in itertools.count() if limit is None else range(limit):
         run = next_run(study, done)
@@ -27,16 +27,17 @@ def run_missing(
             return
         print(f"{time.strftime('%H:%M:%S')}  {run.name} ...", flush=True)
         _keep(folder, run, execute(run, study, bench), done, clock)
-        gc.collect()  # models are cycles, and the next run needs their room
+        gc.collect()  # models are reference cycles
 
 
 def run_side_by_side(
     folder: Path, study: Study, load: Load, done: dict[str, dict], limit: int | None = None,
     minutes: float | None = None, *, workers: int,
 ) -> None:  # fmt: skip
-    """As :func:`run_missing`, in ``workers`` processes, each with what ``load`` makes. ``load`` must be picklable."""
+    """:func:`run_missing` in ``workers`` processes, each with its own ``load()``. ``load`` must be picklable."""
     clock, left = Clock(minutes), itertools.count() if limit is None else iter(range(limit))
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports the libraries once, and leaves CUDA to the workers
+    context.set_forkserver_preload(["examples.multitask.loading"])
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(study, load)) as pool:
         running: dict[Future, Run] = {}
         while True:
@@ -53,7 +54,7 @@ def run_side_by_side(
 
 
 class Clock:
-    """Minutes that were given, and the longest run so far."""
+    """The time left, and the longest run so far."""
 
     def __init__(self, minutes: float | None):
         self.end = None if minutes is None else time.monotonic() + 60 * minutes

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+import re
 import sys
 
 import pytest
@@ -12,7 +14,7 @@ from tiny_training import make_tokenizer
 
 from examples.multitask import __main__ as command
 from examples.multitask import methods, prepare, schedule
-from examples.multitask.batches import batches, groups, tokens
+from examples.multitask.batches import batches, binned, tokens
 from examples.multitask.data import drawn
 from examples.multitask.execute import Bench, read_results
 from examples.multitask.page import report
@@ -21,6 +23,7 @@ from examples.multitask.power import Spread, items_needed, power, spread
 from examples.multitask.profile import COUNTED, gpu
 from examples.multitask.significance import crossed, t_p
 from multilora_fast.adapters.branches import collect
+from multilora_fast.demo.scoring import Encoded
 from multilora_fast.demo.training import pack
 
 STUDY = dataclasses.replace(
@@ -71,6 +74,23 @@ def test_the_profile_runs_from_end_to_end_and_resumes(bench, tmp_path):
     assert (tmp_path / "spectrum.png").exists()
 
 
+def test_workers_run_side_by_side_and_leave_the_same_records(folder, tmp_path, monkeypatch, capsys):
+    records, said = [], []
+    for workers in (1, 2):
+        words = f"--profile gpu --prepared {folder} --quick --device cpu --threads 1 --max-runs 3 --workers {workers}"
+        monkeypatch.setattr(sys, "argv", ["multitask", *words.split(), "--output", str(tmp_path / str(workers))])
+        command.main()
+        records.append({path.name: json.loads(path.read_text()) for path in (tmp_path / f"{workers}/runs").iterdir()})
+        said.append(re.findall(r"^[\d:]+  \S+( \.\.\.)?", capsys.readouterr().out, re.M))
+    assert [bool(begun) for begun in said[0]] == [True, False] * 3
+    assert [bool(begun) for begun in said[1]][:2] == [True, True]
+    assert len(records[0]) == 3
+    assert records[0].keys() == records[1].keys()
+    for name, one in records[0].items():
+        for key in {"tokens", "validation", "losses"} & one.keys():
+            assert records[1][name][key] == one[key]
+
+
 def test_runs_that_wait_for_a_sweep_are_not_begun():
     study = dataclasses.replace(gpu("float32"), rates={"lora": (1e-4, 1e-3), "multilora-3": (1e-3,)})
     done = {"zero-shot": {}}
@@ -110,19 +130,30 @@ def test_a_test_item_in_training_is_refused(folder, tmp_path):
         prepare.read(tmp_path, STUDY)
 
 
-def test_batches_of_similar_length_have_the_packed_rows_gradients(bench):
+def test_bins_have_the_gradients_of_one_packed_row(bench):
     examples = drawn(bench.items, STUDY, None, 0)[:7]
-    assert len(list(groups(examples, 16))) > 1
+    assert len(list(binned(examples, 16))) > 1
     model = llama(torch.float64)
     model.config.use_cache = False  # with a cache, transformers does not keep packed rows apart
     found = []
-    for limit in (None, 16):
+    for limit in (None, 16, 40):
         model.zero_grad()
         loss = sum(model(**batch).loss for batch in batches(examples, limit, torch.device("cpu")))
         loss.backward()
         found.append([loss, *(p.grad for p in model.parameters())])
-    torch.testing.assert_close(found[0], found[1])
+    for others in found[1:]:
+        torch.testing.assert_close(others, found[0])
     assert tokens(examples) == pack(examples)["input_ids"].numel()
+
+
+def test_padding_stays_below_a_quarter():
+    rng = random.Random(0)
+    for _ in range(5):  # steps of 64 examples, most of them short: of 12 to 400 tokens
+        sizes = [int(rng.lognormvariate(3.9, 0.8)) % 390 + 12 for _ in range(64)]
+        examples = [Encoded("t", [1] * size, [[2, 3], [4]], 0) for size in sizes]
+        made = list(binned(examples, 16_384))
+        assert all(batch["input_ids"].numel() <= 16_384 for batch in made)
+        assert sum(batch["input_ids"].numel() for batch in made) < 1.25 * tokens(examples)
 
 
 def test_scales_and_starts(bench):
