@@ -10,7 +10,7 @@ MIB = 2**20
 def table(
     header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,), gap: str = "   "
 ) -> str:
-    """Aligned columns under a rule, those numbered in ``left`` to the left and the others to the right."""
+    """Rows of aligned columns under a header and a rule. Columns whose index is in ``left`` are flush left."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(row: Sequence[str]) -> str:
@@ -21,10 +21,8 @@ def table(
 
 
 def progress(items: Collection[T], what: str) -> Iterator[T]:
-    """``items``, with a bar on stderr after two seconds. Where stderr is no terminal, in a notebook say, there is none.
-
-    It is gone at the end.
-    """
+    """Iterate over ``items`` with a progress bar on stderr, shown after two seconds and erased at the end. Without a
+    terminal there is no bar."""
     from tqdm import tqdm
 
     yield from tqdm(items, desc=what, delay=2, leave=False, disable=None)

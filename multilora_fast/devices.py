@@ -1,4 +1,4 @@
-"""The device and dtype that a command runs on."""
+"""Device and dtype of a command, and the environment that its results depend on."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -45,8 +45,7 @@ def installed_version(package: str) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a result depends on beside its settings: device, hardware, threads and versions, None for what is not
-    installed."""
+    """Device, hardware, threads and versions; None for a package that is not installed."""
     names = ("multilora-fast", "torch", "transformers", "peft", "triton")
     return {
         "device": device.type,

@@ -1,8 +1,8 @@
-"""Load causal LMs from a directory, the hub or a package; find their linear layers."""
+"""Load models from a directory, the hub or a package; find their linear layers."""
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +22,7 @@ def package_dir(module: str, needed_for: str) -> Path:
     """Directory of an installed package, without importing it.
 
     Raises:
-        ValueError: it is not installed; ``needed_for`` says whose need it is.
+        ValueError: ``needed_for`` needs the package, which is not installed.
     """
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
@@ -31,15 +31,15 @@ def package_dir(module: str, needed_for: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Directory of what is made once and kept; it may not exist yet."""
+    """The cache directory, which may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "multilora-fast"
 
 
 def packaged_model() -> Path:
-    """Directory of the packaged model as float32 safetensors; converted on first use, all or nothing.
+    """Directory of the packaged model as float32 safetensors, converted atomically on first use.
 
     Raises:
-        ValueError: a package that is missing.
+        ValueError: a package is missing.
     """
     target, last = cache_dir() / PACKAGED, "config.json"
     if (target / last).is_file():
@@ -52,24 +52,18 @@ def packaged_model() -> Path:
     print(f"Converting {PACKAGED} from GGUF to {target}, once; about 20 s ...", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(target, last) as unfinished:
-        gguf = f"{PACKAGED}.Q4_1.gguf"
-        AutoTokenizer.from_pretrained(source, gguf_file=gguf, trust_remote_code=False).save_pretrained(unfinished)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=gguf,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-            trust_remote_code=False,
-        )
-        model.save_pretrained(unfinished)
+        options = {"gguf_file": f"{PACKAGED}.Q4_1.gguf", "trust_remote_code": False}
+        AutoTokenizer.from_pretrained(source, **options).save_pretrained(unfinished)
+        options |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+        AutoModelForCausalLM.from_pretrained(source, **options).save_pretrained(unfinished)
     return target
 
 
 def model_source(name: str, model: str) -> str | Path:
-    """The directory or hub id that transformers loads ``model`` from, the value of the argument ``name``.
+    """``model``, the value of the argument ``name``, as a directory or hub id for transformers.
 
     Raises:
-        ValueError: it is a file, or looks like a path where no directory is.
+        ValueError: it is a file, or a path of no directory.
     """
     if os.path.isfile(os.path.expanduser(model)):
         raise ValueError(f"{name} {model} is a file; give a directory or a hub id.")
@@ -82,8 +76,8 @@ def model_source(name: str, model: str) -> str | Path:
 
 
 def pretrained(auto: Any, model: str, name: str = "--model", **options: Any) -> Any:
-    """What ``auto.from_pretrained`` makes of ``model``, a directory or hub id that was given as the argument ``name``;
-    code that comes with it is not run.
+    """``auto.from_pretrained`` of ``model``, a directory or hub id, the value of the argument ``name``. Remote code is
+    never run.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -93,7 +87,7 @@ def pretrained(auto: Any, model: str, name: str = "--model", **options: Any) -> 
         raise ValueError(f"{name} {model} could not be loaded: it holds no config.json, so it is no model.")
     try:
         return auto.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:  # each library that reads a part of it has its own
+    except Exception as error:  # each library has its own
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         if reason.startswith("Couldn't instantiate the backend tokenizer"):
@@ -102,10 +96,10 @@ def pretrained(auto: Any, model: str, name: str = "--model", **options: Any) -> 
 
 
 def causal_lm(model: str, **options: Any) -> Any:
-    """:func:`pretrained` of a causal LM, whose files must hold all of its weights.
+    """A causal LM by :func:`pretrained`.
 
     Raises:
-        ValueError: it cannot be loaded, or weights are missing or of other sizes than its config says.
+        ValueError: it cannot be loaded, lacks weights, or has weights of other shapes than its config says.
     """
     from transformers import AutoModelForCausalLM
 
@@ -122,7 +116,8 @@ def causal_lm(model: str, **options: Any) -> Any:
 
 
 def _quantized_otherwise(model: nn.Module) -> Iterator[tuple[str, Iterable[int], Iterable[int]]]:
-    """4-bit weights, whose sizes transformers does not check, that are not those of their layers."""
+    """Name, found shape and wanted shape of 4-bit weights that do not fit their layers: transformers does not check
+    them."""
     for name, layer in model.named_modules():
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is not None and tuple(state.shape) != (layer.out_features, layer.in_features):
@@ -132,8 +127,8 @@ def _quantized_otherwise(model: nn.Module) -> Iterator[tuple[str, Iterable[int],
 def load_model(
     name: str | None, dtype: torch.dtype, device: torch.device, auto: str = "AutoModelForCausalLM", **options: Any
 ) -> nn.Module:
-    """The causal LM, or what else the auto class ``auto`` of transformers makes with ``options``, at a directory or hub
-    id, on ``device``, in eval mode; the packaged one for None.
+    """The model at a directory or hub id (None: the packaged one), of transformers' class ``auto``, on ``device``, in
+    eval mode.
 
     Raises:
         ValueError: it cannot be loaded.
@@ -141,37 +136,38 @@ def load_model(
     import transformers
 
     load = causal_lm if auto == "AutoModelForCausalLM" else partial(pretrained, getattr(transformers, auto))
-    model = _quietly(load, name, dtype=dtype, **options)
+    model = load(_quietly(name), dtype=dtype, **options)
     model.config.use_cache = False
     return model.to(device).eval()
 
 
 def load_tokenizer(name: str | None):
-    """The tokenizer of :func:`load_model`'s model, with its errors."""
+    """The tokenizer of the model that :func:`load_model` loads. Raises the same errors."""
     from transformers import AutoTokenizer
 
-    return _quietly(partial(pretrained, AutoTokenizer), name)
+    return pretrained(AutoTokenizer, _quietly(name))
 
 
-def _quietly(load: Callable[..., Any], name: str | None, **options):
+def _quietly(name: str | None) -> str:
+    """``name``, or the packaged model. Silences transformers."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load(str(packaged_model()) if name is None else name, **options)
+    return str(packaged_model()) if name is None else name
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
-    """The same module tree again, on the same parameters and buffers."""
+    """A copy of the module tree on the same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, memo=shared)
 
 
 def target_linears(model: nn.Module, target_modules: Iterable[str]) -> list[str]:
-    """Names of the nn.Linear layers whose last name part is in ``target_modules``.
+    """Names of the nn.Linear layers whose last part is in ``target_modules``.
 
     Raises:
-        ValueError: a target that names no nn.Linear of this model.
+        ValueError: a target names no nn.Linear of this model.
     """
     by_suffix: dict[str, list[str]] = {}
     for name, module in model.named_modules():

@@ -13,7 +13,7 @@ def bench(
         int | None, typer.Option(help="in_features of the layer, K.", show_default="4096, on a CPU 2048")
     ] = None,
     out_features: Annotated[
-        int | None, typer.Option(help="out_features of the layer, N.", show_default="as many")
+        int | None, typer.Option(help="out_features of the layer, N.", show_default="in_features")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens, M.", show_default="8192, on a CPU 1024")] = None,
     lora_num: Annotated[int, typer.Option(help="Parallel branches, n.")] = 3,
@@ -26,21 +26,23 @@ def bench(
         ),
     ] = "auto",
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
-    rounds: Annotated[int, typer.Option(help="Timed rounds; the methods take turns in each.")] = 15,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; methods alternate in each.")] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, in seconds and bytes.")] = False,
 ) -> None:
-    """Time one frozen linear layer on this machine: alone, with the naive loop, with PEFT's LoRA, and with this
-    library's branches, in turns, after checking that the results are right."""
+    """Time one linear layer frozen, with the naive loop, with PEFT LoRA and with this library. Results are checked."""
     from multilora_fast.devices import choose_device, choose_dtype, environment
     from multilora_fast.validation import check_hyperparameters, check_integer
 
-    given = {"in_features": in_features, "out_features": out_features, "tokens": tokens, "rounds": rounds}
-    for name, value in given.items():
-        if value is not None:
-            check_integer(f"--{name.replace('_', '-')}", value, least=1)
-    check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout)
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
+    default_features, default_tokens = (2048, 1024) if place.type == "cpu" else (4096, 8192)
+    in_features = default_features if in_features is None else in_features
+    out_features = in_features if out_features is None else out_features
+    tokens = default_tokens if tokens is None else tokens
+    layer: dict[str, Any] = {"tokens": tokens, "in_features": in_features, "out_features": out_features}
+    for name, value in {**layer, "rounds": rounds}.items():
+        check_integer(f"--{name.replace('_', '-')}", value, least=1)
+    check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout)
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, PEFT loads it
     import torch
@@ -48,31 +50,11 @@ def bench(
     from multilora_fast.benchmark.layer import measure
     from multilora_fast.ops.backends import choose
 
-    on_cpu = place.type == "cpu"
-    K = in_features if in_features is not None else 2048 if on_cpu else 4096
-    layer: dict[str, Any] = {
-        "tokens": tokens if tokens is not None else 1024 if on_cpu else 8192,
-        "in_features": K,
-        "out_features": out_features if out_features is not None else K,
-        "lora_num": lora_num,
-        "r": r,
-        "lora_dropout": lora_dropout,
-        "dtype": str(kind).removeprefix("torch."),
-        "backend": choose(None, place),
-        "rounds": rounds,
-    }
+    layer |= {"lora_num": lora_num, "r": r, "lora_dropout": lora_dropout, "dtype": str(kind).removeprefix("torch.")}
+    layer |= {"backend": choose(None, place), "rounds": rounds}
+    sizes: dict[str, Any] = {"tokens": tokens, "n": lora_num, "r": r, "p": lora_dropout, "rounds": rounds}
     try:
-        found = measure(
-            K,
-            layer["out_features"],
-            tokens=layer["tokens"],
-            n=lora_num,
-            r=r,
-            p=lora_dropout,
-            dtype=kind,
-            device=str(place),
-            rounds=rounds,
-        )
+        found = measure(in_features, out_features, **sizes, dtype=kind, device=str(place))
     except RuntimeError as error:  # a CPU's out of memory has no class of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -106,5 +88,5 @@ def _print_table(layer: dict[str, Any], where: dict[str, Any], found: dict) -> N
         f"{where['device']} ({where['hardware']}), {where['threads']} threads, backend {layer['backend']}; {versions}\n"
     )
     print(table(("one layer", "forward, ms", "backward, ms", "both, ms", "saved, MiB", "peak, MiB"), rows))
-    print(f"In turns, medians of {layer['rounds']}; in brackets: against PEFT LoRA. The op's error was checked first.")
-    print("Saved: by forward for backward, x included. Peak: alive at once in both, beyond weights, x and dy.")
+    print(f"Medians of {layer['rounds']} interleaved rounds; in brackets: relative to PEFT LoRA.")
+    print("Saved: bytes kept for backward, x included. Peak: tensors alive at once beyond weights, x and dy.")

@@ -69,7 +69,7 @@ def demo(
     )
     settings.check()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it is loaded but not used
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # loaded where installed, and unused
     print("Loading torch and transformers ...", flush=True)
     from multilora_fast.demo.run import run
 

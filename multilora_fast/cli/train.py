@@ -19,21 +19,17 @@ def train(
     files: Annotated[
         list[str] | None,
         Argument(
-            help="JSONL or .parquet files or hf://OWNER/NAME[/CONFIG][:SPLIT], each a task of the file's name, or a "
+            help="JSONL or .parquet files or hf://OWNER/NAME[/CONFIG][:SPLIT]. Each is a task named by the file, or a "
             "mixture whose rows have a task field. A row holds prompt and completion, or messages, or text."
         ),
     ] = None,
     task: Annotated[list[str] | None, Option(help="Task as NAME=FILE. Repeatable.")] = None,
     eval_file: Annotated[
         list[str] | None,
-        Option(
-            help="Evaluation data as NAME=FILE; replaces the held-out share of task NAME if there is one. Repeatable."
-        ),
+        Option(help="Evaluation data as NAME=FILE; replaces the held-out rows of task NAME. Repeatable."),
     ] = None,
     chat_template: Annotated[Path | None, Option(help="Jinja chat template that replaces the tokenizer's.")] = None,
-    learn: Annotated[
-        str, Option(help="Tokens in the loss: answers, or all (prompts and other messages too).")
-    ] = "answers",
+    learn: Annotated[str, Option(help="Tokens in the loss: answers, or all (prompts too).")] = "answers",
     dtype: Annotated[str, Option(help="Base model dtype: float32, bfloat16, or auto (by device).")] = "auto",
     quantization: Annotated[str | None, Option(help="Base model quantization: 4bit (bitsandbytes NF4).")] = None,
     gradient_checkpointing: Annotated[
@@ -60,20 +56,14 @@ def train(
     gradient_accumulation: Annotated[int, Option(help="Backward passes per optimizer step.")] = 1,
     max_length: Annotated[int, Option(help="Maximum example length in tokens; longer examples are truncated.")] = 1024,
     packing: Annotated[bool, Option("--packing", help="Pack whole examples into bins instead of padding.")] = False,
-    liger: Annotated[bool, Option("--liger", help="Run the base with Liger's kernels.")] = False,
-    report_to: Annotated[
-        str | None, Option(help="Experiment trackers, comma-separated: tensorboard, wandb, ...")
-    ] = None,
+    liger: Annotated[bool, Option("--liger", help="Run the base model with Liger's kernels.")] = False,
+    report_to: Annotated[str | None, Option(help="Comma-separated trackers: tensorboard, wandb, ...")] = None,
     eval_fraction: Annotated[
-        float,
-        Option(
-            help="Share of each task's different rows held out for evaluation, at least one. Equal rows go to one "
-            "side together. Accuracy is the share of the answers' tokens that come out likeliest."
-        ),
+        float, Option(help="Share of each task's distinct rows held out for evaluation; at least one row unless 0.")
     ] = 0.05,
     save_steps: Annotated[
         int | None,
-        Option(help="Steps between evaluations and checkpoints, of which two are kept.", show_default="an epoch"),
+        Option(help="Steps between evaluations and checkpoints; two checkpoints are kept.", show_default="an epoch"),
     ] = None,
     seed: Annotated[int, Option(help="Random seed.")] = 0,
 ) -> None:
@@ -81,21 +71,14 @@ def train(
     given = {name: value for name, value in locals().items() if name not in ("task", "eval_file")}
     from multilora_fast.training.config import TrainSettings
 
-    settings = TrainSettings(
-        **given
-        | {
-            "files": tuple(files or ()),
-            "named": _named("--task", task or []),
-            "eval_files": _named("--eval-file", eval_file or []),
-            **{
-                name: given[name] and _listed(given[name])
-                for name in ("target_modules", "exclude_modules", "report_to")
-            },
-        }
-    )
+    given["files"] = tuple(files or ())
+    given["named"], given["eval_files"] = _named("--task", task or []), _named("--eval-file", eval_file or [])
+    for name in ("target_modules", "exclude_modules", "report_to"):
+        given[name] = given[name] and tuple(part.strip() for part in given[name].split(",") if part.strip())
+    settings = TrainSettings(**given)
     settings.check()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for CPUs that it did not find
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing CPU kernels
     from transformers.utils import logging as transformers_logging
 
     from multilora_fast.training.run import run
@@ -104,7 +87,7 @@ def train(
     transformers_logging.disable_progress_bar()
     try:
         run(settings)
-    except KeyboardInterrupt as stop:  # typer would drop its words
+    except KeyboardInterrupt as stop:  # typer would drop its message
         raise typer.Abort(str(stop)) from stop
 
 
@@ -118,7 +101,3 @@ def _named(option: str, values: list[str]) -> dict[str, str]:
             raise ValueError(f"{option} {name} is given twice.")
         named[name] = path
     return named
-
-
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())

@@ -9,17 +9,16 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
 
 from safetensors import SafetensorError
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 
 from multilora_fast.adapters.files import CONFIG, RECORD, WEIGHTS, read_multilora
 from multilora_fast.files import atomic_dir, atomic_file, made, remove_unfinished
 from multilora_fast.training.config import TrainSettings
 
 STATE = "trainer_state.json"  # the last file of a checkpoint to be written
-_TO_RESUME = ("optimizer", "scheduler", "scaler", "rng_state")  # how a checkpoint's other files begin
+_TO_RESUME = ("optimizer*", "scheduler*", "scaler*", "rng_state*")  # a checkpoint's files that are not published
 
 
 def write_record(folder: Path, record: dict) -> None:
@@ -36,10 +35,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     Raises:
         ValueError: the checkpoint is damaged.
     """
-    found = sorted(folder.glob(f"checkpoint-*/{STATE}"), key=_step_of, reverse=True)
-    last = next((path.parent for path in found if _state(path) is not None), None)
-    if last is None:
+    found = [path for path in folder.glob(f"checkpoint-*/{STATE}") if _step_of(path).isdecimal() and _state(path)]
+    if not found:
         return None
+    last = max(found, key=lambda path: int(_step_of(path))).parent
     try:
         read_multilora(last)
         for path in sorted(last.glob("*.pt*")):
@@ -51,26 +50,25 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def finish(checkpoint: Path, settings: TrainSettings) -> bool:
-    """If the checkpoint completed the run, publish its adapter and return True. The first process moves the adapter,
-    the tokenizer and the state into the output directory, each file atomically.
+    """If the checkpoint completed the run, publish its adapter and return True. Rank 0 copies the adapter, the
+    tokenizer and the state into the output directory, each file atomically.
 
     Raises:
         ValueError: they were published before; the Trainer would take one step too many.
     """
-    state, folder = cast(TrainerState, _state(checkpoint / STATE)), settings.output
+    state, folder = TrainerState.load_from_json(str(checkpoint / STATE)), settings.output
     done = state.epoch >= settings.epochs if settings.max_steps is None else state.global_step >= settings.max_steps
     if not done or not is_first():
         return done
-    there = all((folder / name).exists() for name in (CONFIG, WEIGHTS))
-    if there and filecmp.cmp(checkpoint / WEIGHTS, folder / WEIGHTS, shallow=False):
+    published = (folder / CONFIG).exists() and (folder / WEIGHTS).exists()
+    if published and filecmp.cmp(checkpoint / WEIGHTS, folder / WEIGHTS, shallow=False):
         raise ValueError(
             f"--resume: the run has taken its {state.global_step} steps, and {checkpoint} holds its adapter: "
             "ask for more with --max-steps or --epochs."
         )
     remove_unfinished(folder)
-    others = [path.name for path in checkpoint.iterdir() if path.name.startswith(_TO_RESUME)]
     with atomic_dir(folder, last=CONFIG) as stage:
-        shutil.copytree(checkpoint, stage, ignore=lambda *_: others, dirs_exist_ok=True)
+        shutil.copytree(checkpoint, stage, ignore=shutil.ignore_patterns(*_TO_RESUME), dirs_exist_ok=True)
     return True
 
 
@@ -84,12 +82,6 @@ def interruption(state: TrainerState, folder: Path) -> str:
 def is_first() -> bool:
     """Whether this process is rank 0. Works before the process group is initialized."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def save(trainer: Trainer, settings: TrainSettings) -> None:
-    """Write the adapter and the tokenizer into the output directory, each file atomically."""
-    with atomic_dir(settings.output, last=CONFIG) as stage:  # every process has its own, the first one writes
-        trainer.save_model(str(stage))
 
 
 @contextmanager
@@ -107,10 +99,9 @@ def failures_named(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder} cannot be written: {reason}. --resume goes on from the last checkpoint.") from error
 
 
-def _step_of(path: Path) -> int:
-    """The step of a checkpoint directory's file, or -1 for any other directory name."""
-    step = path.parent.name.rpartition("-")[2]
-    return int(step) if step.isdecimal() else -1
+def _step_of(path: Path) -> str:
+    """The step in the name of the checkpoint directory of a file."""
+    return path.parent.name.rpartition("-")[2]
 
 
 def _state(path: Path) -> TrainerState | None:

@@ -16,8 +16,7 @@ from multilora_fast.training.data import text_of
 from multilora_fast.validation import check_alpha, check_hyperparameters
 
 FREE = ("output", "resume", "epochs", "max_steps", "save_steps", "report_to")  # may change on resume
-
-FILES = ("files", "named", "eval_files")  # of which the rows count
+FILES = ("files", "named", "eval_files")  # may move on resume: their rows are hashed
 
 
 @dataclass(frozen=True)
@@ -54,35 +53,33 @@ class TrainSettings:
     seed: int = 0
 
     def check(self) -> None:
-        """Raise ValueError for a value outside its range, no data, a package that is missing, and an output directory
-        that must not be written to."""
+        """Raise ValueError for a value out of range, missing data, a missing package, or an output directory that must
+        not be overwritten."""
         if not self.files and not self.named:
             raise ValueError("no data was given: name JSONL files, or use --task NAME=FILE.")
         check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
         check_alpha(self.lora_alpha)
-        if self.quantization not in (None, "4bit"):
-            raise ValueError(f"--quantization must be 4bit, not {self.quantization!r}.")
         choose_dtype(self.dtype, torch.device("cpu"))
-        if self.learn not in ("answers", "all"):
-            raise ValueError(f"--learn must be answers or all, not {self.learn!r}.")
-        needed = {"accelerate": "train"} | ({"bitsandbytes": "--quantization 4bit"} if self.quantization else {})
-        needed |= {"liger_kernel": "--liger"} if self.liger else {}
-        for module, what in needed.items():
-            if find_spec(module) is None:
-                package = module.replace("_", "-")
-                raise ValueError(f"{what} needs {package}: run pip install {package}")
-        if not self.target_modules:
-            raise ValueError("--target-modules must name a module or be all-linear.")
+        rules = {
+            "quantization": (self.quantization in (None, "4bit"), "4bit"),
+            "learn": (self.learn in ("answers", "all"), "answers or all"),
+            "max_length": (self.max_length >= 2, "at least 2"),
+            "seed": (0 <= self.seed < 2**32, "from 0 to 4294967295"),
+            "eval_fraction": (0.0 <= self.eval_fraction < 1.0, "in [0, 1)"),
+        }
         for name in ("epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "save_steps"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} must be more than 0, not {value}.")
-        if self.max_length < 2:
-            raise ValueError(f"--max-length must be at least 2, not {self.max_length}.")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be from 0 to 4294967295, not {self.seed}.")
-        if not 0.0 <= self.eval_fraction < 1.0:
-            raise ValueError(f"--eval-fraction must be in [0, 1), not {self.eval_fraction}.")
+            rules[name] = value is None or 0 < value < float("inf"), "more than 0"
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise ValueError(f"--{name.replace('_', '-')} must be {wanted}, not {getattr(self, name)!r}.")
+        if not self.target_modules:
+            raise ValueError("--target-modules must name a module or be all-linear.")
+        packages = {"accelerate": "train"} | ({"bitsandbytes": "--quantization 4bit"} if self.quantization else {})
+        packages |= {"liger-kernel": "--liger"} if self.liger else {}
+        for package, what in packages.items():
+            if find_spec(package.replace("-", "_")) is None:
+                raise ValueError(f"{what} needs {package}: run pip install {package}")
         self.template()
         self._check_output()
 
@@ -90,14 +87,14 @@ class TrainSettings:
         folder = self.output
         check_folder("--output", folder)
         there = [path for path in folder.iterdir() if not path.name.startswith(UNFINISHED)] if folder.is_dir() else []
-        begun = [path.name for path in there] == [RECORD] and _is_record(there[0])  # and nothing was reached
+        begun = [path.name for path in there] == [RECORD] and _is_record(there[0])  # interrupted before a checkpoint
         if there and not begun and not self.resume:
             raise ValueError(f"--output {folder} is not empty: give another directory, or --resume to go on in it.")
         if self.resume and not (folder / RECORD).is_file():
             raise ValueError(f"--resume: {folder} holds no earlier run of multilora-fast train.")
 
     def template(self) -> str | None:
-        """The text of the chat template that was asked for. Raises ValueError if it cannot be read."""
+        """The text of ``chat_template``. Raises ValueError if it cannot be read."""
         path = self.chat_template
         return None if path is None else text_of(path, f"--chat-template {path}")
 
@@ -119,7 +116,7 @@ def _is_record(path: Path) -> bool:
 
 
 def check_same_run(folder: Path, record: dict) -> None:
-    """Raise ValueError naming what differs if the run in ``folder`` has another record."""
+    """Raise ValueError naming the first difference if the run in ``folder`` has another record."""
     try:
         earlier = json.loads((folder / RECORD).read_text())
         changed = [key for key in record if earlier.get(key) != record[key]]

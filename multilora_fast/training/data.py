@@ -15,15 +15,15 @@ from multilora_fast.training.tables import is_table, table_rows
 
 IGNORED = -100  # label ignored by the loss
 KINDS = (("prompt", "completion"), ("messages",), ("text",))
-PROBE = "\ue000"  # stands for an answer, to see what of a chat's text depends on it; no text begins with it
+PROBE = "\ue000"  # replaces an answer, to find where the rendered chat depends on it; no answer begins with it
 
 Example = dict[str, list[int]]  # input_ids and labels
-Spans = list[tuple[int, int]]  # of a text: begin, and end behind the last character
+Spans = list[tuple[int, int]]  # character ranges [begin, end) of a text
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file: the fields of one of KINDS, tools for a chat, the task, and where it stands, for errors."""
+    """One row of a file: its task, the fields of one of KINDS (and tools for a chat), and file and line for errors."""
 
     task: str
     fields: dict
@@ -31,14 +31,14 @@ class Row:
 
 
 def read_tasks(files: Sequence[Path | str], named: Mapping[str, Path | str]) -> dict[str, list[Row]]:
-    """The rows of every task, in the order of the files, which are JSON Lines, Parquet or data sets on the hub.
+    """The rows of every task, in the order of the files: JSON Lines, Parquet or data sets on the hub.
 
-    ``files`` each hold one task, called as the file is without its ending, or, where rows have a ``task`` field, a
-    mixture. ``named`` gives a file's task its name.
+    Each of ``files`` is a task named by the file's stem or, if its rows have a ``task`` field, a mixture of tasks.
+    ``named`` maps task names to files.
 
     Raises:
-        ValueError: a file that cannot be read or is empty, a row that is not of one of KINDS, two files of one name.
-            Of a row, the file and the line are named.
+        ValueError: a file is unreadable or empty, a row is not of one of KINDS (file and line are named), or two files
+            have one task name.
     """
     tasks: dict[str, list[Row]] = {}
     for path, name in [*((path, None) for path in files), *((path, name) for name, path in named.items())]:
@@ -59,7 +59,7 @@ def read_tasks(files: Sequence[Path | str], named: Mapping[str, Path | str]) -> 
 
 
 def _rows(path: Path | str) -> Iterator[tuple[str, object]]:
-    """Each row with where it stands."""
+    """Each row with its file and line."""
     if is_table(path):
         yield from table_rows(path)
         return
@@ -76,7 +76,7 @@ def _rows(path: Path | str) -> Iterator[tuple[str, object]]:
 
 
 def text_of(path: Path | str, name: str) -> str:
-    """What the file says, which is called ``name`` if it cannot be read."""
+    """The text of a file, without a byte order mark. Errors call it ``name``."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -95,7 +95,7 @@ def _checked(row: object, where: str) -> dict:
         json.dumps({key: row.get(key) for key in (*kinds[0], "task", "tools")}, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where} holds half of a surrogate pair, which is no character.") from error
-    except (RecursionError, TypeError, ValueError) as error:  # it is nested too deeply, or has a table's types
+    except (RecursionError, TypeError, ValueError) as error:  # deep nesting, or types of a table
         raise ValueError(f"{where} holds what JSON cannot: {error}.") from error
     for key in kinds[0]:
         if key not in row:
@@ -126,8 +126,8 @@ def _are_objects(value: Any) -> bool:
 
 
 def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on and rows held out: ``fraction`` of the distinct ones, at least one, never all. Equal rows go
-    together."""
+    """Rows to train on and rows held out: ``fraction`` of the distinct ones, at least one and never all. Equal rows go
+    to one side."""
     keys = [json.dumps(row.fields, sort_keys=True) for row in rows]
     distinct = list(dict.fromkeys(keys))
     random.Random(seed).shuffle(distinct)
@@ -140,18 +140,16 @@ def split(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], l
 
 
 def encode(row: Row, tokenizer, max_length: int, learn: str = "answers") -> list[Example]:
-    """What a row becomes: examples of at most ``max_length`` tokens, cut at the end, those with a label left.
+    """Tokenize a row into examples truncated to ``max_length`` tokens. Examples left without a label are dropped.
 
-    A row is one text, which is tokenized once. A chat is the text that the tokenizer's template makes of it. Where that
-    writes earlier messages otherwise once others follow, a chat becomes one example for each answer, which is the text
-    up to its end: as at inference.
+    A row is rendered as one text and tokenized once; the chat template renders a chat. If the template rewrites earlier
+    messages once others follow, a chat becomes one example per answer: the chat up to its end, as at inference.
 
-    Learnt are completions, the assistant's messages with their end, or the whole of a text; with the end-of-text token,
-    once, after completions and texts. With ``learn="all"`` everything is.
+    Labels cover the completion, the assistant's messages with their end markers, or the whole text. Completions and
+    texts end with one EOS, which is labelled too. With ``learn="all"`` every token is labelled.
 
     Raises:
-        ValueError: a chat that the template, or the lack of one, does not let be rendered, or an answer that it drops;
-            a tokenizer that does not say where its tokens stand.
+        ValueError: the chat template is missing, fails or drops an answer; the tokenizer gives no offsets.
     """
     if not tokenizer.is_fast:
         raise ValueError(
@@ -169,7 +167,7 @@ def encode(row: Row, tokenizer, max_length: int, learn: str = "answers") -> list
         encoded = tokenizer(text, add_special_tokens="messages" not in fields, return_offsets_mapping=True)
         ids, labels = encoded["input_ids"], _labels(encoded, spans)
         if "messages" not in fields and tokenizer.eos_token_id is not None:
-            if ids[-1:] != [tokenizer.eos_token_id]:  # there are tokenizers that append it
+            if ids[-1:] != [tokenizer.eos_token_id]:  # some tokenizers append it
                 ids, labels = [*ids, tokenizer.eos_token_id], [*labels, IGNORED]
             labels[-1] = ids[-1]
         found.append({"input_ids": ids[:max_length], "labels": (ids if learn == "all" else labels)[:max_length]})
@@ -177,7 +175,7 @@ def encode(row: Row, tokenizer, max_length: int, learn: str = "answers") -> list
 
 
 def _labels(encoded, spans: Spans) -> list[int]:
-    """Learnt is, of each span, from the first token that reaches into it to the last that begins in it."""
+    """Label each span from the first token that reaches into it to the last that begins in it."""
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     labels = [IGNORED] * len(ids)
     for begin, end in spans:
@@ -188,8 +186,8 @@ def _labels(encoded, spans: Spans) -> list[int]:
 
 
 def _rendered(row: Row, tokenizer, whole: bool) -> list[tuple[str, Spans]]:
-    """The whole chat with the spans of its answers, or, where the template does not keep what it wrote, the chat up to
-    each answer with the span of that one."""
+    """The chat with the spans of its answers or, if the template rewrites earlier messages, the chat up to each answer
+    with the span of that answer."""
     messages, tools = row.fields["messages"], row.fields.get("tools")
     if not tokenizer.chat_template:
         raise ValueError(f"{row.where} holds messages, but the model's tokenizer has no chat template.")
@@ -197,7 +195,7 @@ def _rendered(row: Row, tokenizer, whole: bool) -> list[tuple[str, Spans]]:
     def render(*messages: dict, **options) -> str:
         try:
             return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates raise anything
             raise ValueError(f"{row.where}: the model's chat template refuses the messages: {error}.") from error
 
     text, parts = render(*messages), []
@@ -211,7 +209,7 @@ def _rendered(row: Row, tokenizer, whole: bool) -> list[tuple[str, Spans]]:
 
 
 def _begin(row: Row, render: Callable[..., str], messages: list[dict], text: str) -> int:
-    """Where in ``text``, the rendering of messages of which the last is an answer, begins what inference produces."""
+    """Where inference takes over in ``text``, the rendering of ``messages``, whose last is an answer."""
     *earlier, answer = messages
     calls, content = answer.get("tool_calls"), answer.get("content") or ""
     bare = {key: value for key, value in answer.items() if key != "tool_calls"}
@@ -226,24 +224,22 @@ def _begin(row: Row, render: Callable[..., str], messages: list[dict], text: str
     asked = render(*earlier, add_generation_prompt=True)
     if text.startswith(asked):
         return len(asked)
-    # A prompt may end otherwise than the text goes on, say in thinking that it opens: inference takes over where they
-    # part. One that differs before its end does not say where the answer begins.
+    # The generation prompt may diverge from the text, for example in a thinking block that it opens: inference takes
+    # over where they diverge. A prompt that differs already in the earlier messages tells nothing.
     ends = _shared(asked, render(*earlier))
     return min(begin, _shared(asked, text)) if text.startswith(asked[:ends]) else begin
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts begin with together."""
+    """The length of the common prefix."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
-    """A batch (B, T), filled up on the right."""
-
-    def filled(name: str, value: int) -> Tensor:
-        return pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
-
-    ids = filled("input_ids", pad)
-    lengths = torch.tensor([len(row["input_ids"]) for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return {"input_ids": ids, "attention_mask": mask, "labels": filled("labels", IGNORED)}
+def collate(rows: Sequence[Example], pad: int) -> dict[str, Tensor]:
+    """A batch (B, T), padded on the right."""
+    columns = {"input_ids": pad, "attention_mask": 0, "labels": IGNORED}
+    masked = [{**row, "attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {
+        name: pad_sequence([torch.tensor(row[name]) for row in masked], batch_first=True, padding_value=value)
+        for name, value in columns.items()
+    }

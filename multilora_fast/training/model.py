@@ -1,6 +1,7 @@
-"""The model that is trained: a frozen causal LM with a fresh adapter, and what of the data it can read."""
+"""The model to train: a frozen causal LM with a fresh adapter, and the encoder of its rows."""
 
-from typing import Any, Literal, cast
+import re
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -15,7 +16,7 @@ from multilora_fast.training.data import Example, Row, encode
 
 
 class Encoder:
-    """Rows as examples that the model can read, of which only the tokenizer and the config are loaded."""
+    """Turns rows into examples that fit the model. Loads its tokenizer and config only."""
 
     def __init__(self, settings: TrainSettings):
         self.settings, self.tokenizer = settings, pretrained(AutoTokenizer, settings.model)
@@ -23,7 +24,7 @@ class Encoder:
         self.config = pretrained(AutoConfig, settings.model).get_text_config()
 
     def __call__(self, row: Row) -> list[Example]:
-        """:func:`encode` of the row, which also raises ValueError for more ids and positions than the model has."""
+        """:func:`encode` the row. Raises ValueError for ids and positions that the model does not have, too."""
         examples = encode(row, self.tokenizer, self.settings.max_length, self.settings.learn)
         known = getattr(self.config, "vocab_size", None)
         positions = getattr(self.config, "max_position_embeddings", None)
@@ -39,39 +40,35 @@ class Encoder:
 
 
 def adapted_model(settings: TrainSettings, device: torch.device) -> PeftModel:
-    """The causal LM, frozen, with a fresh float32 adapter.
+    """The frozen causal LM with a fresh float32 adapter.
 
     Raises:
-        ValueError: a model that cannot be loaded or lacks weights, that has none of the target modules, or an adapter
-            that does not fit into memory.
+        ValueError: the model cannot be loaded, lacks weights or has none of the target modules, or the adapter does not
+            fit into memory.
     """
-    options: dict[str, Any] = {"dtype": choose_dtype(settings.dtype, device)}
+    dtype = choose_dtype(settings.dtype, device)
+    options: dict[str, Any] = {"dtype": dtype}
     if settings.quantization:
         four_bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        options["quantization_config"] = BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=options["dtype"])
+        options["quantization_config"] = BitsAndBytesConfig(**four_bits, bnb_4bit_compute_dtype=dtype)
     base = causal_lm(settings.model, **options)
     for config in (base.config, base.config.get_text_config()):
         config.use_cache = False  # a cache would also let the rows of a bin see each other
-    targets = settings.target_modules
-    if targets != ("all-linear",) and len(unmatched(base, targets)) == len(targets):
+    targets = list(settings.target_modules)
+    everything = targets == ["all-linear"]
+    if not everything and len(unmatched(base, targets)) == len(targets):
         kinds = linear_kinds(base)
         raise ValueError(f"--target-modules {','.join(targets)} match nothing: the linear layers end in {kinds}.")
     config = MultiLoraConfig(
-        r=settings.r,
-        lora_num=settings.lora_num,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        scaling=cast(Literal["vector", "scalar"], settings.scaling),
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
+        **{name: getattr(settings, name) for name in ("r", "lora_num", "lora_alpha", "lora_dropout", "scaling")},
+        target_modules="all-linear" if everything else targets,
         exclude_modules=list(settings.exclude_modules or ()) or None,
         task_type="CAUSAL_LM",
     )
     try:
         return get_peft_model(base, config)
     except (RuntimeError, TypeError, MemoryError) as error:  # torch's, for sizes that it cannot allocate or count
-        if not isinstance(error, MemoryError) and not any(
-            word in str(error) for word in ("alloc", "memory", "verflow")
-        ):
+        if not re.search("alloc|memory|overflow", repr(error), re.IGNORECASE):
             raise
         raise ValueError(
             f"--lora-num {settings.lora_num} with --r {settings.r} makes an adapter that memory does not hold."

@@ -1,4 +1,4 @@
-"""Packing: whole rows in bins without padding. Each bin is one sequence whose rows do not attend to each other."""
+"""Packing: whole rows in bins without padding. Rows of a bin do not attend to each other."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ Bin = list[Example]
 def pack(rows: Sequence[Example], length: int) -> list[Bin]:
     """Best-fit decreasing: rows in bins of at most ``length`` tokens, each row in the fullest bin that has room."""
     bins: list[Bin] = []
-    room: list[tuple[int, int]] = []  # of each bin, ascending, with its index
+    room: list[tuple[int, int]] = []  # free tokens of each bin and its index, ascending
     for row in sorted(rows, key=lambda row: -len(row["input_ids"])):
         size = len(row["input_ids"])
         at = bisect_left(room, (size, 0))
@@ -29,8 +29,8 @@ def pack(rows: Sequence[Example], length: int) -> list[Bin]:
 
 
 def flatten(items: Sequence[Bin] | Sequence[Example], pad: int) -> dict[str, Tensor]:
-    """A batch of bins as one sequence (1, T) whose positions begin anew with every row; rows, which are evaluated
-    outside of bins, as :func:`collate` has them."""
+    """A batch of bins as one sequence (1, T) whose positions restart at every row. Rows outside of bins, as in an
+    evaluation, are padded by :func:`collate`."""
     if isinstance(items[0], dict):
         return collate(items, pad)  # type: ignore[arg-type]
     return DataCollatorWithFlattening(return_tensors="pt")([row for rows in items for row in rows])
@@ -38,11 +38,11 @@ def flatten(items: Sequence[Bin] | Sequence[Example], pad: int) -> dict[str, Ten
 
 @torch.no_grad()
 def check_bins(model: nn.Module, bins: Sequence[Bin]) -> None:
-    """Raise ValueError if a bin's loss differs from that of its rows: the model lets them attend to each other."""
-    several = [rows for rows in bins if len(rows) > 1]
-    if not several:
+    """Raise ValueError if the loss of a bin differs from that of its rows, so that the rows attend to each other."""
+    several = (rows for rows in bins if len(rows) > 1)
+    rows = min(several, key=lambda rows: sum(len(row["input_ids"]) for row in rows), default=None)
+    if rows is None:
         return
-    rows = min(several, key=lambda rows: sum(len(row["input_ids"]) for row in rows))
     model.eval()
     first = next(model.parameters())
 

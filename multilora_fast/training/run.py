@@ -1,7 +1,6 @@
 """Fine-tuning on JSONL tasks with transformers' Trainer."""
 
 import sys
-from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -10,25 +9,27 @@ from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
+from multilora_fast.adapters.files import CONFIG
 from multilora_fast.devices import choose_dtype
+from multilora_fast.files import atomic_dir
 from multilora_fast.peft import MultiLoraLinear
-from multilora_fast.training.checkpoint import failures_named, finish, interruption, last_checkpoint, save, write_record
+from multilora_fast.training.checkpoint import failures_named, finish, interruption, last_checkpoint, write_record
 from multilora_fast.training.config import TrainSettings, check_same_run
 from multilora_fast.training.data import Example, Row, collate, read_tasks, split
 from multilora_fast.training.model import Encoder, adapted_model
 from multilora_fast.training.packing import check_bins, flatten, pack
-from multilora_fast.training.trainer import Bars, CountingTrainer, Finite, TaskLog, by_row, by_token, is_evaluated, say
+from multilora_fast.training.trainer import Bars, CountingTrainer, Finite, TaskLog, by_row, by_token, say
 
 
 def run(settings: TrainSettings) -> Trainer | None:
-    """Train an adapter and save it in ``settings.output``, beside the Trainer's checkpoints and its state.
+    """Train an adapter and save it in ``settings.output``, beside the Trainer's checkpoints and state.
 
-    Returns: the Trainer; None where a run is resumed of which only the adapter was still to be put in its place.
+    Returns: the Trainer; None if a resumed run was complete and only its adapter had to be published.
 
     Raises:
-        ValueError: settings, data or a model that do not allow it; nothing is written then.
-        OSError: the output cannot be written, on a full disk say.
-        KeyboardInterrupt: as Python's own; during training it says what is kept.
+        ValueError: invalid settings, data or model, before anything is written; or a run that diverged.
+        OSError: the output cannot be written, for example on a full disk.
+        KeyboardInterrupt: interrupted; during training the message says what is kept.
     """
     settings.check()
     tasks, evaluated = read_tasks(settings.files, settings.named), read_tasks((), settings.eval_files)
@@ -38,47 +39,48 @@ def run(settings: TrainSettings) -> Trainer | None:
     if settings.resume:
         check_same_run(settings.output, record)
         checkpoint = last_checkpoint(settings.output)
-        if checkpoint is not None and finish(checkpoint, settings):
-            say(f"All steps were taken: the adapter is in {settings.output}.")
-            return None
         if checkpoint is None:
             say(f"{settings.output} holds no checkpoint: the run starts at step 0.")
+        elif finish(checkpoint, settings):
+            say(f"All steps were taken: the adapter is in {settings.output}.")
+            return None
     encoder = Encoder(settings)
     train_rows, held_out = tokens(tasks, evaluated, encoder)
-    arguments = training_arguments(settings if held_out else replace(settings, eval_fraction=0.0))
+    arguments = training_arguments(settings, evaluates=bool(held_out))
     set_seed(settings.seed)
     model = adapted_model(settings, arguments.device)
     bins = pack(train_rows, settings.max_length) if settings.packing else []
-    if bins and arguments.process_index == 0:  # with FSDP the others may not have the weights yet
-        check_bins(model, bins)
-        full = sum(len(row["input_ids"]) for row in train_rows) / len(bins) / settings.max_length
-        say(f"{len(train_rows)} examples in {len(bins)} bins of {settings.max_length} tokens, {full:.0%} full")
-
-    if arguments.process_index == 0:  # the others checked the directory before they all joined as a group
+    if arguments.process_index == 0:  # with FSDP the others may not have the weights yet, and share the directory
+        if bins:
+            check_bins(model, bins)
+            full = sum(len(row["input_ids"]) for row in train_rows) / len(bins) / settings.max_length
+            say(f"{len(train_rows)} examples in {len(bins)} bins of {settings.max_length} tokens, {full:.0%} full")
         write_record(settings.output, record)
-    log, finite = TaskLog(held_out, heading(settings, model, arguments), "bins" if bins else "rows"), Finite()
+
+    log = TaskLog(held_out, heading(settings, model, arguments), "bins" if bins else "rows")
     trainer = CountingTrainer(
         model=model,
         args=arguments,
         train_dataset=bins or train_rows,
         eval_dataset=held_out or None,
-        data_collator=partial(flatten if bins else collate, pad=0),  # a token of the vocabulary, which padding may lack
+        data_collator=partial(flatten if bins else collate, pad=0),  # the tokenizer may lack a padding token
         processing_class=encoder.tokenizer,
         preprocess_logits_for_metrics=by_row,
         compute_metrics=by_token,
-        callbacks=[log, finite, *([Bars()] if sys.stderr.isatty() else [])],
+        callbacks=[log, *([Bars()] if sys.stderr.isatty() else [])],
     )
-    finite.trainer = trainer
+    trainer.add_callback(Finite(trainer))
     trainer.remove_callback(PrinterCallback)
     with failures_named(settings.output):
         try:
             done = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             seconds = done.metrics["train_runtime"]
             cost = summary(seconds, trainer.all_tokens() / (seconds - log.evaluating), arguments.device)
-            if held_out and not is_evaluated(trainer):
+            if held_out and log.evaluated_at != trainer.state.global_step:
                 trainer.evaluate()
             trainer.save_state()
-            save(trainer, settings)
+            with atomic_dir(settings.output, last=CONFIG) as stage:  # one per process; rank 0 writes
+                trainer.save_model(str(stage))
         except KeyboardInterrupt as stop:
             raise KeyboardInterrupt(interruption(trainer.state, settings.output)) from stop
     say(cost)
@@ -86,9 +88,9 @@ def run(settings: TrainSettings) -> Trainer | None:
     return trainer
 
 
-def training_arguments(settings: TrainSettings) -> TrainingArguments:
+def training_arguments(settings: TrainSettings, *, evaluates: bool) -> TrainingArguments:
+    """The Trainer's arguments. Raises ValueError for a tracker that is unknown or not installed."""
     when = "epoch" if settings.save_steps is None else "steps"
-    evaluates = bool(settings.eval_fraction or settings.eval_files)
     arguments = TrainingArguments(
         output_dir=str(settings.output),
         num_train_epochs=settings.epochs,
@@ -98,7 +100,6 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
         warmup_steps=0.03,
-        lr_scheduler_type="linear",
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy=when if evaluates else "no",
@@ -115,7 +116,7 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         use_liger_kernel=settings.liger,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        use_cpu=not torch.accelerator.is_available(),  # else processes without a GPU train alone, on top of each other
+        use_cpu=not torch.accelerator.is_available(),  # else processes without a GPU form no group
         dataloader_pin_memory=torch.accelerator.is_available(),
         seed=settings.seed,
     )
@@ -124,18 +125,18 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
             tracker()
     except (RuntimeError, ImportError, ValueError) as error:  # unknown, or its package is missing
         raise ValueError(f"--report-to: {error}") from error
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for processes of their own, not for DataParallel
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # no DataParallel over several GPUs: each takes its own process
     return arguments
 
 
 def tokens(
     tasks: dict[str, list[Row]], evaluated: dict[str, list[Row]], encoder: Encoder
 ) -> tuple[list[Example], dict[str, list[Example]]]:
-    """The examples to train on, of all tasks, and those held out, by task: the rows of its evaluation file, if it has
-    one, else a share of its own. Says how many there are, and how many rows have no label within max_length.
+    """The training examples of all tasks, and the held-out examples by task: those of its evaluation file or, without
+    one, a share of its own rows. Prints the counts, also of rows without a label within max_length.
 
     Raises:
-        ValueError: no row of a task is left to train on.
+        ValueError: no row of a task is left.
     """
     settings = encoder.settings
     train_rows: list[Example] = []
@@ -146,17 +147,18 @@ def tokens(
         encoded = [[examples for examples in map(encoder, side) if examples] for side in sides]
         if (rows and not encoded[0]) or (task in evaluated and not encoded[1]):
             raise ValueError(f"task {task} has no row whose answer begins within --max-length {settings.max_length}.")
-        flat = [[example for examples in side for example in examples] for side in encoded]
-        lost = sum(map(len, sides)) - sum(map(len, encoded))
-        say(
-            f"{task}: {len(encoded[0])} rows to train on, {len(encoded[1])} held out"
-            + (f", {lost} left out, whose answer begins after {settings.max_length} tokens" if lost else "")
-            + (f"; as {len(flat[0])} and {len(flat[1])} examples, one for each answer, since the chat template "
-               "rewrites what is past" if list(map(len, flat)) != list(map(len, encoded)) else "")
-        )  # fmt: skip
-        train_rows += flat[0]
-        if flat[1]:
-            held_out[task] = flat[1]
+        learn, hold = ([example for examples in side for example in examples] for side in encoded)
+        said = f"{task}: {len(encoded[0])} rows to train on, {len(encoded[1])} held out"
+        kept = sum(map(len, encoded))
+        if lost := sum(map(len, sides)) - kept:
+            said += f", {lost} left out, whose answer begins after {settings.max_length} tokens"
+        if len(learn) + len(hold) > kept:
+            why = "one for each answer, since the chat template rewrites what is past"
+            said += f"; as {len(learn)} and {len(hold)} examples, {why}"
+        say(said)
+        train_rows += learn
+        if hold:
+            held_out[task] = hold
     return train_rows, held_out
 
 

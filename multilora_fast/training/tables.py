@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-HUB = re.compile(r"hf:/+([^/:]+/[^/:]+)(?:/([^:]+))?(?::(.+))?$")  # Path makes one / of two
+HUB = re.compile(r"hf:/+([^/:]+/[^/:]+)(?:/([^:]+))?(?::(.+))?$")  # Path collapses the two slashes
 
 
 def is_table(path: Path | str) -> bool:
@@ -14,10 +14,11 @@ def is_table(path: Path | str) -> bool:
 
 
 def table_rows(path: Path | str) -> Iterator[tuple[str, object]]:
-    """The rows of FILE.parquet or of hf://OWNER/NAME[/CONFIG][:SPLIT], each with where it stands; the split is train
-    unless named. Nulls are taken out, with which a table fills up the objects of its rows.
+    """The rows of FILE.parquet or hf://OWNER/NAME[/CONFIG][:SPLIT] (default split: train), each with its place. Removes
+    the nulls with which a table fills missing keys.
 
-    Raises ValueError if ``datasets`` is missing or cannot read it.
+    Raises:
+        ValueError: ``datasets`` is missing or cannot read it.
     """
     if find_spec("datasets") is None:
         raise ValueError(f"{path} needs datasets: run pip install datasets")
@@ -34,7 +35,7 @@ def table_rows(path: Path | str) -> Iterator[tuple[str, object]]:
         table = datasets.load_dataset(name, config, split=split or "train", streaming=True, **files)
         for number, row in enumerate(table, 1):
             yield f"{path}, row {number}", _without_nulls(row)
-    except Exception as error:  # whatever its readers raise
+    except Exception as error:  # each reader has its own
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ValueError(f"{path} cannot be read: {reason}") from error
 

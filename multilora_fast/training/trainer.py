@@ -15,8 +15,8 @@ from multilora_fast.training.data import IGNORED
 
 
 class CountingTrainer(Trainer):
-    """Counts training tokens without padding, on the device, so no step synchronizes. Stops at the first non-finite
-    loss or weight, before that step is logged or saved."""
+    """Counts training tokens without padding, on the device: the Trainer's own count synchronizes every batch. Stops at
+    the first non-finite loss or weight, before that step is logged or saved."""
 
     tokens: Tensor | int = 0
     losses: Tensor | float = 0.0  # since the last step
@@ -35,7 +35,7 @@ class CountingTrainer(Trainer):
     def check_step(self) -> None:
         """Raise ValueError in every process if any of them has a non-finite loss or weight."""
         weights = [p.detach() for p in self.model.parameters() if p.requires_grad]
-        local = [p.to_local() if hasattr(p, "to_local") else p for p in weights]  # of FSDP's shards
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in weights]  # FSDP's shards
         total = nn.utils.get_total_norm(local, norm_type=1.0).to(self.args.device) + self.losses
         self.losses = 0.0
         if not self.accelerator.gather(total).isfinite().all():
@@ -56,29 +56,29 @@ class CountingTrainer(Trainer):
 
 
 class Finite(TrainerCallback):
-    """Checks every step of the trainer; a callback is created before its Trainer."""
+    """Checks every step of ``trainer``."""
 
-    trainer: CountingTrainer
+    def __init__(self, trainer: CountingTrainer):
+        self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.check_step()
 
 
 class Bars(ProgressCallback):
-    """The Trainer's progress bars, without its lines."""
+    """The Trainer's progress bars, without its printed logs."""
 
     def on_log(self, *args, **kwargs):
         pass
 
 
 class TaskLog(TrainerCallback):
-    """Prints what is trained, then one line per logged loss and per task at an evaluation. Sums the evaluation time."""
+    """Prints the heading, the logged losses and, at an evaluation, a line per task. Sums the evaluation time."""
 
     def __init__(self, tasks: Collection[str], heading: str, items: str = "rows"):
-        self.width = max(map(len, tasks), default=0)
-        self.tasks = list(tasks)
-        self.heading, self.items = heading, items
-        self.evaluating = 0.0
+        self.tasks, self.heading, self.items = tasks, heading, items
+        self.evaluating = 0.0  # seconds
+        self.evaluated_at: int | None = None  # step
 
     def on_train_begin(self, args, state, control, **kwargs):
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -90,14 +90,16 @@ class TaskLog(TrainerCallback):
             say(f"{step}  loss {float(logs['loss']):.4f}")
         for task in self.tasks:
             if f"eval_{task}_loss" in logs:
+                self.evaluated_at = state.global_step
                 self.evaluating += logs[f"eval_{task}_runtime"]
                 loss, accuracy = logs[f"eval_{task}_loss"], logs[f"eval_{task}_accuracy"]
-                say(f"{step}  {task:<{self.width}}  held-out loss {loss:.4f}  accuracy {accuracy:.4f}")
+                name = f"{task:<{max(map(len, self.tasks))}}"
+                say(f"{step}  {name}  held-out loss {loss:.4f}  accuracy {accuracy:.4f}")
 
 
 def by_row(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, T, vocabulary) as (B, 3): of each row the sum of its tokens' losses, how many of the tokens are the likeliest
-    after those before them, and how many there are."""
+    """(B, T, vocabulary) logits as (B, 3): each row's summed token loss, correctly predicted tokens and labelled
+    tokens."""
     rows = []
     for scores, wanted in zip(logits[:, :-1], labels[:, 1:], strict=True):
         scores, wanted = scores[wanted != IGNORED].double(), wanted[wanted != IGNORED]
@@ -107,18 +109,13 @@ def by_row(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def by_token(prediction) -> dict[str, float]:
-    """Means over the tokens of all answers, whatever batches and processes they were in; the loss takes the place of
-    the Trainer's."""
+    """Means over all labelled tokens, independent of batches and processes. The loss replaces the Trainer's."""
     loss, hits, tokens = prediction.predictions.sum(0)
     return {"loss": float(loss / tokens), "accuracy": float(hits / tokens)}
 
 
-def is_evaluated(trainer: Trainer) -> bool:
-    last = [log["step"] for log in trainer.state.log_history if any(key.startswith("eval_") for key in log)]
-    return bool(last) and last[-1] == trainer.state.global_step
-
-
 def say(line: str) -> None:
+    """Print on rank 0, above the progress bars."""
     if is_first():
-        tqdm.write(line)  # above the bars
+        tqdm.write(line)
         sys.stdout.flush()

@@ -101,8 +101,8 @@ def test_liger_where_it_is_installed(model, data, monkeypatch):
     with pytest.raises(ValueError, match="--liger needs liger-kernel: run pip install liger-kernel"):
         wanted.check()
     found.clear()
-    assert training_arguments(wanted).use_liger_kernel
-    assert not training_arguments(settings(model, data, "")).use_liger_kernel
+    assert training_arguments(wanted, evaluates=True).use_liger_kernel
+    assert not training_arguments(settings(model, data, ""), evaluates=True).use_liger_kernel
 
 
 def test_exclude_modules_are_left_alone(model, data):
