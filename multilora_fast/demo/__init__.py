@@ -1,1 +1,1 @@
-"""The main job: fine-tune a small instruct model on four real tasks, then compare three ways to take a step."""
+"""The demo: fine-tune a small instruct model on four real tasks, then compare the training steps of three methods."""

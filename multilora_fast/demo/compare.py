@@ -1,4 +1,4 @@
-"""One training step three ways on the same weights and batch: naive MultiLoRA, PEFT LoRA of rank n·r, and ours."""
+"""A training step of naive MultiLoRA, PEFT LoRA of rank n·r and ours, on the same weights and batch."""
 
 import copy
 import statistics
@@ -16,12 +16,12 @@ from multilora_fast.memory import peak_bytes, saved_bytes
 from multilora_fast.memory.methods import LORA, REFERENCE, adapt, draw_scales
 from multilora_fast.models import shallow_copy, target_linears
 
-NAIVE, OURS = "naive MultiLoRA", "multilora-fast"  # the demo's names of REFERENCE and of a fused one
+NAIVE, OURS = "naive MultiLoRA", "multilora-fast"  # names of the reference loop and of its fused form
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one method's training step costs: bytes saved for backward, peak bytes, and seconds, a median."""
+    """Cost of one method's training step: bytes saved for backward, peak bytes, median seconds."""
 
     method: str
     trainable: int
@@ -33,9 +33,9 @@ class Cost:
 def build_methods(
     base: nn.Module, target_modules: Sequence[str], *, r: int, lora_num: int, lora_alpha: float, lora_dropout: float
 ) -> dict[str, nn.Module]:
-    """The three models on the base's own weights, adapters in the base's dtype; ``base`` itself is left as it is.
+    """The three models on the weights of ``base``, which is unchanged. Adapters have the base's dtype.
 
-    The two MultiLoRA models hold equal branches with non-zero scales. PEFT's scale is that of the branches, c.
+    The two MultiLoRA models hold equal branches with non-zero scales. PEFT's LoRA is scaled by the branches' c.
     """
     targets = target_linears(base, target_modules)
     branches: dict[str, Any] = {"r": r, "lora_num": lora_num, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
@@ -48,12 +48,11 @@ def build_methods(
 
 
 def compare(methods: dict[str, nn.Module], batch: dict[str, Tensor], *, rounds: int, progress: tqdm) -> list[Cost]:
-    """Measure every method on ``batch``: one step to warm up, one for each kind of memory, ``rounds`` interleaved.
-
-    A step is forward, backward and AdamW.
+    """Measure a step (forward, backward, AdamW) of every method on ``batch``: one to warm up, one for each kind of
+    memory, and ``rounds`` interleaved.
 
     Raises:
-        RuntimeError: naive and ours, which hold equal parameters, disagree on the loss.
+        RuntimeError: naive and ours, which hold equal parameters, differ in the loss.
     """
     device = batch["input_ids"].device
     naive, ours = (_loss(methods[name].eval(), batch) for name in (NAIVE, OURS))

