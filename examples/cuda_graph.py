@@ -1,8 +1,8 @@
 """A whole training step as one CUDA graph: ``PYTHONPATH=. python examples/cuda_graph.py``, on a CUDA device.
 
-One step warms up: kernels compile and are checked, the optimizer makes its state. The capture then records forward,
-backward and AdamW, and each replay takes a step on what the input buffer holds, with a new dropout mask, whatever the
-host does. Shapes stay as captured, and everything captured stays where it is in memory.
+A warm-up step compiles and checks the kernels and creates the optimizer's state. The capture then records forward,
+backward and AdamW. Each replay takes a step on the contents of the input buffer, with a new dropout mask. Shapes and
+memory addresses are fixed at capture.
 """
 
 import sys
@@ -11,8 +11,8 @@ import torch
 
 
 def captured_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tokens: torch.Tensor):
-    """``replay()`` takes one step on ``tokens``, a buffer to copy each batch into, and returns the loss, a tensor that
-    the next replay overwrites. The optimizer must be ``capturable``."""
+    """Capture a step. Returns ``replay()``, which takes a step on ``tokens``, a buffer to copy each batch into, and
+    returns the loss, a tensor that the next replay overwrites. The optimizer must be ``capturable``."""
 
     def step() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -21,7 +21,7 @@ def captured_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, toke
         optimizer.step()
         return loss.detach()
 
-    stream = torch.cuda.Stream()  # a warm-up on the default stream would be captured with it
+    stream = torch.cuda.Stream()  # warm up on a side stream, as torch.cuda.graph requires
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         step()
@@ -55,7 +55,7 @@ def main() -> int:
     tokens = torch.randint(config.vocab_size, (2, 256), device="cuda")
     step = captured_step(model, optimizer, tokens)
     for i in range(20):
-        tokens.copy_(torch.arange(512).view(2, 256) + 7 * (i % 4))  # a batch of the data would go here
+        tokens.copy_(torch.arange(512).view(2, 256) + 7 * (i % 4))  # your batch
         loss = step()
     print(f"20 steps replayed, loss {loss.item():.3f}")
     return 0

@@ -35,12 +35,12 @@ def train(config: PeftConfig, learning_rate: float, output: str) -> float:
 
 
 def main(output: str) -> dict[str, float]:
-    # An expert sees 1 token in 4, and gets r // 2 = 4 of the rank: in all 3 x 4, LoRA's 12.
+    # top-k is 2, so each expert has branches of rank r // 2 = 4: a total rank of 12, as LoRA's.
     multilora = MultiLoraConfig(r=8, lora_num=3, lora_dropout=0.05, **ADAPTED)
     losses = {"MultiLoRA": train(multilora, 1e-2, f"{output}/multilora")}
     losses["LoRA"] = train(LoraConfig(r=12, lora_alpha=12, **ADAPTED), 3e-3, f"{output}/lora")
     print(losses)
-    export_lora(f"{output}/multilora", f"{output}/exported")  # layout="per-expert" where the server wants that
+    export_lora(f"{output}/multilora", f"{output}/exported")  # or layout="per-expert"
     ours, exported = (PeftModel.from_pretrained(base(), f"{output}/{name}") for name in ("multilora", "exported"))
     ids = TEXTS[0][None]
     print("the export's logits differ by", (ours(ids).logits - exported(ids).logits).abs().max().item())

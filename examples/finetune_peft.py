@@ -19,7 +19,7 @@ def main(name: str, output: str) -> float:
     rows = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
     arguments = TrainingArguments(
         output, learning_rate=1e-3, max_steps=8, per_device_train_batch_size=1, logging_steps=4, report_to=[]
-    )  # a learning rate 3 to 10 times LoRA's
+    )  # learning rate: 3 to 10 times LoRA's
     loss = Trainer(model, arguments, train_dataset=rows).train().training_loss
     model.save_pretrained(output)  # load it with peft.PeftModel.from_pretrained(base, output)
     return loss

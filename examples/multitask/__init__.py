@@ -1,2 +1,1 @@
-"""Does MultiLoRA learn several tasks at once better than LoRA? A study on a small model, run as
-``python -m examples.multitask`` from a checkout."""
+"""A study of MultiLoRA and LoRA on a mixture of tasks, run as ``python -m examples.multitask`` from a checkout."""

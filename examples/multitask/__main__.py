@@ -1,4 +1,4 @@
-"""``python -m examples.multitask``: run what is missing of the study, then write the report."""
+"""Run the missing runs of the study, then write the report: ``python -m examples.multitask``."""
 
 import argparse
 import logging
@@ -14,14 +14,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.multitask", description=__doc__)
     parser.add_argument("--output", type=Path, help="folder of the results (default: by the profile)")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu", help="the scale (default: cpu)")
-    parser.add_argument("--prepared", type=Path, help="what python -m examples.multitask.prepare made: for gpu")
-    parser.add_argument("--quick", action="store_true", help="every part once, small; on the cpu in under 10 minutes")
-    parser.add_argument("--report-only", action="store_true", help="run nothing: write the report of what is there")
-    parser.add_argument("--list", action="store_true", help="run nothing: name the finished runs and the next one")
-    parser.add_argument("--max-runs", type=int, help="stop after so many runs")
-    parser.add_argument("--minutes", type=float, help="begin no run that would probably take longer")
-    parser.add_argument("--workers", type=int, default=1, help="runs side by side on the device")
-    parser.add_argument("--threads", type=int, help="of torch")
+    parser.add_argument("--prepared", type=Path, help="output of python -m examples.multitask.prepare, for gpu")
+    parser.add_argument("--quick", action="store_true", help="a small run of every part; under 10 minutes on a CPU")
+    parser.add_argument("--report-only", action="store_true", help="write the report of the finished runs only")
+    parser.add_argument("--list", action="store_true", help="list the finished runs and the next one only")
+    parser.add_argument("--max-runs", type=int, help="maximum number of runs")
+    parser.add_argument("--minutes", type=float, help="time limit; no run begins that is expected to exceed it")
+    parser.add_argument("--workers", type=int, default=1, help="concurrent runs on the device")
+    parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
     if (options.profile == "gpu") != (options.prepared is not None):
@@ -35,7 +35,7 @@ def main() -> None:
     folder = options.output or HERE / default
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, it is loaded but not used
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # loaded where installed, and unused
     try:
         _study(options, folder)
     except ValueError as error:
@@ -58,7 +58,7 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
     from multilora_fast.devices import choose_device, choose_dtype
 
     device = choose_device(options.device)
-    recorded = next(iter(read_results(folder / "runs", None).values()), None)  # another machine goes on in its dtype
+    recorded = next(iter(read_results(folder / "runs", None).values()), None)  # keep its dtype on another machine
     native = str(choose_dtype("auto", device)).removeprefix("torch.")
     dtype = recorded["settings"]["dtype"] if recorded else native
     study = gpu(dtype) if options.profile == "gpu" else Study(dtype=dtype)

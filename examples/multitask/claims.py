@@ -1,4 +1,4 @@
-"""Which of the paper's claims hold here, by rules that are fixed before the results."""
+"""Verdicts on the paper's claims, by rules fixed before the results."""
 
 from collections.abc import Mapping
 
@@ -6,27 +6,27 @@ from examples.multitask.plan import Study
 from multilora_fast.demo.compare import LORA, NAIVE, OURS
 
 HOLDS, NOT_SHOWN, FAILS = "holds", "not shown", "does not hold"
-LEVEL, CLOSE, SIMILAR = 0.05, 0.02, 0.10  # of significance; in accuracy; in time or bytes
+LEVEL, CLOSE, SIMILAR = 0.05, 0.02, 0.10  # significance; accuracy; time or bytes
 RULES = (
-    f"A gain holds when it is positive with p < {LEVEL}, is not shown when p is larger, and does not hold when there "
-    "is none. Of an accuracy's two p, over items and over items and seeds, the larger counts. Close to full "
-    f"fine-tuning means at most {CLOSE:g} below it: it holds when the whole 95 % interval is above that, and does not "
-    "when all of it is below; so it is with other scales and starts, which are compared with ours. No different on a "
-    f"single task means within {CLOSE:g} of LoRA: it holds when the whole interval is, and does not when none is. "
-    f"About as fast: at most {SIMILAR:.0%} more time; higher memory: at least as much more. Balance is the effective "
-    "rank. Beside it stands that of the leading values alone, as many as the total rank, since full fine-tuning has "
-    "more values than an adapter can have."
+    f"A gain holds if it is positive with p < {LEVEL}, is not shown if p is larger, and does not hold if it is not "
+    "positive. Accuracies have two p values, over items and over items and seeds: the larger counts. Close to full "
+    f"fine-tuning means at most {CLOSE:g} below it: it holds if the whole 95 % interval is above that bound, and does "
+    "not hold if all of it is below. The same rule compares other scales and initializations with ours. No different "
+    f"on a single task means within {CLOSE:g} of LoRA: it holds if the whole interval is within, and does not hold if "
+    f"all of it is outside. About as fast: at most {SIMILAR:.0%} more time. Higher memory: over {SIMILAR:.0%} more "
+    "bytes. Balance is measured by the effective rank; the effective rank of the leading values alone, as many as the "
+    "total rank, stands beside it, since full fine-tuning has more values than an adapter can have."
 )
 BRANCHES = ("multilora-3", "multilora-5")
 VARIANTS = {
-    "multilora-3-scalar": "with one scale a branch",
-    "multilora-3-zero": "with B that starts at zero",
-    "multilora-3-scalar-zero": "with one scale a branch and B that starts at zero",
+    "multilora-3-scalar": "with scalar scales",
+    "multilora-3-zero": "with B initialized to zero",
+    "multilora-3-scalar-zero": "with scalar scales and B initialized to zero",
 }
 
 
 def claims(summary: Mapping, study: Study) -> list[dict[str, str]]:
-    """A claim, its verdict and the figures behind it, for every one that the summary has figures for."""
+    """Claim, verdict and figures of every claim that the summary has figures for."""
     found = []
     for method in BRANCHES:
         n = method.rpartition("-")[2]
@@ -59,7 +59,7 @@ def _choices(pairs: Mapping):
     pair = pairs.get("multilora-3-alone - lora-alone")
     if pair:
         verdict = same(pair["low"], pair["high"])
-        yield "MultiLoRA (n = 3) learns a single task no differently from LoRA", verdict, _said(pair)
+        yield "MultiLoRA (n = 3) is no different from LoRA on a single task", verdict, _said(pair)
     for method, text in VARIANTS.items():
         pair = pairs.get(f"{method} - multilora-3")
         if pair:

@@ -1,4 +1,4 @@
-"""Five tasks as multiple choice, and their items: to train on, to choose by, and to be tested on, all apart."""
+"""Five multiple-choice tasks, and their disjoint training, validation and test items."""
 
 import math
 import random
@@ -13,8 +13,8 @@ from multilora_fast.models import package_dir
 
 @dataclass(frozen=True)
 class Items:
-    """By task: examples to train on, of which each seed draws its own, and the fixed validation and test items. From a
-    prepared folder those to train on are token ids as well."""
+    """Items by task: training examples, of which each seed draws its own, and fixed validation and test items. Training
+    examples from a prepared folder are token ids, too."""
 
     train: dict[str, list]
     validation: dict[str, list[Encoded]]
@@ -27,11 +27,11 @@ def real_tasks() -> list[Task]:
 
 
 def split(tasks: Sequence[Task], study: Study, tokenizer) -> Items:
-    """Validation and test items from the held-out part of each task. No two of them, and none and a training example,
-    share their first line: the passage, the premise, the sentence or the question.
+    """Draw validation and test items from the held-out part of each task. No two of them share a first line (passage,
+    premise, sentence or question), and none shares it with a training example.
 
     Raises:
-        ValueError: a task with too few short examples.
+        ValueError: a task has too few short examples.
     """
     items = Items({}, {}, {})
     wanted = study.validation_items + study.test_items
@@ -49,10 +49,10 @@ def split(tasks: Sequence[Task], study: Study, tokenizer) -> Items:
 
 
 def mixture(items: Items, study: Study, tokenizer, seed: int) -> list[Encoded]:
-    """The ``steps · batch_size`` examples that every method trains on under one seed, the tasks taking turns.
+    """The ``steps · batch_size`` examples that every method trains on under one seed, with alternating tasks.
 
     Raises:
-        ValueError: as many examples cannot be drawn evenly, or a task has fewer.
+        ValueError: the tasks do not divide the steps, or a task has too few examples.
     """
     total = study.steps * study.batch_size
     each, rest = divmod(total, len(items.train))
@@ -66,8 +66,8 @@ def mixture(items: Items, study: Study, tokenizer, seed: int) -> list[Encoded]:
 
 
 def drawn(items: Items, study: Study, tokenizer, seed: int) -> list[Encoded]:
-    """As many examples as :func:`mixture`, of tasks that are drawn by the root of their sizes; a task's examples come
-    again when all have been seen. They are token ids already, so ``tokenizer`` is not read."""
+    """As many examples as :func:`mixture`, from tasks drawn in proportion to the square root of their sizes. A task's
+    examples repeat once all have been seen. They are token ids, so ``tokenizer`` is unused."""
     order = random.Random(seed)
     weights = [math.sqrt(len(rows)) for rows in items.train.values()]
     names = order.choices(list(items.train), weights, k=study.steps * study.batch_size)
@@ -81,7 +81,7 @@ def drawn(items: Items, study: Study, tokenizer, seed: int) -> list[Encoded]:
 
 
 def shuffled(rows: Sequence[Encoded], study: Study, seed: int) -> list[Encoded]:
-    """One pass over a task, or as much of it as a run takes."""
+    """One pass over a task, or as much as a run takes."""
     return random.Random(seed).sample(list(rows), min(len(rows), study.steps * study.batch_size))
 
 

@@ -1,4 +1,4 @@
-"""One run from a fresh model to its record; records as files, each written whole or not at all."""
+"""A run from a fresh model to its record, and records as files, which are written atomically."""
 
 import json
 import tempfile
@@ -23,12 +23,12 @@ from multilora_fast.files import atomic_file
 from multilora_fast.models import LINEARS, PACKAGED
 from multilora_fast.spectrum import by_kind, effective_rank, singular_values, top_share
 
-WITH_VALUES = ("k_proj", "v_proj")  # of seed 0, whose singular values are kept one by one
+WITH_VALUES = ("k_proj", "v_proj")  # projections whose singular values are kept for the first tested seed
 
 
 @dataclass
 class Bench:
-    """What all runs share: the untouched model on its device, its tokenizer, the items."""
+    """Shared by all runs: the base model on its device, its tokenizer and the items."""
 
     base: nn.Module
     tokenizer: object
@@ -41,7 +41,7 @@ class Bench:
 
 
 def execute(run: Run, study: Study, bench: Bench) -> dict:
-    """The record of a run, ready for JSON."""
+    """Execute a run and return its record, which is JSON-serializable."""
     started = time.perf_counter()
     record = {"method": run.method, "learning_rate": run.rate, "seed": run.seed, "settings": study.settings()}
     record |= {"model": bench.name, "environment": conditions()}
@@ -59,7 +59,7 @@ def _trained(run: Run, study: Study, bench: Bench) -> dict:
     torch.manual_seed(run.seed)
     method = METHODS[run.method]
     examples = (mixture if study.micro_tokens is None else drawn)(bench.items, study, bench.tokenizer, run.seed)
-    if method.task:  # a mixture of one, in one pass
+    if method.task:
         examples = shuffled(bench.items.train[method.task], study, run.seed)
     record: dict = {}
     if bench.device.type == "cuda":
@@ -91,7 +91,7 @@ def _trained(run: Run, study: Study, bench: Bench) -> dict:
 def _evaluated(
     model: nn.Module, study: Study, bench: Bench, parts: Sequence[str] = ("validation", "test"), task: str | None = None
 ) -> dict:
-    """Of all tasks, or of one alone."""
+    """The answers on all tasks, or on ``task`` alone."""
     found = {}
     for part in parts:
         items = getattr(bench.items, part)
@@ -100,7 +100,7 @@ def _evaluated(
 
 
 def _answers(model: nn.Module, items: Mapping[str, list[Encoded]], study: Study) -> dict[str, dict]:
-    """By task: accuracy, mean negative log-likelihood of the right option among the options, and every item's mark."""
+    """By task: accuracy, mean negative log-likelihood of the right option among the options, and a mark per item."""
     found = {}
     with methods.autocast(study, next(model.parameters()).device):
         for task, examples in items.items():
@@ -117,7 +117,7 @@ def _answers(model: nn.Module, items: Mapping[str, list[Encoded]], study: Study)
 
 
 def _best_weight(model: nn.Module, study: Study, bench: Bench) -> float:
-    """Of the task weights, the one with the best mean accuracy on the validation items, then likelihood."""
+    """The task weight with the best validation score."""
     scores = {}
     for weight in study.task_weights:
         methods.set_task_weight(model, weight)
@@ -126,8 +126,8 @@ def _best_weight(model: nn.Module, study: Study, bench: Bench) -> float:
 
 
 def _spectrum(model: nn.Module, base: nn.Module | None, total_rank: int, keep_values: bool) -> dict[str, dict]:
-    """By projection, a number per layer: effective rank, also of the ``total_rank`` largest values alone, share of the
-    top direction; the values where they are kept."""
+    """By projection, a number per layer: the effective rank, that of the ``total_rank`` largest values, and the largest
+    value's share. With ``keep_values``, also the values of WITH_VALUES."""
     found = {}
     for kind, values in by_kind(singular_values(model, modules=LINEARS, base=base)).items():
         found[kind] = {
@@ -141,7 +141,8 @@ def _spectrum(model: nn.Module, base: nn.Module | None, total_rank: int, keep_va
 
 
 def _cost(study: Study, bench: Bench) -> dict:
-    """One step of LoRA, the loop over branches and the fused layers, in turn on one batch: seconds and bytes by n."""
+    """Seconds and bytes of a step by n, for LoRA, the loop over branches and the fused layers, interleaved on one
+    batch."""
     examples = mixture(bench.items, study, bench.tokenizer, 0)[: study.batch_size]
     batch = {name: tensor.to(bench.device) for name, tensor in pack(examples).items()}
     costs = {}
@@ -156,10 +157,10 @@ def _cost(study: Study, bench: Bench) -> dict:
 
 
 def read_results(folder: Path, study: Study | None) -> dict[str, dict]:
-    """The finished runs in ``folder``, by name; None for ``study`` takes those of any settings.
+    """The finished runs in ``folder`` by name. With ``study`` None, settings are not checked.
 
     Raises:
-        ValueError: a file that is damaged, or of a study with other settings.
+        ValueError: a file is damaged or belongs to a study with other settings.
     """
     found = {}
     for path in sorted(folder.glob("*.json")):
@@ -179,7 +180,7 @@ def read_results(folder: Path, study: Study | None) -> dict[str, dict]:
 
 
 def write_record(path: Path, record: Mapping) -> None:
-    """A line per field. A failed write leaves what stood there."""
+    """Write one line per field. A failed write leaves the earlier file."""
     lines = ",\n".join(f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in record.items())
     write(path, f"{{\n{lines}\n}}\n")
 

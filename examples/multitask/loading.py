@@ -1,4 +1,4 @@
-"""The model and the tasks of a study, as each process that runs a part of it needs them."""
+"""Load the model and the tasks of a study in a process that runs a part of it."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from multilora_fast.models import PACKAGED, load_model, load_tokenizer
 
 
 def load_bench(study: Study, device: torch.device, prepared: Path | None, threads: int | None) -> Bench:
-    """Of the folder ``prepared``, or of the installed packages."""
+    """From the folder ``prepared``, or from the installed packages if it is None."""
     if threads:
         torch.set_num_threads(threads)
     if prepared:

@@ -1,4 +1,4 @@
-"""The ways to train one model on the mixture, under one policy of precision: float32 weights, autocast products."""
+"""The methods of training one model on the mixture, all with float32 weights under autocast."""
 
 import copy
 import time
@@ -23,7 +23,7 @@ from multilora_fast.models import LINEARS, target_linears
 
 @dataclass
 class Training:
-    """What a training did: the loss of every step, tokens that were read, seconds in the loop."""
+    """Loss of every step, tokens read and seconds of a training."""
 
     losses: list[float]
     tokens: int
@@ -34,7 +34,7 @@ class Training:
 
 
 class Float32Head(nn.Module):
-    """An output layer outside of autocast: bfloat16 logits are too coarse to rank answers by."""
+    """An output layer outside of autocast: bfloat16 logits are too coarse to rank answers."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -46,7 +46,7 @@ class Float32Head(nn.Module):
 
 
 def prepared(base: nn.Module) -> nn.Module:
-    """``base`` with its output layer outside of autocast, in place."""
+    """Put the output layer of ``base`` outside of autocast, in place."""
     base.set_output_embeddings(Float32Head(base.get_output_embeddings()))
     return base
 
@@ -56,7 +56,7 @@ def autocast(study: Study, device: torch.device):
 
 
 def adapted(base: nn.Module, name: str, rank: int) -> nn.Module:
-    """A copy of ``base`` in which what the method ``name`` trains, and nothing else, requires a gradient."""
+    """A copy of ``base`` in which exactly the parameters that the method ``name`` trains require a gradient."""
     method = METHODS[name]
     model = copy.deepcopy(base).requires_grad_(method.kind == "full")
     if method.kind == "lora":
@@ -74,8 +74,8 @@ def adapted(base: nn.Module, name: str, rank: int) -> nn.Module:
 
 
 def train(model: nn.Module, examples: Sequence[Encoded], study: Study, rate: float) -> Training:
-    """One pass in the given order: AdamW without weight decay, gradients clipped to norm 1, a tenth of the steps to
-    warm up, then linear decay."""
+    """One pass over ``examples`` in order: AdamW without weight decay, gradients clipped to norm 1, warm-up for a tenth
+    of the steps, linear decay."""
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -97,7 +97,7 @@ def train(model: nn.Module, examples: Sequence[Encoded], study: Study, rate: flo
 
 
 def _backward(model: nn.Module, examples: Sequence[Encoded], study: Study, device: torch.device) -> Tensor:
-    """The mean loss of the examples' answer tokens, after its gradients have been added."""
+    """Accumulate the gradients of the mean loss over the examples' answer tokens, and return it."""
     total = torch.zeros((), device=device)
     for batch in batches(examples, study.micro_tokens, device):
         with autocast(study, device):
@@ -110,8 +110,8 @@ def _backward(model: nn.Module, examples: Sequence[Encoded], study: Study, devic
 def task_sum(
     base: nn.Module, examples: Sequence[Encoded], study: Study, rate: float, scratch: Path
 ) -> tuple[nn.Module, Training]:
-    """A LoRA per task, each on its task's part of ``examples``, as the branches of one MultiLoRA model of the study's
-    total rank: task arithmetic. :func:`set_task_weight` sets the LoRAs' weight."""
+    """Task arithmetic: a LoRA per task, trained on its part of ``examples``, as the branches of one MultiLoRA model of
+    the study's total rank. :func:`set_task_weight` sets the weight of the LoRAs."""
     tasks = list(dict.fromkeys(example.task for example in examples))
     done, folders = Training([], 0, 0.0), []
     for task in tasks:
@@ -130,9 +130,8 @@ def set_task_weight(model: nn.Module, weight: float) -> None:
 
 
 def memory(model: nn.Module, examples: Sequence[Encoded], study: Study) -> dict[str, int]:
-    """Bytes, counted: of the optimizer's state, and the most that a step's other tensors take at once beyond weights
-    and state; for MultiLoRA also of the loop over branches that the fused layers replace. Takes steps: the model is
-    spent afterwards."""
+    """Counted bytes: the optimizer's state, and the peak of a step beyond weights and optimizer state; for MultiLoRA
+    also the peak of the loop over branches. Takes steps with the model."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
 

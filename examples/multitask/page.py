@@ -17,18 +17,18 @@ from multilora_fast.console import MIB
 from multilora_fast.files import atomic_file
 from multilora_fast.spectrum import save_histograms
 
-TELLING = 30  # test items of a task, below which no figure is worth reading
+TELLING = 30  # least test items of a task for figures that mean something
 
 
 def report(folder: Path, study: Study, done: Results) -> dict:
-    """Write everything that follows from the records, and return the summary."""
+    """Write summary.json, the figures and the page of the finished runs, and return the summary."""
     summary = summarise(study, done)
     write(folder / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     figures = _figures(folder, summary, done)
     unfinished = next_run(study, done)
     parts = [*_sections(summary), *(f"![{name}]({name}.png)" for name in figures)]
     if study.test_items < TELLING:
-        parts.insert(0, "**A trial of the program:** too short for any of its figures to mean something.")
+        parts.insert(0, "**A trial run:** too short for its figures to mean anything.")
     if unfinished is not None:
         parts.insert(0, f"**Unfinished:** the next run is `{unfinished.name}`.")
     body = "\n\n".join(parts)
@@ -37,7 +37,7 @@ def report(folder: Path, study: Study, done: Results) -> dict:
 
 
 def between(page: Path, name: str, body: str) -> None:
-    """Put ``body`` between the markers ``name`` of a page, which is made if it is not there.
+    """Put ``body`` between the markers ``name`` of a page, which is created if missing.
 
     Raises:
         ValueError: the page lacks the markers.
@@ -56,7 +56,7 @@ def _sections(summary: Mapping):
         yield f"## Accuracy on test items\n\n{_accuracy(summary)}\n\n{_accuracy_notes(summary)}"
         yield f"## Learning rates, by mean accuracy on validation items\n\n{_sweeps(methods)}"
     if summary["pairs"]:
-        header = ["difference of mean accuracies", "", "95 % interval", "p", "p with seeds", "seeds"]
+        header = ["difference in mean accuracy", "", "95 % interval", "p", "p with seeds", "seeds"]
         rows = [
             [_pair_name(name), f"{p['difference']:+.3f}", f"{p['low']:+.3f} to {p['high']:+.3f}", f"{p['p']:.3g}",
              f"{p['p_seeds']:.3g}" if "p_seeds" in p else "", str(len(p["seeds"]))]
@@ -64,13 +64,13 @@ def _sections(summary: Mapping):
         ]  # fmt: skip
         yield (
             f"## Differences\n\n{table(header, rows)}\n\nIntervals: bootstrap over items and seeds. p: paired "
-            "sign-flip test over items, seeds as they are; with seeds: t test of crossed random items and "
-            "seeds. Neither is corrected for the number of rows."
+            "sign-flip test over items, with fixed seeds. p with seeds: t test with crossed random items and seeds. "
+            "Neither is corrected for multiple comparisons."
         )
     if methods:
         yield f"## Cost of the runs\n\n{_run_costs(methods)}"
     if "cost" in summary:
-        yield f"## Cost of a step, in turn on one batch\n\n{_step_costs(summary['cost'])}"
+        yield f"## Cost of a step on one batch, interleaved\n\n{_step_costs(summary['cost'])}"
     if methods:
         yield f"## Spectrum of ΔW\n\n{_spectra(methods, summary['settings']['total_rank'])}"
     if summary["claims"]:
@@ -84,7 +84,7 @@ def _conditions(summary: Mapping) -> str:
         return "No run is finished."
     first = (
         f"{' and '.join(seen['model'])}: {s['steps']} steps of {s['batch_size']} examples of at most {s['max_length']} "
-        f"tokens, total rank {s['total_rank']}{_ranks(s)} on all seven linears; float32 weights, products in "
+        f"tokens, total rank {s['total_rank']}{_ranks(s)} on all seven linear layers; float32 weights, autocast to "
         f"{s['dtype']}."
     )
     items = "; ".join(
@@ -104,7 +104,7 @@ def _ranks(settings: Mapping) -> str:
 def _accuracy(summary: Mapping) -> str:
     tasks = _tasks(summary)
     rows = []
-    for label, key in (("always the most frequent option", "majority"), ("before training", "zero_shot")):
+    for label, key in (("majority class", "majority"), ("zero-shot", "zero_shot")):
         if key in summary:
             found, mean = summary[key], _mean(summary, key)
             rows.append([label, *(f"{found[task]:.3f}" for task in tasks), f"{mean:.3f}", "", ""])
@@ -112,7 +112,7 @@ def _accuracy(summary: Mapping) -> str:
         spread = f"{one['sd']:.3f}" if one["sd"] is not None else ""
         accuracies = [f"{one['tasks'][task]:.3f}" if task in one["tasks"] else "" for task in tasks]
         rows.append([METHODS[method].label, *accuracies, f"**{one['mean']:.3f}**", spread, str(len(one["seeds"]))])
-    return table(["method", *tasks, "mean", "sd of the mean over seeds", "seeds"], rows)
+    return table(["method", *tasks, "mean", "sd over seeds", "seeds"], rows)
 
 
 def _tasks(summary: Mapping) -> list[str]:
@@ -124,18 +124,18 @@ def _mean(summary: Mapping, key: str) -> float:
 
 
 def _accuracy_notes(summary: Mapping) -> str:
-    notes = ["An answer is the option of the highest summed log-probability."]
+    notes = ["The answer is the option with the highest summed log-probability."]
     few = [task for task in _tasks(summary) if task not in summary.get("in_mean", _tasks(summary))]
     if few:
-        notes.append(f"Not in the mean, for too few test items: {', '.join(few)}.")
+        notes.append(f"Excluded from the mean for too few test items: {', '.join(few)}.")
     for method, one in summary["methods"].items():
         if not one["sweep_complete"]:
-            notes.append(f"The sweep of {METHODS[method].label} is not finished: its row is provisional.")
+            notes.append(f"The sweep of {METHODS[method].label} is incomplete: its row is provisional.")
         elif one["at_edge"]:
-            notes.append(f"The learning rate of {METHODS[method].label} is the edge of what was tried.")
+            notes.append(f"The learning rate of {METHODS[method].label} is at the edge of its sweep.")
         if "task_weight" in one:
             notes.append(
-                f"{METHODS[method].label}: weight {one['task_weight']:g} for each, chosen on validation items."
+                f"{METHODS[method].label}: each with weight {one['task_weight']:g}, chosen on validation items."
             )
     return " ".join(notes)
 
@@ -165,11 +165,11 @@ def _run_costs(methods: Mapping) -> str:
              *(f"{v / MIB:,.0f}" if v is not None else "" for v in figures)]
         )  # fmt: skip
     header = ["method", "accuracy", "trainable parameters", "training tokens", "tokens/s", "peak of a step, MiB",
-              "optimizer, MiB", "peak as a loop over branches, MiB"]  # fmt: skip
+              "optimizer, MiB", "peak of the loop, MiB"]  # fmt: skip
     return (
-        f"{table(header, rows)}\n\nTokens/s: the fastest of the method's runs, each at its own time, on a machine that "
-        "may have been shared; below, they take turns. Peak: tensors alive at once beyond weights and optimizer "
-        "state, counted."
+        f"{table(header, rows)}\n\nTokens/s: the method's fastest run, on a machine that may have been shared; the "
+        "next table is interleaved. Peak: counted bytes alive at once beyond weights and optimizer state. Loop: "
+        "MultiLoRA as a loop over branches."
     )
 
 
@@ -186,7 +186,8 @@ def _step_costs(cost: Mapping) -> str:
             )
     header = ["method", "n", "s/step", "saved for backward, MiB", "peak, MiB", "tokens/s"]
     return (
-        f"{table(header, rows)}\n\nMedian of {cost['rounds']} rounds; in brackets against LoRA of the same total rank."
+        f"{table(header, rows)}\n\nMedians of {cost['rounds']} rounds; in brackets: relative to LoRA of the same total "
+        "rank."
     )
 
 

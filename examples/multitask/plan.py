@@ -1,4 +1,4 @@
-"""The study's scale, its runs in their order, and the learning rate that a method's sweep chose."""
+"""The study's scale, its runs in order, and the learning rate that a method's sweep chose."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained: everything ("full"), LoRA, MultiLoRA of ``n`` branches, or LoRAs of single tasks, summed."""
+    """A training method: full fine-tuning, LoRA, MultiLoRA of ``n`` branches, or the sum of single-task LoRAs."""
 
     label: str
     kind: Literal["full", "lora", "multilora", "sum"]
     n: int = 1
     scaling: Literal["vector", "scalar"] = "vector"
-    start: Literal["scales", "B"] = "scales"  # what is zero at first; with B, the scales are one
-    task: str | None = None  # on this task alone
+    start: Literal["scales", "B"] = "scales"  # initialized to zero; with B, the scales are initialized to one
+    task: str | None = None  # trained on this task alone
 
 
 ALONE = "BoolQ"
@@ -50,13 +50,13 @@ def _rates() -> dict[str, tuple[float, ...]]:
 
 @dataclass(frozen=True)
 class Study:
-    """Every method sees ``steps`` batches of ``batch_size`` examples, which depend on the seed alone, drawn evenly from
-    the tasks or, with ``micro_tokens``, by the root of their sizes. Adapters have the total rank ``total_rank`` or that
-    of ``ranks``, on all seven linears of a layer.
+    """Every method trains on the same ``steps`` batches of ``batch_size`` examples of a seed, drawn evenly from the
+    tasks or, with ``micro_tokens``, in proportion to the square root of their sizes. Adapters have the total rank
+    ``total_rank``, or that in ``ranks``, on all seven linear layers of a decoder layer.
 
-    ``micro_tokens`` cuts a step into batches of similar lengths with at most so many padded tokens; without it a step
-    is one packed row. Tasks with fewer than ``least_items`` test items are not in the mean. Seeds below
-    ``first_tested`` are for the sweep alone: they see no test items.
+    ``micro_tokens`` limits the tokens of a batch of bins, padding included; without it a step is one packed row. The
+    mean excludes tasks with fewer than ``least_items`` test items. Seeds below ``first_tested`` are for the sweep alone
+    and see no test items.
     """
 
     steps: int = 70
@@ -67,16 +67,16 @@ class Study:
     seeds: int = 3
     total_rank: int = 30
     rates: dict[str, tuple[float, ...]] = field(default_factory=_rates)
-    task_weights: tuple[float, ...] = (0.3, 0.6, 1.0)  # of every LoRA in the sum; the best on validation is kept
+    task_weights: tuple[float, ...] = (0.3, 0.6, 1.0)  # of every LoRA in the sum; validation chooses
     compared_rounds: int = 9
-    dtype: str = "bfloat16"  # products run in it under autocast; weights, optimizer and sums are float32
+    dtype: str = "bfloat16"  # of autocast; weights and optimizer are float32
     ranks: dict[str, int] | None = None
     micro_tokens: int | None = None
     least_items: int | None = None
     first_tested: int | None = None
 
     def settings(self) -> dict:
-        """What must be the same in all runs of one results folder, as JSON keeps it."""
+        """The settings that all runs of one results folder share, as in JSON."""
         free = {"seeds", "rates", "compared_rounds"}
         kept = {key: value for key, value in asdict(self).items() if key not in free and value is not None}
         return kept | {"task_weights": list(self.task_weights)}
@@ -94,7 +94,7 @@ class Study:
 
 
 def quick(study: Study) -> Study:
-    """Every part of the study once, in minutes; its figures mean nothing."""
+    """The study with every part once, in minutes. Its figures mean nothing."""
     rates = {method: rates[1:2] for method, rates in study.rates.items()}
     first = study.first_tested or 0
     return replace(
@@ -111,7 +111,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its file."""
+        """The stem of its file."""
         return self.method if self.rate is None else f"{self.method}-lr{self.rate:.0e}-seed{self.seed}"
 
 
@@ -119,13 +119,13 @@ Results = Mapping[str, Mapping]  # by the run's name
 
 
 def next_run(study: Study, done: Results, running: Collection[str] = ()) -> Run | None:
-    """The first run that is missing and that does not wait for one of the runs that are under way."""
+    """The first run that is neither done nor running and does not depend on a running one."""
     return next((run for run in runs(study, done) if run.name not in done and run.name not in running), None)
 
 
 def runs(study: Study, done: Results) -> Iterator[Run]:
-    """All runs in their order: what answers the main question first. Those of further seeds come up once the sweep of
-    their method is finished."""
+    """All runs in order, the main comparison first. Runs of further seeds follow once their method's sweep is
+    complete."""
 
     def seeds(methods: Iterable[str], numbers: Iterable[int]) -> Iterator[Run]:
         swept = {m: chosen(study, m, done) for m in methods if is_swept(study, m, done)}
@@ -149,7 +149,7 @@ def is_swept(study: Study, method: str, done: Results) -> bool:
 
 
 def sweep(study: Study, method: str, done: Results) -> list[float]:
-    """The learning rates to try with seed 0: the grid and, where its best value lies at the edge, one value beyond."""
+    """The learning rates to try with seed 0: the grid and, if its best value is at the edge, one value beyond."""
     grid = sorted(study.rates[method])
     best = chosen_of(grid, method, done)
     if len(grid) < 2 or best not in (grid[0], grid[-1]) or any(Run(method, rate).name not in done for rate in grid):
@@ -159,16 +159,17 @@ def sweep(study: Study, method: str, done: Results) -> list[float]:
 
 
 def chosen(study: Study, method: str, done: Results) -> float | None:
-    """The best learning rate of those tried so far, None where none was."""
+    """The best learning rate tried so far, or None."""
     return chosen_of(sweep(study, method, done), method, done)
 
 
 def chosen_of(grid: list[float], method: str, done: Results) -> float | None:
-    """By mean accuracy over the tasks on validation items; among equals, by the likelihood of the right option."""
+    """The best rate of ``grid`` tried so far, by :func:`validation_score`, or None."""
     tried = [rate for rate in grid if Run(method, rate).name in done]
     return max(tried, key=lambda rate: validation_score(done[Run(method, rate).name]), default=None)
 
 
 def validation_score(result: Mapping) -> tuple[float, float]:
+    """Mean accuracy over the tasks on validation items, and mean log-likelihood of the right option for ties."""
     tasks = result["validation"].values()
     return sum(t["accuracy"] for t in tasks) / len(tasks), -sum(t["nll"] for t in tasks) / len(tasks)

@@ -1,10 +1,9 @@
-"""How many items, seeds and tokens tell a difference of one point? ``python -m examples.multitask.power`` computes it
-from the runs that there are, and writes it on the study's page.
+"""Power analysis: items, seeds and tokens for a difference of one point. ``python -m examples.multitask.power`` writes
+it on the study's page from the finished runs.
 
-A mark is right or wrong, and the difference of two methods' marks on one item has three parts: the seed's, which all
-items of a task share, the item's, which all seeds share, and the rest. Their variances come from the records; the
-difference of the mean accuracies then has the variance τ²/S + (item + rest/S) · Σ 1/mₜ / K², with S seeds, K tasks and
-mₜ items in task t.
+The difference of two methods' marks on one item has three random parts: of the seed, shared by all items of a task; of
+the item, shared by all seeds; and the rest. Their variances come from the records. The difference of the mean
+accuracies then has the variance τ²/S + (item + rest/S) · Σ 1/mₜ / K², with S seeds, K tasks and mₜ items in task t.
 """
 
 import argparse
@@ -27,20 +26,20 @@ PAIRS = (("multilora-3", "lora"), ("multilora-5", "lora"))
 
 @dataclass(frozen=True)
 class Spread:
-    """Variances of the difference of two methods' marks: τ² of seeds, of items, of the rest."""
+    """Variance components of the difference of two methods' marks."""
 
-    seed: float
+    seed: float  # τ²
     item: float
     rest: float
-    tokens: float  # of a run in which it was seen
+    tokens: float  # of the runs
 
     def at(self, tokens: float) -> "Spread":
-        """If seeds differ because they draw other examples, τ² falls as their number grows."""
+        """The spread at ``tokens`` a run, if τ² is inversely proportional to the tokens."""
         return replace(self, seed=self.seed * self.tokens / tokens)
 
 
 def spread(differences: Sequence[Mapping[str, Tensor]], tokens: float) -> Spread:
-    """The mean over pairs of methods of the differences (seeds, items) by task."""
+    """The mean spread over pairs of methods, from differences (seeds, items) by task."""
     found = []
     for pair in differences:
         parts = crossed(pair)
@@ -57,12 +56,12 @@ def spread(differences: Sequence[Mapping[str, Tensor]], tokens: float) -> Spread
 
 
 def standard_error(of: Spread, seeds: int, items: Sequence[int]) -> float:
-    """Of the difference of the mean accuracies over as many tasks as ``items`` has counts."""
+    """Standard error of the difference of the mean accuracies, with ``items`` test items by task."""
     return math.sqrt(of.seed / seeds + (of.item + of.rest / seeds) * _inverse(items))
 
 
 def power(of: Spread, seeds: int, items: Sequence[int], difference: float = POINT, *, draws: int = 4000) -> float:
-    """How often the verdict's test over items and seeds finds ``difference``, by drawing what it will see."""
+    """Power of the test over items and seeds to find ``difference``, by simulation."""
     generator = torch.Generator().manual_seed(0)
     rest = of.rest / seeds * _inverse(items)
     by_item = of.item * _inverse(items) + rest
@@ -78,7 +77,7 @@ def power(of: Spread, seeds: int, items: Sequence[int], difference: float = POIN
 
 
 def _critical(freedom: np.ndarray) -> np.ndarray:
-    """Student's t at the level, between exact values at some degrees of freedom."""
+    """Critical values of Student's t at LEVEL, interpolated."""
     return np.interp(np.log(freedom), *_exact())
 
 
@@ -95,7 +94,7 @@ def _exact() -> tuple[list[float], list[float]]:
 
 
 def seeds_needed(of: Spread, items: Sequence[int], *, most: int = 64) -> int | None:
-    """The fewest seeds with the wanted power for one point, None beyond ``most``."""
+    """The fewest seeds with power WANTED for one point, or None beyond ``most``."""
     low, high = 2, most
     if power(of, most, items) < WANTED:
         return None
@@ -106,7 +105,7 @@ def seeds_needed(of: Spread, items: Sequence[int], *, most: int = 64) -> int | N
 
 
 def items_needed(of: Spread, seeds: int, tasks: int, *, most: int = 20_000) -> int | None:
-    """The fewest items a task, to two digits, with the wanted power for one point, None beyond ``most``."""
+    """The fewest items per task, to two digits, with power WANTED for one point, or None beyond ``most``."""
     counts = [digits * 10**zeros for zeros in (1, 2, 3) for digits in range(10, 100)] + [most]
     low, high = 0, len(counts) - 1
     if power(of, seeds, [most] * tasks) < WANTED:
@@ -119,7 +118,7 @@ def items_needed(of: Spread, seeds: int, tasks: int, *, most: int = 20_000) -> i
 
 
 def recorded(study: Study, done: Results) -> Spread:
-    """Of the study's runs at the chosen learning rates.
+    """The spread of the study's runs at the chosen learning rates.
 
     Raises:
         ValueError: fewer than two seeds of the methods that are compared.
@@ -140,34 +139,34 @@ def _inverse(items: Sequence[int]) -> float:
 
 
 def section(seen: Spread, items: Sequence[int], tokens: float) -> str:
-    """The page's section: what the records show, what one point takes, and what the GPU profile can tell."""
+    """The section of the page: recorded spread, what one point takes, and the power of the GPU profile."""
     from bench.report import table
 
     tasks = len(items)
-    falling = f"falling with tokens, at {tokens / 1e6:g} M"
+    falling = f"scaled to {tokens / 1e6:g} M tokens"
     known = {"as recorded": seen, falling: seen.at(tokens), "none": replace(seen, seed=0.0)}
     rows = []
     for label, of in known.items():
         for seeds in (3, 5, 10):
             needed = items_needed(of, seeds, tasks)
             rows.append(
-                [label, f"{of.seed**0.5 * 100:.2f}", str(seeds), f"{needed:,}" if needed else "none are enough",
+                [label, f"{of.seed**0.5 * 100:.2f}", str(seeds), f"{needed:,}" if needed else "not reachable",
                  f"{power(of, seeds, items):.0%}", f"{2.8 * standard_error(of, seeds, items) * 100:.2f}"]
             )  # fmt: skip
-    header = ["the seeds' own spread", "τ, points", "seeds", f"items in each of {tasks} tasks", "power for one point",
+    header = ["spread over seeds", "τ, points", "seeds", f"items in each of {tasks} tasks", "power for one point",
               "detectable, points"]  # fmt: skip
     counts = " + ".join(f"{count:,}" for count in items)
     enough = seeds_needed(seen, items)
     return (
-        f"The marks of MultiLoRA and LoRA on one item differ with a variance of {seen.item:.3f} for the item, "
-        f"{seen.rest:.3f} for what item and seed do together; seeds shift the difference of the means by "
-        f"τ = {seen.seed**0.5 * 100:.2f} points at {seen.tokens:,.0f} tokens, estimated from three seeds and so known "
-        f"only roughly. One point at p < {LEVEL}, by the test over items and seeds, with {WANTED:.0%} power takes:\n\n"
+        f"The difference of MultiLoRA's and LoRA's marks on one item has variance {seen.item:.3f} over items and "
+        f"{seen.rest:.3f} over items and seeds jointly. Seeds shift the difference of the means by "
+        f"τ = {seen.seed**0.5 * 100:.2f} points at {seen.tokens:,.0f} tokens, a rough estimate from three seeds. "
+        f"One point at p < {LEVEL}, by the test over items and seeds, with {WANTED:.0%} power takes:\n\n"
         f"{table(header, rows)}\n\n"
-        f"The last two columns are for the test items of the GPU profile that count, {counts}. If τ stays as it was, "
-        f"one point takes {enough or 'more than 64'} seeds with these items. Tokens are not in the records' spread: "
-        "that seeds draw other examples, and that τ² therefore falls as one over their number, is an assumption, which "
-        "the runs will show right or wrong. Detectable: 2.8 standard errors, without the allowance for few seeds."
+        f"The last two columns are for the counted test items of the GPU profile, {counts}. If τ does not change, one "
+        f"point takes {enough or 'more than 64'} seeds with these items. The scaled rows assume that seeds differ by "
+        "the examples they draw, so that τ² is inversely proportional to the tokens; only the runs can tell. "
+        "Detectable: 2.8 standard errors, without a correction for few seeds."
     )
 
 

@@ -1,8 +1,8 @@
-"""``python -m examples.multitask.prepare FOLDER``: the model and the tasks of the GPU profile as plain files.
+"""Write the model and the tasks of the GPU profile as plain files: ``python -m examples.multitask.prepare FOLDER``.
 
-FOLDER then holds ``model/`` (safetensors), the token ids of ``train/TASK.jsonl``, ``validation/TASK.jsonl`` and
-``test/TASK.jsonl``, and ``prepared.json``, which says what they are. Where the profile runs, it needs neither
-``datasets`` nor ``gguf``, nor a tokenizer.
+FOLDER then holds ``model/`` (safetensors), token ids in ``train/TASK.jsonl``, ``validation/TASK.jsonl`` and
+``test/TASK.jsonl``, and ``prepared.json``, their index. The profile reads nothing else: it needs neither ``datasets``
+nor ``gguf`` nor a tokenizer.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from multilora_fast.demo.tasks import Example, Task
 from multilora_fast.files import atomic_dir
 
 PARTS = ("train", "validation", "test")
-LAST = "prepared.json"  # written last: a folder that has it is whole
+LAST = "prepared.json"  # written last: its presence means a complete folder
 
 
 def prepare(folder: Path, model: Path, tasks: Sequence[Task], study: Study, tokenizer) -> dict:
-    """Write ``folder``, all or nothing, and return what its prepared.json says.
+    """Write ``folder`` atomically, and return the contents of its prepared.json.
 
     Raises:
-        ValueError: the folder exists, or a task is left without an item for one of the parts.
+        ValueError: the folder is prepared already, or a task has no item for one of the parts.
     """
     if (folder / LAST).exists():
         raise ValueError(f"{folder} is prepared already: name another folder, or remove it.")
@@ -51,8 +51,8 @@ def prepare(folder: Path, model: Path, tasks: Sequence[Task], study: Study, toke
 
 
 def divide(task: Task, study: Study, tokenizer) -> dict[str, list[Encoded]]:
-    """The rows of at most ``max_length`` tokens by part. No two held-out items, and none and a training example, share
-    their first line; validation takes at most a quarter of them."""
+    """The rows of at most ``max_length`` tokens by part. No two held-out items share a first line, and none shares it
+    with a training example. Validation takes at most a quarter of them."""
     held_out = {first_line(example): example for example in task.held_out}
     first = min(study.validation_items, len(held_out) // 4)
     drawn = _short(random.Random(0).sample(list(held_out.values()), len(held_out)), study, tokenizer)
@@ -66,10 +66,10 @@ def divide(task: Task, study: Study, tokenizer) -> dict[str, list[Encoded]]:
 
 
 def read(folder: Path, study: Study) -> Items:
-    """What :func:`prepare` wrote, and no more of it than ``study`` takes.
+    """Read what :func:`prepare` wrote, cut to what ``study`` takes.
 
     Raises:
-        ValueError: the folder is not there or not whole, or a test or validation item is in another part, too.
+        ValueError: the folder is missing or incomplete, or an item is in two parts.
     """
     if not (folder / LAST).is_file():
         raise ValueError(f"--prepared {folder} holds no {LAST}: make it with python -m examples.multitask.prepare.")

@@ -1,7 +1,7 @@
-"""Is one method better than another on the same items? Paired tests over items and over seeds, and an interval.
+"""Paired tests of two methods on the same items, over items and over seeds, and an interval of the difference.
 
-All compare means over the tasks, each task counting the same. Marks are tensors (seeds, items) of 0 and 1 by task; the
-two methods' seeds and items are the same.
+All compare means over tasks, with equal weight per task. Marks are tensors (seeds, items) of 0 and 1 by task, with the
+same seeds and items for both methods.
 """
 
 import math
@@ -15,10 +15,10 @@ Marks = Mapping[str, Tensor]
 
 
 def compare(first: Marks, second: Marks, *, draws: int = 10_000) -> dict[str, float]:
-    """The difference of the mean accuracies, first − second, its 95 % interval, and the two-sided p of no difference.
+    """The difference of the mean accuracies, first − second, its 95 % interval, and two-sided p values.
 
-    The interval is a bootstrap over items and, where there are several, seeds; p is for the seeds as they are, and
-    p_seeds, where there are several, for seeds that are drawn as the items are.
+    The interval is a bootstrap over items and seeds. ``p`` takes the seeds as fixed. ``p_seeds``, given for several
+    seeds, takes seeds and items as random.
     """
     differences = {task: first[task].double() - second[task].double() for task in first}
     weighted = [d.mean(0) / (d.shape[1] * len(differences)) for d in differences.values()]
@@ -32,10 +32,10 @@ def compare(first: Marks, second: Marks, *, draws: int = 10_000) -> dict[str, fl
 
 @dataclass(frozen=True)
 class Crossed:
-    """Variance of a mean of differences over tasks, where S seeds and all items are drawn at random."""
+    """Variance of a mean difference over tasks, with random seeds and items."""
 
-    by_seed: float  # of the seeds' means, over S: the seeds' own share and the residual
-    by_item: float  # of the items' means, summed over items and tasks: their own share and the residual
+    by_seed: float  # variance of the seeds' means over S, which includes the residual
+    by_item: float  # variance of the items' means, summed over items and tasks, which includes the residual
     residual: float
     seeds: int
     items: int
@@ -45,7 +45,7 @@ class Crossed:
         return max(self.by_seed + self.by_item - self.residual, self.by_seed, self.by_item)
 
     def p(self, difference: float) -> float:
-        """Two-sided p of no difference, by t with Satterthwaite's degrees of freedom."""
+        """Two-sided p of ``difference`` by a t test with Satterthwaite's degrees of freedom."""
         if not self.variance:
             return float(difference == 0)
         freedom = self.variance**2 / (self.by_seed**2 / (self.seeds - 1) + self.by_item**2 / (self.items - 1))
@@ -53,7 +53,7 @@ class Crossed:
 
 
 def crossed(differences: Mapping[str, Tensor]) -> Crossed:
-    """Of differences (seeds, items) by task, seeds at least 2."""
+    """Variance components of differences (seeds, items) by task, with at least 2 seeds."""
     tasks, seeds = len(differences), next(iter(differences.values())).shape[0]
     means = torch.stack([d.mean(1) for d in differences.values()]).mean(0)
     by_item = residual = 0.0
@@ -67,7 +67,7 @@ def crossed(differences: Mapping[str, Tensor]) -> Crossed:
 
 
 def t_p(t: float, freedom: float) -> float:
-    """Two-sided p of Student's t, by its integral over the angle atan(t / √freedom); from 300 on that of a normal."""
+    """Two-sided p of Student's t, by integration over the angle atan(t / √freedom), or of the normal from 300 on."""
     if freedom > 300:
         return math.erfc(t / math.sqrt(2))
 
@@ -79,7 +79,7 @@ def t_p(t: float, freedom: float) -> float:
 
 
 def sign_flip_p(differences: Tensor, *, draws: int = 10_000) -> float:
-    """Two-sided p that paired differences, 1-D, have no direction: how often random signs give as large a sum."""
+    """Two-sided p of a sign-flip test on paired differences (1-D): how often random signs give as large a sum."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (draws, len(differences)), generator=generator, dtype=torch.float64) * 2 - 1
     sums = signs @ differences.double()

