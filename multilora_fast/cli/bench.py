@@ -19,12 +19,7 @@ def bench(
     lora_num: Annotated[int, typer.Option(help="Parallel branches, n.")] = 3,
     r: Annotated[int, typer.Option(help="Rank of each branch; LoRA gets n times as much.")] = 32,
     lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.0,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Layer and branch dtype: float32, bfloat16, or auto (bfloat16 where the device supports it natively)."
-        ),
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="Layer dtype: float32, bfloat16, or auto (by device).")] = "auto",
     device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
     rounds: Annotated[int, typer.Option(help="Timed rounds; methods alternate in each.")] = 15,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, in seconds and bytes.")] = False,

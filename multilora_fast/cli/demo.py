@@ -16,25 +16,18 @@ def demo(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="160, quick: 6")] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
-    max_length: Annotated[
-        int, typer.Option(help="Maximum example length in tokens; longer examples are dropped.")
-    ] = 160,
+    max_length: Annotated[int, typer.Option(help="Longest example in tokens; others are dropped.")] = 160,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     lora_num: Annotated[int, typer.Option(help="Parallel branches per layer, n.")] = 3,
     r: Annotated[int, typer.Option(help="Rank of each branch.")] = 8,
     lora_alpha: Annotated[
-        float | None, typer.Option(help="LoRA alpha; branches are scaled by alpha / r.", show_default="r")
+        float | None, typer.Option(help="Branches are scaled by alpha / r.", show_default="r")
     ] = None,
     lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.05,
     target_modules: Annotated[
         str, typer.Option(help="Comma-separated names of the linear layers to adapt.")
     ] = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="Base model dtype: float32, bfloat16, or auto (bfloat16 where the device supports it natively)."
-        ),
-    ] = "auto",
+    dtype: Annotated[str, typer.Option(help="Base model dtype: float32, bfloat16, or auto (by device).")] = "auto",
     eval_items: Annotated[
         int | None, typer.Option(help="Held-out examples per task.", show_default="100, quick: 8")
     ] = None,

@@ -13,9 +13,7 @@ from multilora_fast.cli.paths import given_path
 
 def train(
     model: Annotated[str, Option(help="Directory or hub id of a causal LM.")],
-    output: Annotated[
-        Path, Option(help="Output directory for the adapter and checkpoints; new or empty.", parser=given_path)
-    ],
+    output: Annotated[Path, Option(help="New or empty directory for adapter and checkpoints.", parser=given_path)],
     files: Annotated[
         list[str] | None,
         Argument(
@@ -25,8 +23,7 @@ def train(
     ] = None,
     task: Annotated[list[str] | None, Option(help="Task as NAME=FILE. Repeatable.")] = None,
     eval_file: Annotated[
-        list[str] | None,
-        Option(help="Evaluation data as NAME=FILE; replaces the held-out rows of task NAME. Repeatable."),
+        list[str] | None, Option(help="Evaluation data as NAME=FILE, instead of held-out rows. Repeatable.")
     ] = None,
     chat_template: Annotated[Path | None, Option(help="Jinja chat template that replaces the tokenizer's.")] = None,
     learn: Annotated[str, Option(help="Tokens in the loss: answers, or all (prompts too).")] = "answers",
@@ -35,19 +32,13 @@ def train(
     gradient_checkpointing: Annotated[
         bool, Option("--gradient-checkpointing", help="Recompute activations in backward to save memory.")
     ] = False,
-    resume: Annotated[
-        bool, Option("--resume", help="Resume from the last checkpoint in the output directory.")
-    ] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume from the last checkpoint in the output.")] = False,
     lora_num: Annotated[int, Option(help="Parallel branches per layer, n.")] = 3,
     r: Annotated[int, Option("--r", "--rank", help="Rank of each branch. Use --rank with torchrun.")] = 32,
-    lora_alpha: Annotated[
-        float | None, Option(help="LoRA alpha; branches are scaled by alpha / r (default: r).")
-    ] = None,
+    lora_alpha: Annotated[float | None, Option(help="Branches are scaled by alpha / r.", show_default="r")] = None,
     lora_dropout: Annotated[float, Option(help="Dropout before the branches.")] = 0.0,
     scaling: Annotated[str, Option(help="Learned scale per branch: vector or scalar.")] = "vector",
-    target_modules: Annotated[
-        str, Option(help="Comma-separated names of linear layers, or all-linear.")
-    ] = "all-linear",
+    target_modules: Annotated[str, Option(help="Comma-separated layer names, or all-linear.")] = "all-linear",
     exclude_modules: Annotated[str | None, Option(help="Comma-separated names of layers not to adapt.")] = None,
     epochs: Annotated[float, Option(help="Training epochs; each ends with a checkpoint.")] = 1.0,
     max_steps: Annotated[int | None, Option(help="Training steps; overrides --epochs.")] = None,

@@ -35,10 +35,11 @@ def last_checkpoint(folder: Path) -> Path | None:
     Raises:
         ValueError: the checkpoint is damaged.
     """
-    found = [path for path in folder.glob(f"checkpoint-*/{STATE}") if _step_of(path).isdecimal() and _state(path)]
-    if not found:
+    steps = {path: path.name.partition("-")[2] for path in folder.glob("checkpoint-*")}
+    found = [path for path, step in steps.items() if step.isdecimal() and _is_complete(path)]
+    last = max(found, key=lambda path: int(steps[path]), default=None)
+    if last is None:
         return None
-    last = max(found, key=lambda path: int(_step_of(path))).parent
     try:
         read_multilora(last)
         for path in sorted(last.glob("*.pt*")):
@@ -99,14 +100,9 @@ def failures_named(folder: Path) -> Iterator[None]:
         raise OSError(f"{folder} cannot be written: {reason}. --resume goes on from the last checkpoint.") from error
 
 
-def _step_of(path: Path) -> str:
-    """The step in the name of the checkpoint directory of a file."""
-    return path.parent.name.rpartition("-")[2]
-
-
-def _state(path: Path) -> TrainerState | None:
-    """None if the write was interrupted."""
+def _is_complete(checkpoint: Path) -> bool:
     try:
-        return TrainerState.load_from_json(str(path))
+        TrainerState.load_from_json(str(checkpoint / STATE))
     except (OSError, ValueError, TypeError):
-        return None
+        return False
+    return True

@@ -87,7 +87,7 @@ class TrainSettings:
         folder = self.output
         check_folder("--output", folder)
         there = [path for path in folder.iterdir() if not path.name.startswith(UNFINISHED)] if folder.is_dir() else []
-        begun = [path.name for path in there] == [RECORD] and _is_record(there[0])  # interrupted before a checkpoint
+        begun = [path.name for path in there] == [RECORD] and _record_in(folder)  # interrupted before a checkpoint
         if there and not begun and not self.resume:
             raise ValueError(f"--output {folder} is not empty: give another directory, or --resume to go on in it.")
         if self.resume and not (folder / RECORD).is_file():
@@ -107,21 +107,21 @@ class TrainSettings:
         return json.loads(json.dumps({**fixed, "data": data}))
 
 
-def _is_record(path: Path) -> bool:
+def _record_in(folder: Path) -> dict | None:
+    """The record of an earlier run, or None if it is missing or damaged."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and {"model", "lora_num", "data"} <= found.keys()
+        return None
+    return found if isinstance(found, dict) and {"model", "lora_num", "data"} <= found.keys() else None
 
 
 def check_same_run(folder: Path, record: dict) -> None:
     """Raise ValueError naming the first difference if the run in ``folder`` has another record."""
-    try:
-        earlier = json.loads((folder / RECORD).read_text())
-        changed = [key for key in record if earlier.get(key) != record[key]]
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"--resume: {folder / RECORD} is damaged: {error}.") from error
+    earlier = _record_in(folder)
+    if earlier is None:
+        raise ValueError(f"--resume: {folder / RECORD} is damaged: it holds no settings of a run.")
+    changed = [key for key in record if earlier.get(key) != record[key]]
     if "data" in changed:
         raise ValueError(f"--resume: the data is not that of the run in {folder}.")
     if changed:
