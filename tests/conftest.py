@@ -1,3 +1,4 @@
+import gc
 import os
 
 import pytest
@@ -18,6 +19,14 @@ def _fixed_seed():
 @pytest.fixture
 def device() -> str:
     return DEVICE
+
+
+def pytest_collection_finish():
+    gc.freeze()  # full collections skip what the imports made
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

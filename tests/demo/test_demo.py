@@ -106,6 +106,7 @@ def test_accuracy_counts_the_likeliest_options(tokenizer):
 
 def test_packed_loss_is_the_mean_over_answer_tokens(tokenizer):
     model = llama()
+    model.config.use_cache = False  # with a cache, transformers does not keep packed rows apart
     examples = [encode(example, tokenizer) for example in made_up("colour", 5, COLOURS)]
     check_packing(model, examples)
     losses = []

@@ -1,4 +1,4 @@
-"""The recipe of a captured step, where there is nothing to capture on. On a GPU, test_gpu.py asks for its bits."""
+"""The captured step without a GPU; test_gpu.py checks its bits on one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The rules of examples/multitask: which learning rate is chosen, what is significant, and when a claim holds."""
+"""Rules of examples/multitask: learning rates, significance, verdicts."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The study of examples/multitask on a tiny model: apart items, runs that are not repeated, and an honest report."""
+"""The study of examples/multitask on a tiny model: disjoint items, runs and their records, and the report."""
 
 import copy
 import dataclasses
@@ -7,6 +7,7 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,26 +85,26 @@ def test_adapters_have_the_same_total_rank(bench):
     assert len(set(sizes.values())) == 1
 
 
-def test_finished_runs_are_not_run_again(bench, tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_run_again(records, tmp_path, monkeypatch):
     started = []
-    execute = execution.execute
-    monkeypatch.setattr(schedule, "execute", lambda run, *rest: started.append(run.name) or execute(run, *rest))
-    folder = tmp_path / "runs"
-    run_missing(folder, STUDY, bench, {}, limit=2)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(schedule, "execute", lambda run, *_: started.append(run.name) or records[run.name])
+    run_missing(tmp_path, STUDY, None, {}, limit=2)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert sorted(before) == ["lora-lr1e-03-seed0.json", "zero-shot.json"]
-    run_missing(folder, STUDY, bench, read_results(folder, STUDY), limit=1)
+    run_missing(tmp_path, STUDY, None, read_results(tmp_path, STUDY), limit=1)
     assert started == ["zero-shot", "lora-lr1e-03-seed0", "lora-lr1e-02-seed0"]
-    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
-def test_an_interrupted_run_leaves_no_file(bench, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def test_an_interrupted_run_leaves_no_file(records, tmp_path, monkeypatch):
+    def interrupted(run, *_):
+        if run.method == "lora":
+            raise KeyboardInterrupt
+        return records[run.name]
 
-    monkeypatch.setattr(execution, "_spectrum", interrupt)
+    monkeypatch.setattr(schedule, "execute", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_missing(tmp_path, STUDY, bench, {})
+        run_missing(tmp_path, STUDY, None, {})
     assert [path.name for path in tmp_path.iterdir()] == ["zero-shot.json"]
 
 
@@ -139,31 +140,27 @@ def test_real_items_are_apart():
         eos_token_id = -1
 
         def __call__(self, text):
-            ids = (
-                [hash(word) for word in text.split(" ")] if isinstance(text, str) else [self(t).input_ids for t in text]
-            )
-            return type("Encoding", (), {"input_ids": ids})
+            one = [self(t).input_ids for t in text] if isinstance(text, list) else [*map(hash, text.split(" "))]
+            return SimpleNamespace(input_ids=one)
 
     tasks = real_tasks()
     items = split(tasks, dataclasses.replace(Study(), max_length=100), Words())
     assert [task.name for task in tasks] == ["BoolQ", "SST-2", "ARC-Easy", "ASDiv", "RTE"]
-    for task in tasks:
-        validation, test = ({tuple(item.prompt) for item in part[task.name]} for part in (items.validation, items.test))
-        trained = {tuple(Words()(example.prompt).input_ids) for example in items.train[task.name]}
-        assert len(validation) == 40
-        assert len(test) >= 30
-        assert not trained & validation
-        assert not trained & test
-        assert not validation & test
+    for name, examples in items.train.items():
+        parts = [{tuple(item.prompt) for item in part[name]} for part in (items.validation, items.test)]
+        parts.append({tuple(Words()(example.prompt).input_ids) for example in examples})
+        assert len(parts[0]) == 40
+        assert len(parts[1]) >= 30
+        assert sum(map(len, parts)) == len(set.union(*parts))
 
 
 def test_all_methods_see_the_same_examples_of_a_seed_and_seeds_differ(bench):
     draws = [mixture(bench.items, STUDY, bench.tokenizer, seed) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
     assert [item.task for item in draws[0][:4]] == ["colour", "thing", "colour", "thing"]
-    with pytest.raises(ValueError, match="steps must be a multiple of the 2 tasks, not 5"):
+    with pytest.raises(ValueError, match="steps"):
         mixture(bench.items, dataclasses.replace(STUDY, steps=5), bench.tokenizer, 0)
-    with pytest.raises(ValueError, match=r"colour has \d+ examples of at most 32 tokens, not 60"):
+    with pytest.raises(ValueError, match="colour"):
         mixture(bench.items, dataclasses.replace(STUDY, steps=40), bench.tokenizer, 0)
 
 
@@ -211,11 +208,6 @@ def test_the_page_says_what_the_records_say(records, tmp_path):
     for name in ("accuracy.png", "spectrum.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob(".*"))
-
-
-def test_every_claim_has_a_verdict_and_figures_of_the_summary(records, tmp_path):
-    pytest.importorskip("matplotlib")
-    report(tmp_path, STUDY, records)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert len(summary["claims"]) == 20
     page = (tmp_path / "README.md").read_text()
@@ -238,12 +230,12 @@ def test_text_around_the_report_stays_and_a_report_of_the_same_is_the_same(recor
     report(tmp_path, STUDY, records)
     assert page.read_text() == text
     page.write_text("no markers")
-    with pytest.raises(ValueError, match="lacks the markers"):
+    with pytest.raises(ValueError, match="markers"):
         report(tmp_path, STUDY, records)
     assert page.read_text() == "no markers"
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 4, 7])
+@pytest.mark.parametrize("count", [0, 2, 7])
 def test_a_part_of_the_study_has_a_report(records, tmp_path, count):
     pytest.importorskip("matplotlib")
     done = {}
@@ -261,11 +253,11 @@ def test_records_of_another_study_are_refused(records, tmp_path):
     record = records["zero-shot"]
     write_record(tmp_path / "zero-shot.json", record)
     assert read_results(tmp_path, STUDY) == {"zero-shot": record}
-    with pytest.raises(ValueError, match=r"zero-shot\.json was run with another steps: give another --output"):
+    with pytest.raises(ValueError, match=r"zero-shot\.json .* steps: .*--output"):
         read_results(tmp_path, dataclasses.replace(STUDY, steps=8))
     assert read_results(tmp_path, dataclasses.replace(STUDY, seeds=5)) == {"zero-shot": record}
     (tmp_path / "lora.json").write_text('{"method": ')
-    with pytest.raises(ValueError, match=r"lora\.json is no record of a run .*: remove it"):
+    with pytest.raises(ValueError, match=r"lora\.json"):
         read_results(tmp_path, STUDY)
 
 
@@ -278,17 +270,21 @@ def test_a_failed_write_leaves_the_good_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("words", "named"),
     [
-        ("--threads 0", "--threads must be at least 1, not 0."),
-        ("--max-runs -1", "--max-runs must be at least 1, not -1."),
-        ("--device tpu", "--device must be auto, cpu or cuda, not 'tpu'."),
+        ("--threads 0", "--threads"),
+        ("--max-runs -1", "--max-runs"),
+        ("--workers 0", "--workers"),
+        ("--minutes 0", "--minutes"),
+        ("--device tpu", "--device"),
+        ("--profile gpu", "--prepared"),
+        ("--profile gpu --prepared nowhere", "--prepared nowhere"),
     ],
 )
-def test_mistakes_of_the_command(arguments, message, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["multitask", *arguments.split(), "--output", str(tmp_path), "--report-only"])
+def test_mistakes_of_the_command(words, named, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["multitask", "--device", "cpu", *words.split(), "--output", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         command.main()
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert named in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Small random transformers models, the same at every call, and what tests ask of them."""
+"""Small random transformers models, equal at every call, and helpers for tests of them."""
 
 import torch
 from peft import get_peft_model

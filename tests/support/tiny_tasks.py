@@ -1,4 +1,4 @@
-"""Tasks of a study that are made up."""
+"""Made-up tasks of a study."""
 
 from multilora_fast.demo.tasks import Example, Task
 

@@ -1,4 +1,4 @@
-"""What the tests of trainers share: made-up rows, a tokenizer, a model and its twin with the reference's layers."""
+"""Shared by tests of trainers: made-up rows, a tokenizer, a model and its twin with reference layers."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def adapted(base: LlamaForCausalLM | None = None, **options):
 
 
 def twin(model, base: LlamaForCausalLM | None = None) -> LlamaForCausalLM:
-    """The same base with the reference loop in place of every MultiLoRA layer of ``model``, and the same branches."""
+    """The same base and branches with the reference loop in place of every MultiLoRA layer of ``model``."""
     other = (base or llama(next(model.parameters()).dtype)).requires_grad_(False)
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, MultiLoraLinear):
@@ -52,7 +52,7 @@ def twin(model, base: LlamaForCausalLM | None = None) -> LlamaForCausalLM:
 
 
 def arguments(folder, **options) -> dict:
-    """Of TrainingArguments, for six steps on a CPU that log every loss."""
+    """Keywords of TrainingArguments for six steps on a CPU, logging every loss."""
     defaults = {
         "output_dir": str(folder), "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 3e-2,
         "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
@@ -71,13 +71,13 @@ def logged(trainer) -> torch.Tensor:
 
 
 def trained(model, folder, *, resume=None, **options) -> torch.Tensor:
-    """The losses of transformers' Trainer on ROWS."""
+    """Losses of transformers' Trainer on ROWS."""
     trainer = Trainer(model=model, args=TrainingArguments(**arguments(folder, **options)), train_dataset=ROWS)
     return losses(trainer, resume_from_checkpoint=resume)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Of 64 words, with a chat template."""
+    """A tokenizer of 64 words with a chat template."""
     words = ["[UNK]", "[EOS]", "[user]", "[assistant]", "sky", "grass", "the", "is", "red", "green", "blue", "?"]
     words += [f"w{i}" for i in range(64 - len(words))]
     raw = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
@@ -98,7 +98,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 
 def settings(model, data, folder, **options) -> TrainSettings:
-    """Of a short run of the command in ``folder``."""
+    """Settings of a short run of the command in ``folder``."""
     defaults = {
         "dtype": "float32", "r": 4, "learning_rate": 3e-2, "max_steps": 8, "save_steps": 4, "eval_fraction": 0.2,
     }  # fmt: skip

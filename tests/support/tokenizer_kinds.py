@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that models have, made here, and a chat template in their markers."""
+"""Small tokenizers of every common kind, and a chat template with their markers."""
 
 import string
 

@@ -1,4 +1,4 @@
-"""What the tests of training share: a small model with its tokenizer, rows of two tasks, and the command."""
+"""Fixtures of the training tests: a small model with its tokenizer, rows of two tasks, and the command."""
 
 import sys
 
@@ -14,7 +14,7 @@ from multilora_fast.cli.train import train
 
 @pytest.fixture(autouse=True)
 def _one_thread():
-    """The model is too small for more, which only wait for each other."""
+    """One thread: the model is too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -36,7 +36,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def command(monkeypatch):
-    """Runs the command as the shell does; returns its exit code."""
+    """Runs the command as a shell does and returns its exit code."""
     app = typer.Typer(pretty_exceptions_enable=False)
     app.command()(train)
     monkeypatch.setattr(cli, "app", app)

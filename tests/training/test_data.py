@@ -1,4 +1,4 @@
-"""The rows of ``multilora-fast train``: their files by task, what is held out, and what of their tokens is learnt."""
+"""The rows of ``multilora-fast train``: files by task, the held-out split, batches."""
 
 import json
 
@@ -44,44 +44,54 @@ def test_tools_and_calls_are_read_as_they_stand(tmp_path):
     assert found.fields == {"messages": messages, "tools": [{"name": "look"}]}
 
 
-GOOD = json.dumps(PROMPTS[0])
-BAD = [
-    ("{", "line 2 is not JSON: Expecting property name enclosed in double quotes at column 2."),
-    ("[1]", "line 2: a row must be a JSON object, not list."),
-    ("{}", "line 2: a row must hold prompt and completion, or messages, or text, but it holds nothing."),
-    ('{"prompt": "a", "text": "b"}', "but it holds prompt, text."),
-    ('{"prompt": "a"}', "line 2: completion is missing."),
-    ('{"prompt": "a", "completion": ""}', "line 2: completion must be a text that is not empty, not ''."),
-    ('{"text": 3}', "line 2: text must be a text that is not empty, not 3."),
-    ('{"messages": "a"}', "line 2: messages must be a list of objects with the texts role and content."),
-    ('{"messages": [{"role": "user"}]}', "line 2: messages must be a list of objects with the texts"),
-    ('{"messages": [{"role": "user", "content": "a"}]}', "line 2: messages hold no message of the assistant"),
-    ('{"task": "a", "text": "b"}', "line 1: task must be a name, as in the other rows of the file, not None."),
+def chat(**answer) -> str:
+    return json.dumps({"messages": [{"role": "assistant", **answer}]})
+
+
+BAD = [  # a line, and what the message names
+    ("{", "JSON: .* column 2"),
+    ("[1]", "list"),
+    ("{}", "nothing"),
+    ('{"prompt": "a", "text": "b"}', "prompt, text"),
+    ('{"prompt": "a"}', "completion"),
+    ('{"prompt": "a", "completion": ""}', "completion"),
+    ('{"text": 3}', "text"),
+    ('{"messages": "a"}', "messages"),
+    ('{"messages": [{"role": "user"}]}', "messages"),
+    ('{"messages": [{"role": "user", "content": "a"}]}', "assistant"),
+    (chat(content=None), "messages"),
+    (chat(content="a", tool_calls=[1]), "messages"),
+    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "look"}', "tools"),
+    (json.dumps({"prompt": "sky", "completion": "\ud800"}), "surrogate"),
+    (chat(content="\udfff"), "surrogate"),
+    (json.dumps({"text": "sky", "task": "\ud800"}), "surrogate"),
+    ("[" * 100_000, "nested too deeply"),
+    ('{"a": ' * 100_000, "nested too deeply"),
+    (f'{{"text": "sky", "n": {"9" * 5000}}}', "number"),
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), BAD)
-def test_a_bad_row_is_named_by_file_and_line(line, message, tmp_path):
+@pytest.mark.parametrize(("line", "named"), BAD, ids=[line[:60] for line, _ in BAD])
+def test_a_bad_row_is_named_by_file_and_line(line, named, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text(f"{GOOD}\n{line}\n")
-    with pytest.raises(ValueError) as error:
+    path.write_text(f"{json.dumps(PROMPTS[0])}\n{line}\n")
+    with pytest.raises(ValueError, match=rf"^{path}, line 2\b.*{named}") as error:
         read_tasks([path], {})
-    assert str(error.value).startswith(f"{path}, line ")
-    assert message in str(error.value)
+    assert len(str(error.value)) < 600
 
 
 def test_bad_files(tmp_path):
-    one, other = tmp_path / "one.jsonl", tmp_path / "again" / "one.jsonl"
-    other.parent.mkdir()
-    write(one, PROMPTS), write(other, PROMPTS)
+    (tmp_path / "again").mkdir()
+    one, other = write(tmp_path / "one.jsonl", PROMPTS), write(tmp_path / "again" / "one.jsonl", PROMPTS)
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
-    for files, message in [
-        ([tmp_path / "none.jsonl"], "none.jsonl cannot be read: No such file or directory."),
-        ([tmp_path / "empty.jsonl"], "empty.jsonl holds no rows."),
-        ([tmp_path / "bytes.jsonl"], "bytes.jsonl cannot be read: it is not UTF-8."),
-        ([one, other], f"two files are of a task called one: name one with --task NAME={other}."),
+    (tmp_path / "mixed.jsonl").write_text('{"text": "a"}\n{"task": "a", "text": "b"}\n')
+    for files, named in [
+        ([tmp_path / "none.jsonl"], "none.jsonl"),
+        ([tmp_path / "empty.jsonl"], "empty.jsonl"),
+        ([tmp_path / "bytes.jsonl"], "bytes.jsonl .*UTF-8"),
+        ([tmp_path / "mixed.jsonl"], "mixed.jsonl, line 1: task"),
+        ([one, other], f"--task NAME={other}"),
     ]:
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=named):
             read_tasks(files, {})
-        assert message in str(error.value)

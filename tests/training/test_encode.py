@@ -1,4 +1,4 @@
-"""What the tokens of a row are and which of them are learnt, for tokenizers of every kind and for public templates."""
+"""The ids and labels of a row, for every kind of tokenizer and for public chat templates."""
 
 import json
 import re
@@ -47,39 +47,31 @@ def tokenizer(request):
     return made(request.param)
 
 
-def ends(tokenizer) -> str:
-    return tokenizer.eos_token
-
-
-def test_a_text_is_learnt_whole_with_one_end(tokenizer):
-    [example] = encode(row(text="the sky is blue"), tokenizer, 99)
-    plain = tokenizer("the sky is blue")["input_ids"]
-    end = tokenizer.eos_token_id
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"text": "the sky is blue"}, "theskyisblue"),
+        ({"prompt": "the sky is", "completion": " blue ?"}, "blue?"),
+        ({"prompt": "the sky ?", "completion": "blue"}, "blue"),
+        ({"prompt": "", "completion": "blue"}, "blue"),
+    ],
+)
+def test_texts_and_completions_are_learnt_with_one_end(fields, wanted, tokenizer):
+    [example] = encode(row(**fields), tokenizer, 99)
+    plain, end = tokenizer("".join(fields.values()))["input_ids"], tokenizer.eos_token_id
     assert example["input_ids"] == plain + [end] * (plain[-1] != end)
     assert example["input_ids"].count(end) == 1
-    assert learnt(tokenizer, example) == [f"theskyisblue{ends(tokenizer)}"]
-
-
-@pytest.mark.parametrize(("prompt", "completion"), [("the sky is", " blue ?"), ("the sky ?", "blue"), ("", "blue")])
-def test_a_completion_is_learnt_with_one_end(prompt, completion, tokenizer):
-    [example] = encode(row(prompt=prompt, completion=completion), tokenizer, 99)
-    plain = tokenizer(prompt + completion)["input_ids"]
-    end = tokenizer.eos_token_id
-    assert example["input_ids"] == plain + [end] * (plain[-1] != end)
-    assert example["input_ids"].count(end) == 1
-    assert learnt(tokenizer, example) == [completion.replace(" ", "") + ends(tokenizer)]
+    assert learnt(tokenizer, example) == [wanted + tokenizer.eos_token]
 
 
 def test_the_answers_of_a_chat_are_learnt_with_their_ends(tokenizer):
     messages = [{"role": "system", "content": "red"}, *turns("sky ?", "blue", "grass ?", "green")]
     [example] = encode(row(messages=messages), tokenizer, 999)
     assert example["input_ids"] == tokenizer.apply_chat_template(messages)["input_ids"]
-    assert learnt(tokenizer, example) == [f"blue{ends(tokenizer)}", f"green{ends(tokenizer)}"]
+    assert learnt(tokenizer, example) == [f"blue{tokenizer.eos_token}", f"green{tokenizer.eos_token}"]
     asked = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"]
-    answer = example["labels"][len(asked) :]
     assert example["input_ids"][: len(asked)] == asked
-    assert answer[0] != IGNORED
-    assert set(example["labels"][: len(asked)]) == {IGNORED}
+    assert example["labels"].index(example["input_ids"][len(asked)]) == len(asked)  # the first label
 
 
 def test_all_can_be_learnt(tokenizer):
@@ -104,9 +96,7 @@ def test_tools_and_their_calls_reach_the_model():
     [example] = encode(row(messages=messages, tools=[TOOL]), tokenizer, 9999)
     text = tokenizer.decode(example["input_ids"])
     assert json.dumps(TOOL) in text
-    assert learnt(tokenizer, example) == [
-        f"{json.dumps(CALL['function'])}</s>".replace(" ", ""), "Itisblue</s>"
-    ]  # fmt: skip
+    assert learnt(tokenizer, example) == [f"{json.dumps(CALL['function'])}</s>".replace(" ", ""), "Itisblue</s>"]
 
 
 @pytest.mark.parametrize("content", [None, "", "Looking."])
@@ -172,15 +162,12 @@ def test_learnt_is_what_inference_produces(template, messages, wanted):
 
 def test_what_the_template_refuses_is_named_by_its_row():
     tokenizer = make_tokenizer()
-    for template, message in [
-        (None, "rows.jsonl, line 1 holds messages, but the model's tokenizer has no chat template."),
-        ("{{ raise_exception('roles must alternate') }}", "the model's chat template refuses the messages: roles must"),
-        ("{% if %}", "line 1: the model's chat template refuses the messages: "),
-    ]:
+    for template, said in [
+        (None, "no chat template"), ("{{ raise_exception('roles must alternate') }}", "roles must"), ("{% if %}", ""),
+    ]:  # fmt: skip
         tokenizer.chat_template = template
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=f"rows.jsonl, line 1.*{said}"):
             encode(row(messages=turns("sky ?", "blue")), tokenizer, 10)
-        assert message in str(error.value)
 
 
 def test_a_tokenizer_without_offsets_is_refused():
@@ -190,13 +177,12 @@ def test_a_tokenizer_without_offsets_is_refused():
         def get_vocab(self):
             return {}
 
-    with pytest.raises(ValueError, match=r"line 1: the model's tokenizer, Slow, does not say where its tokens stand"):
+    with pytest.raises(ValueError, match=r"line 1: .*Slow"):
         encode(row(text="blue"), Slow(), 10)
 
 
 ASKED, ANSWERED = ("quokkas", "wombats", "numbats"), ("Marsupials", "Monotremes")
 CHATS = {
-    "one turn": turns(ASKED[0], ANSWERED[0]),
     "two turns": turns(ASKED[0], ANSWERED[0], ASKED[1], ANSWERED[1]),
     "a system message": [{"role": "system", "content": ASKED[2]}, *turns(ASKED[0], ANSWERED[0])],
     "an unanswered turn": turns(ASKED[0], ANSWERED[0], ASKED[1]),
@@ -257,8 +243,4 @@ def check(tokenizer, messages, tools, text, where) -> None:
         assert "tool_calls" not in messages[i] or "pademelons" in run, (where, run)
         assert not re.search("|".join(ASKED), run), (where, run)
         end = run.partition(messages[i]["content"])[2] if messages[i]["content"] else "<"
-        assert end or path_without_end(where), (where, run)
-
-
-def path_without_end(where: str) -> bool:
-    return where.startswith("glm4moe:")  # whose next turn is the end
+        assert end or where.startswith("glm4moe:"), (where, run)  # whose next turn is the end

@@ -1,12 +1,13 @@
-"""Held-out loss and accuracy are means over tokens, whatever the batches and processes; a run that diverges ends."""
+"""Held-out means over tokens, independent of batches and processes; the end of a run that diverges."""
 
 import json
+import re
 from importlib.metadata import version
 from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import finished, pair, start
+from processes import finished, pair
 from safetensors.torch import load_file
 from tiny_training import adapter, settings, write
 
@@ -56,8 +57,10 @@ def test_two_processes_learn_and_evaluate_as_one(model, rows, tmp_path):
     options = {"max_steps": 2, "save_steps": 2, "eval_fraction": 0.4}  # of 25 rows, 10, in batches of 3
     one = settings(model, rows, tmp_path / "one", batch_size=6, **options)
     two = settings(model, rows, tmp_path / "two", batch_size=3, **options)
-    assert [finished(process) for process in (start(one), *pair(two))] == [0, 0, 0]
-    states = [json.loads((run.output / STATE).read_text()) for run in (one, two)]
+    processes = pair(two)
+    run(one)
+    assert [finished(process) for process in processes] == [0, 0]
+    states = [json.loads((settings.output / STATE).read_text()) for settings in (one, two)]
     for step in (0, 2):
         assert held_out(states[1], step) == pytest.approx(held_out(states[0], step), abs=1e-6)
     for name, tensor in adapter(one.output).items():
@@ -90,9 +93,7 @@ def test_a_run_that_diverges_ends_and_keeps_what_is_good(model, data, tmp_path, 
     words = ["--model", model, "--output", out, data[0], "--dtype", "float32", "--r", 4, "--max-steps", 30]
     assert command(*words, "--learning-rate", 1e37, "--save-steps", 1, "--eval-fraction", 0) == 2
     shown = capsys.readouterr()
-    said = shown.err.splitlines()[-1]
-    assert "multilora-fast: The run has diverged: at step 2 of 30 its loss or the adapter is not finite; " in said
-    assert "checkpoint-1 is kept. Start it anew with a lower --learning-rate." in said
+    assert re.search("at step 2 of 30 .*checkpoint-1 is kept.*--learning-rate", shown.err.splitlines()[-1])
     assert "The adapter is in" not in shown.out
     assert {path.name for path in out.iterdir()} == {"train.json", "checkpoint-1"}
     assert is_finite(out)
@@ -102,17 +103,17 @@ def test_each_loss_and_each_weight_counts(model, rows, tmp_path):
     trainer = run(settings(model, rows, tmp_path / "out", max_steps=1, save_steps=1))
     trainer.check_step()
     for name, value in (("loss", float("nan")), ("eval_sky_loss", float("inf"))):
-        with pytest.raises(ValueError, match=f"at step 1 of 1 {name} is not finite; checkpoint-1 is kept"):
+        with pytest.raises(ValueError, match=f"at step 1 of 1 {name} .*checkpoint-1"):
             trainer.log({"epoch": 1.0, name: value})
     trainer.losses = torch.tensor(float("inf"))
-    with pytest.raises(ValueError, match="its loss or the adapter is not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         trainer.check_step()
     trainer.check_step()
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
     for weight in (weights[0], weights[-1]):
         before = weight.detach().clone()
         weight.data.view(-1)[-1] = float("nan")
-        with pytest.raises(ValueError, match="its loss or the adapter is not finite"):
+        with pytest.raises(ValueError, match="not finite"):
             trainer.check_step()
         weight.data.copy_(before)
     assert isinstance(trainer, CountingTrainer)

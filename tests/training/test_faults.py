@@ -1,9 +1,10 @@
-"""Training that is killed at any moment, on a full disk, or by the death of another process, is resumed as if it had
-not been. ``make test`` kills it 3 times, ``make soak`` 20 times."""
+"""A run that is killed, meets a full disk or loses a process resumes to the same result. ``make test`` kills it 3
+times, ``make soak`` 20 times."""
 
 import json
 import math
 import random
+import shutil
 import time
 from contextlib import suppress
 from importlib.metadata import version
@@ -30,16 +31,23 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="trains in pro
 
 @pytest.fixture
 def settings(model, tmp_path):
-    """Makes settings whose output is called ``name``; they resume what is there."""
-    files = (write(tmp_path / "sky.jsonl", PROMPTS), write(tmp_path / "grass.jsonl", CHATS))
+    """Makes settings with the output directory ``name``, which they resume if it holds a run."""
+    return lambda name, **options: settings_of(model, tmp_path, name, **options)
 
-    def make(name: str, **options) -> TrainSettings:
-        folder = tmp_path / name
-        small = {"dtype": "float32", "r": 4, "learning_rate": 3e-2, "lora_dropout": 0.1, "eval_fraction": 0.2}
-        sizes = {"max_steps": STEPS, "save_steps": 2, "resume": (folder / RECORD).exists()}
-        return TrainSettings(model, folder, files, **{**small, **sizes, **options})
 
-    return make
+def settings_of(model: str, parent: Path, name: str, **options) -> TrainSettings:
+    files = (write(parent / "sky.jsonl", PROMPTS), write(parent / "grass.jsonl", CHATS))
+    small = {"dtype": "float32", "r": 4, "learning_rate": 3e-2, "lora_dropout": 0.1, "eval_fraction": 0.2}
+    sizes = {"max_steps": STEPS, "save_steps": 2, "resume": (parent / name / RECORD).exists()}
+    return TrainSettings(model, parent / name, files, **{**small, **sizes, **options})
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory) -> Path:
+    """The output of an unbroken run."""
+    one = settings_of(model, tmp_path_factory.mktemp("whole"), "whole")
+    assert finished(start(one)) == 0
+    return one.output
 
 
 def outcome(folder: Path) -> tuple[list[dict], bytes]:
@@ -58,7 +66,7 @@ def assert_loads(folder: Path) -> Path | None:
 
 
 def is_being_written(folder: Path, since: float) -> bool:
-    """Whether a checkpoint, or the adapter at the end, was begun after ``since`` and is not whole."""
+    """Whether a checkpoint or the final adapter was begun after ``since`` and is incomplete."""
     begun = [path for path in folder.glob("checkpoint-*") if not (path / STATE).exists()]
     files = [file for path in (*begun, *folder.glob(".unfinished*")) for file in (path, *path.glob("*"))]
     with suppress(FileNotFoundError):  # moved meanwhile
@@ -67,7 +75,8 @@ def is_being_written(folder: Path, since: float) -> bool:
 
 
 def kill(process, folder: Path, rng: random.Random, seconds: float | None) -> tuple[bool, bool]:
-    """Whether it was killed, within some seconds or at one of its next checkpoints, and whether it was writing one."""
+    """Kill the process within some seconds or at one of its next checkpoints. Returns whether it was killed, and
+    whether it was writing."""
     began = time.time()
     wait = rng.uniform(0, seconds) if seconds else math.inf
     whole = rng.randint(0, 3)  # checkpoints to let pass
@@ -84,12 +93,9 @@ def kill(process, folder: Path, rng: random.Random, seconds: float | None) -> tu
     return process.exitcode < 0, is_being_written(folder, began)
 
 
-def test_killed_at_random_moments_it_reaches_what_an_unbroken_run_reaches(settings):
+def test_killed_at_random_moments_it_reaches_what_an_unbroken_run_reaches(settings, whole):
     rng = random.Random(None if SOAK else 0)
-    whole = settings("whole").output
-    assert finished(start(settings("whole"))) == 0
     seconds = (whole / STATE).stat().st_mtime - (whole / RECORD).stat().st_mtime  # of the training itself
-    wanted = outcome(whole)
     kills = midwrite = runs = 0
     while kills < KILLS or not midwrite:
         assert runs < 10 * KILLS, "no kill hit while a file was written"
@@ -100,39 +106,37 @@ def test_killed_at_random_moments_it_reaches_what_an_unbroken_run_reaches(settin
             midwrite += writing
             assert_loads(one.output)
         else:
-            assert outcome(one.output) == wanted
+            assert outcome(one.output) == outcome(whole)
             runs += 1
     one = settings(f"broken-{runs}")
     assert finished(start(one)) == 0
-    assert outcome(one.output) == wanted
+    assert outcome(one.output) == outcome(whole)
     print(f"{kills} kills, {midwrite} of them while a checkpoint or the adapter was written")
     print(f"{runs + 1} runs of {STEPS} steps ended with the losses and the adapter of an unbroken one, to the bit")
 
 
-def test_killed_before_the_adapter_is_in_its_place_it_is_put_there(settings):
-    one = settings("out", max_steps=2)
-    assert finished(start(one)) == 0
-    wanted = outcome(one.output)
+def test_killed_before_the_adapter_is_in_its_place_it_is_put_there(settings, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    one = settings("out")
     for name in (WEIGHTS, STATE, "tokenizer.json"):
         (one.output / name).unlink()
     (one.output / ".unfinished").mkdir()
     (one.output / ".unfinished" / WEIGHTS).write_bytes(b"half")
-    assert finished(start(settings("out", max_steps=2))) == 0
-    assert outcome(one.output) == wanted
+    assert finished(start(one)) == 0
+    assert outcome(one.output) == outcome(whole)
     assert (one.output / "tokenizer.json").exists()
     assert not (one.output / ".unfinished").exists()
 
 
-def test_a_checkpoint_that_is_half_written_is_passed_over(settings):
+def test_a_checkpoint_that_is_half_written_is_passed_over(settings, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
     one = settings("out")
-    assert finished(start(one)) == 0
-    wanted = outcome(one.output)
     (one.output / WEIGHTS).unlink()
     state = one.output / f"checkpoint-{STEPS}" / STATE
     state.write_bytes(state.read_bytes()[:-9])
     assert assert_loads(one.output).name == f"checkpoint-{STEPS - 2}"
-    assert finished(start(settings("out"))) == 0
-    assert outcome(one.output) == wanted
+    assert finished(start(one)) == 0
+    assert outcome(one.output) == outcome(whole)
 
 
 def on_a_full_disk(settings: TrainSettings, environment: dict[str, str]) -> None:
@@ -140,8 +144,7 @@ def on_a_full_disk(settings: TrainSettings, environment: dict[str, str]) -> None
         work(settings, environment)
 
 
-def test_a_full_disk_ends_it_and_it_goes_on_once_there_is_space(settings):
-    assert finished(start(settings("whole"))) == 0
+def test_a_full_disk_ends_it_and_it_goes_on_once_there_is_space(settings, whole):
     one = settings("out")
     process = FORKS.Process(target=on_a_full_disk, args=(one, {}))
     process.start()
@@ -149,26 +152,27 @@ def test_a_full_disk_ends_it_and_it_goes_on_once_there_is_space(settings):
     assert not (one.output / WEIGHTS).exists()
     assert assert_loads(one.output) is None
     assert finished(start(settings("out"))) == 0
-    assert outcome(one.output) == outcome(settings("whole").output)
+    assert outcome(one.output) == outcome(whole)
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 @pytest.mark.skipif(
     version("transformers").startswith("5.17."), reason="transformers 5.17 cannot resume on several CPU processes"
 )
-@pytest.mark.parametrize("dies", [0, 1])
-def test_a_process_that_dies_ends_the_others_with_an_error(dies, settings):
+def test_a_process_that_dies_ends_the_other_with_an_error(settings):
+    one = settings("out", batch_size=2)
+    for dies in (1, 0):  # one dies in the first run, the other in its resumption
+        before = last_checkpoint(one.output)
+        processes = pair(settings("out", batch_size=2))
+        deadline = time.monotonic() + TIMEOUT
+        while last_checkpoint(one.output) == before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        processes[dies].kill()
+        began = time.monotonic()
+        assert finished(processes[1 - dies]) > 0
+        print(f"process {dies} of 2 was killed; the other ended with an error after {time.monotonic() - began:.1f} s")
+        assert assert_loads(one.output) not in (None, before)
+    assert [finished(process) for process in pair(settings("out", batch_size=2))] == [0, 0]
     whole = settings("whole", batch_size=2)
     assert [finished(process) for process in pair(whole)] == [0, 0]
-    one = settings("out", batch_size=2, max_steps=STEPS)
-    processes = pair(one)
-    deadline = time.monotonic() + TIMEOUT
-    while last_checkpoint(one.output) is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    processes[dies].kill()
-    began = time.monotonic()
-    assert finished(processes[1 - dies]) > 0
-    print(f"process {dies} of 2 was killed; the other ended with an error after {time.monotonic() - began:.1f} s")
-    assert assert_loads(one.output) is not None
-    assert [finished(process) for process in pair(settings("out", batch_size=2))] == [0, 0]
     assert outcome(one.output) == outcome(whole.output)

@@ -1,6 +1,7 @@
-"""What ``multilora-fast train`` refuses, in one line that writes nothing."""
+"""Mistakes of ``multilora-fast train``: one line, exit code 2, nothing written."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,101 +13,83 @@ from tiny_training import PROMPTS, settings
 
 from multilora_fast.training.run import adapted_model, run
 
-WRONG = [
-    (["--r", 0], "r must be an integer of at least 1, not 0."),
-    (["--scaling", "matrix"], "scaling must be"),
-    (["--quantization", "8bit"], "--quantization must be 4bit, not '8bit'."),
-    (["--batch-size", 0], "--batch-size must be more than 0, not 0."),
-    (["--learning-rate", "nan"], "--learning-rate must be more than 0, not nan."),
-    (["--max-length", 1], "--max-length must be at least 2, not 1."),
-    (["--eval-fraction", 1], "--eval-fraction must be in [0, 1), not 1.0."),
-    (["--target-modules", ","], "--target-modules must name a module or be all-linear."),
-    (["--target-modules", "queries"], "queries"),
-    (["--task", "lawn"], "--task must be NAME=FILE, not 'lawn'."),
-    (["--task", "a=b", "--task", "a=c"], "--task a is given twice."),
-    (["--dtype", "float8"], "--dtype must be auto, float32 or bfloat16, not 'float8'."),
-    (["--max-length", 3], "task sky has no row whose answer begins within --max-length 3."),
-    (["--model", "./nowhere"], "--model ./nowhere: no such directory."),
-    (["--resume"], "holds no earlier run of multilora-fast train."),
-    (["--output", ""], "'--output': an empty text; give a path."),
-    (["--rank", 0], "r must be an integer of at least 1, not 0."),
-    (["--r", 10**12], "--lora-num 3 with --r 1000000000000 makes an adapter that memory does not hold."),
-    (["--r", 10**18], "makes an adapter that memory does not hold."),
-    (["--r", 10**30], "makes an adapter that memory does not hold."),
-    (["--learn", "prompts"], "--learn must be answers or all, not 'prompts'."),
-    (["--eval-file", "lawn"], "--eval-file must be NAME=FILE, not 'lawn'."),
-    (["--eval-file", "lawn=nowhere.jsonl"], "nowhere.jsonl cannot be read: No such file or directory."),
-    (["--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja cannot be read: No such file or directory."),
-    (["--report-to", "paper"], "--report-to: paper is not supported, only azure_ml"),
-    (["--report-to", "swanlab"], "--report-to: SwanLabCallback requires swanlab to be installed."),
-    (["hf://name"], "hf://name must be hf://OWNER/NAME, hf://OWNER/NAME/CONFIG or either with :SPLIT."),
-    (["nowhere.parquet"], "nowhere.parquet cannot be read: No such file or directory."),
-]
+WRONG = {  # words, and what the message names: the first of them where it is None
+    "--quantization 8bit": None,
+    "--batch-size 0": None,
+    "--learning-rate nan": None,
+    "--max-length 1": None,
+    "--eval-fraction 1": None,
+    "--target-modules ,": None,
+    "--target-modules queries": "queries",
+    "--task lawn": None,
+    "--task a=b --task a=c": "--task a",
+    "--dtype float8": None,
+    "--max-length 3": None,
+    "--model ./nowhere": "./nowhere",
+    "--resume": None,
+    "--output=": "--output",
+    "--r 0": "r must",
+    "--rank 0": "r must",
+    "--scaling matrix": "scaling must",
+    f"--r {10**12}": None,  # sizes that torch cannot allocate, count or represent
+    f"--r {10**18}": None,
+    f"--r {10**30}": None,
+    "--learn prompts": None,
+    "--eval-file lawn": None,
+    "--eval-file lawn=nowhere.jsonl": "nowhere.jsonl",
+    "--chat-template nowhere.jinja": "--chat-template nowhere.jinja",
+    "--report-to paper": None,
+    "--report-to swanlab": "swanlab",
+    "hf://name": "hf://OWNER/NAME",
+    "nowhere.parquet": None,
+}
 
 
-@pytest.mark.parametrize(("words", "message"), WRONG)
-def test_a_mistake_is_one_line_and_writes_nothing(words, message, model, data, tmp_path, command, capsys):
-    assert command("--model", model, "--output", tmp_path / "out", data[0], *words) == 2
+def refused(command, capsys, out, *words) -> str:
+    """The one line of a command that is refused and writes nothing."""
+    assert command("--output", out, *words) == 2
+    assert not out.exists()
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("multilora-fast: ")
-    assert message in said
-    assert not (tmp_path / "out").exists()
+    assert len(said) < 600
+    return said
+
+
+@pytest.mark.parametrize(("words", "named"), WRONG.items(), ids=WRONG)
+def test_a_mistake_is_one_line_and_writes_nothing(words, named, model, data, tmp_path, command, capsys):
+    words = words.split()
+    assert (named or words[0]) in refused(command, capsys, tmp_path / "out", "--model", model, data[0], *words)
+
+
+def test_a_bad_row_is_one_line_and_writes_nothing(model, tmp_path, command, capsys):
+    (tmp_path / "sky.jsonl").write_text(f"{json.dumps(PROMPTS[0])}\n{'[' * 100_000}\n")
+    said = refused(command, capsys, tmp_path / "out", "--model", model, tmp_path / "sky.jsonl")
+    assert f"{tmp_path / 'sky.jsonl'}, line 2" in said
 
 
 @pytest.mark.parametrize(("package", "what"), [("accelerate", "train"), ("bitsandbytes", "--quantization 4bit")])
 def test_a_missing_package_is_named(package, what, model, data, tmp_path, monkeypatch):
     monkeypatch.setattr("multilora_fast.training.config.find_spec", lambda name: None if name == package else name)
-    with pytest.raises(ValueError, match=f"{what} needs {package}: run pip install {package}"):
+    with pytest.raises(ValueError, match=f"{what} .*pip install {package}"):
         settings(model, data, tmp_path / "out", quantization="4bit").check()
-
-
-def test_a_damaged_model_is_one_line(data, tmp_path, command, capsys):
-    (tmp_path / "model").mkdir()
-    assert command("--model", tmp_path / "model", "--output", tmp_path / "out", data[0]) == 2
-    assert f"--model {tmp_path / 'model'} could not be loaded: " in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_is_never_written_over(model, data, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("text")
-    with pytest.raises(ValueError, match="is not empty: give another directory, or --resume"):
+    with pytest.raises(ValueError, match="--output"):
         run(settings(model, data, out))
-    with pytest.raises(ValueError, match="holds no earlier run"):
+    with pytest.raises(ValueError, match="--resume"):
         run(settings(model, data, out, resume=True))
-    with pytest.raises(ValueError, match="is a file; give a directory"):
+    with pytest.raises(ValueError, match="--output"):
         run(settings(model, data, out / "precious"))
     assert [path.name for path in out.iterdir()] == ["precious"]
 
 
-ROWS = [
-    (json.dumps({"prompt": "sky", "completion": "\ud800"}), "line 2 holds half of a surrogate pair"),
-    (json.dumps({"messages": [{"role": "assistant", "content": "\udfff"}]}), "line 2 holds half of a surrogate pair"),
-    (json.dumps({"text": "sky", "task": "\ud800"}), "line 2 holds half of a surrogate pair"),
-    ("[" * 100_000, "line 2 is nested too deeply."),
-    ('{"a": ' * 100_000, "line 2 is nested too deeply."),
-    (f'{{"text": "sky", "n": {"9" * 5000}}}', "line 2 holds too long a number."),
-    ('{"messages": [{"role": "assistant", "content": null}]}', "line 2: messages must be a list of objects with the"),
-    ('{"messages": [{"role": "assistant", "content": "a", "tool_calls": [1]}]}', "line 2: messages must be a list"),
-    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": "look"}', "line 2: tools must be a list of obj"),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), ROWS)
-def test_a_bad_row_is_one_line_with_its_place_and_writes_nothing(line, message, model, tmp_path, command, capsys):
-    data = tmp_path / "sky.jsonl"
-    data.write_text(f"{json.dumps(PROMPTS[0])}\n{line}\n")
-    assert command("--model", model, "--output", tmp_path / "out", data) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith(f"multilora-fast: {data}, {message}")
-    assert len(said) < 600
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.fixture
 def changed(model, tmp_path):
-    """Saves a model with other weights and fields of its config beside the tokenizer, and returns its directory."""
+    """Saves a model with changed weights or config beside the tokenizer, and returns its directory."""
 
     def save(base, lose=(), **fields):
         folder = tmp_path / "changed"
@@ -136,33 +119,25 @@ def small_vocabulary():
 
 
 LACKING = ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
-BASES = [
-    (llama, {"lose": LACKING}, [], "lacks 2 of its weights, the first of them model.layers.1.mlp.up_proj.weight."),
-    (
-        llama,
-        {"intermediate_size": 52},
-        [],
-        "wants model.layers.0.mlp.down_proj.weight of shape (32, 52), but the ",
-    ),
-    (llama, {"intermediate_size": 52}, ["--quantization", "4bit"], "its config.json wants model.layers.0.mlp."),
-    (llama, {"hidden_size": 33}, [], "could not be loaded: "),
-    (small_vocabulary, {}, [], "sky.jsonl, line 1: 'w0' has the id 12, but --model"),
-    (gpt2, {"n_positions": 4}, [], "sky.jsonl, line 1 has 7 tokens, but --model"),
+WIDER = {"intermediate_size": 52}  # than the weights
+BASES = [  # a model, what is changed of it, words, and what the message names
+    (llama, {"lose": LACKING}, [], "lacks 2 of its weights, .*model.layers.1.mlp.up_proj.weight"),
+    (llama, WIDER, [], r"model.layers.0.mlp.down_proj.weight .*\(32, 52\)"),
+    (llama, WIDER, ["--quantization", "4bit"], "model.layers.0.mlp"),
+    (llama, {"hidden_size": 33}, [], "--model"),
+    (small_vocabulary, {}, [], "sky.jsonl, line 1: 'w0' .* 12"),
+    (gpt2, {"n_positions": 4}, [], "sky.jsonl, line 1 .* --max-length 4"),
 ]
 
 
-@pytest.mark.parametrize(("base", "change", "words", "message"), BASES)
+@pytest.mark.parametrize(("base", "change", "words", "named"), BASES)
 def test_a_base_that_does_not_fit_is_one_line_and_writes_nothing(
-    base, change, words, message, changed, data, tmp_path, command, capsys
+    base, change, words, named, changed, data, tmp_path, command, capsys
 ):
     if words:
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    folder = changed(base(), **change)
-    assert command("--model", folder, "--output", tmp_path / "out", data[0], "--dtype", "float32", *words) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("multilora-fast: ")
-    assert message in said
-    assert not (tmp_path / "out").exists()
+    words = ["--model", changed(base(), **change), data[0], "--dtype", "float32", *words]
+    assert re.search(named, refused(command, capsys, tmp_path / "out", *words))
 
 
 @pytest.mark.parametrize("base", [tied, gpt2])

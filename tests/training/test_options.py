@@ -1,6 +1,4 @@
-"""The options of ``multilora-fast train`` that choose data, what is learnt of it, and where it is reported."""
-
-import json
+"""Options of ``multilora-fast train`` for data, labels and reports."""
 
 import pytest
 import torch
@@ -27,27 +25,25 @@ def test_eval_file_is_evaluated_in_place_of_a_share_and_beside_it(model, data, t
     words = ["--model", model, "--output", tmp_path / "out", *data, "--max-steps", 1, "--r", 2, "--dtype", "float32"]
     assert command(*words, "--eval-file", f"sky={other}", "--eval-file", f"lake={other}") == 0
     said = capsys.readouterr().out
-    assert "sky: 20 rows to train on, 3 held out\n" in said
-    assert "grass: 19 rows to train on, 1 held out\n" in said
-    assert "lake: 0 rows to train on, 3 held out\n" in said
+    for task, rows, held_out in (("sky", 20, 3), ("grass", 19, 1), ("lake", 0, 3)):
+        assert f"{task}: {rows} rows to train on, {held_out} held out\n" in said
     [start] = [log for log in said.splitlines() if log.startswith("step 0 of 1  lake")]
     assert start.replace("lake ", "sky  ") in said
-    with pytest.raises(ValueError, match="the data is not that of the run in"):
+    with pytest.raises(ValueError, match="--resume: the data"):
         run(settings(model, data, tmp_path / "out", r=2, eval_fraction=0.05, learning_rate=1e-3, resume=True))
 
 
 def test_eval_file_is_evaluated_where_no_share_is(model, data, tmp_path):
     other = write(tmp_path / "other.jsonl", PROMPTS[:3])
-    trainer = run(settings(model, data[:1], tmp_path / "out", max_steps=1, eval_fraction=0.0, eval_files={"o": other}))
-    assert any("eval_o_loss" in log for log in trainer.state.log_history)
-    assert len(trainer.train_dataset) == 20
+    train, held_out = encoded(model, data[:1], eval_fraction=0.0, eval_files={"o": other})
+    assert len(train) == 20
+    assert {task: len(rows) for task, rows in held_out.items()} == {"o": 3}
 
 
 def test_learn_all(model, data):
     rows, _ = encoded(model, data, learn="all")
-    assert all(row["labels"] == row["input_ids"] for row in rows)
     answers, _ = encoded(model, data)
-    assert [row["input_ids"] for row in answers] == [row["input_ids"] for row in rows]
+    assert all(row["labels"] == row["input_ids"] for row in rows)
     assert all(row["labels"][0] == -100 for row in answers)
 
 
@@ -63,7 +59,7 @@ def test_chat_template_takes_the_place_of_the_models(model, data, tmp_path, comm
     template.write_text(template.read_text().replace("w1", "w2"))
     assert command(*command_words, "--max-steps", 2, "--resume") == 2  # another run
     (tmp_path / "broken.jinja").write_text("{% if %}")
-    with pytest.raises(ValueError, match=r"grass.jsonl, line 1: the model's chat template refuses the messages: "):
+    with pytest.raises(ValueError, match=r"grass.jsonl, line 1: .*chat template"):
         encoded(model, data[1:], chat_template=tmp_path / "broken.jinja")
 
 
@@ -89,16 +85,14 @@ def test_report_to_tells_a_tracker(model, data, tmp_path, monkeypatch):
     run(settings(model, data, tmp_path / "out", max_steps=1, report_to=("paper",)))
     assert any("loss" in logs for logs in told)
     assert any("eval_sky_accuracy" in logs for logs in told)
-    told.clear()
-    run(settings(model, data, tmp_path / "silent", max_steps=1))
-    assert told == []
+    assert training_arguments(settings(model, data, ""), evaluates=True).report_to == []
 
 
 def test_liger_where_it_is_installed(model, data, monkeypatch):
     wanted = settings(model, data, "", liger=True)
     found = {"liger_kernel": None}
     monkeypatch.setattr("multilora_fast.training.config.find_spec", lambda name: found.get(name, name))
-    with pytest.raises(ValueError, match="--liger needs liger-kernel: run pip install liger-kernel"):
+    with pytest.raises(ValueError, match=r"--liger .*pip install liger-kernel"):
         wanted.check()
     found.clear()
     assert training_arguments(wanted, evaluates=True).use_liger_kernel
@@ -132,11 +126,12 @@ def test_launchers_of_processes_let_every_option_pass():
         get_args_parser().parse_args(["-m", "multilora_fast.cli", "train", "--r", "4"])
 
 
-def test_rank_is_r(model, data, tmp_path, command):
+def test_rank_is_r(model, data, tmp_path, command, monkeypatch):
+    seen = []
+    monkeypatch.setattr("multilora_fast.training.run.run", seen.append)
     for name in ("--r", "--rank"):
-        out = tmp_path / name
-        assert command("--model", model, "--output", out, data[0], name, 5, "--max-steps", 1) == 0
-        assert json.loads((out / "adapter_config.json").read_text())["r"] == 5
+        assert command("--model", model, "--output", tmp_path / name, data[0], name, 5) == 0
+    assert [settings.r for settings in seen] == [5, 5]
 
 
 CALLS = [{"type": "function", "function": {"name": "look", "arguments": {"at": "sky"}}}]
@@ -180,5 +175,5 @@ def test_hub_data_sets_are_read_by_datasets(name, asked, task, monkeypatch):
     assert [row.fields for row in next(iter(rows.values()))] == PROMPTS
     assert next(iter(rows.values()))[0].where == f"{name}, row 1"
     monkeypatch.setattr("multilora_fast.training.tables.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match="needs datasets: run pip install datasets"):
+    with pytest.raises(ValueError, match="pip install datasets"):
         read_tasks([name], {})

@@ -1,4 +1,4 @@
-"""A run of ``multilora-fast train`` that is broken off, and its resumption."""
+"""Interruption and resumption of ``multilora-fast train``."""
 
 import sys
 
@@ -13,7 +13,7 @@ from multilora_fast.training.run import TaskLog, run
 
 
 def values(trainer) -> list[dict]:
-    """What was logged, without the times."""
+    """The logs without times."""
     log = [{k: v for k, v in entry.items() if "runtime" not in k and "per_second" not in k}
            for entry in trainer.state.log_history]  # fmt: skip
     return [entry for entry in log if "loss" in entry or any(key.endswith("_accuracy") for key in entry)]
@@ -21,7 +21,7 @@ def values(trainer) -> list[dict]:
 
 @pytest.fixture
 def broken_off(monkeypatch):
-    """Calls a function, and breaks its training off after a step, as Ctrl-C does."""
+    """Calls a function and interrupts its training after a step, as Ctrl-C does."""
 
     def call(function, step: int):
         class Broken(TaskLog):
@@ -39,22 +39,22 @@ def broken_off(monkeypatch):
 def test_ctrl_c_says_what_is_kept(model, data, tmp_path, command, broken_off, capsys):
     out = tmp_path / "out"
     words = ["--model", model, "--output", out, data[0], "--max-steps", 8, "--save-steps", 4, "--r", 4]
+    words += ["--dtype", "float32"]
 
     def said() -> str:
         return capsys.readouterr().err.splitlines()[-1]
 
     assert broken_off(lambda: command(*words), 3) == 130
-    assert said() == "Interrupted at step 3 of 8, before its first checkpoint."
+    assert "at step 3 of 8, before its first checkpoint" in said()
     (out / ".unfinished-train.json").write_text("{")
-    assert broken_off(lambda: command(*words, "--seed", 1), 3) == 130  # what is there is of no worth
+    assert broken_off(lambda: command(*words, "--seed", 1), 3) == 130  # nothing there is worth keeping
     capsys.readouterr()
     assert broken_off(lambda: command(*words, "--seed", 1, "--resume"), 6) == 130
     shown = capsys.readouterr()
-    assert f"{out} holds no checkpoint: the run starts at step 0.\n" in shown.out
-    kept = "Interrupted at step 6 of 8: checkpoint-4 is kept, --resume goes on from it."
-    assert shown.err.splitlines()[-1] == kept
+    assert "starts at step 0" in shown.out
+    assert "at step 6 of 8: checkpoint-4 is kept" in shown.err.splitlines()[-1]
     assert command(*words, "--seed", 1) == 2
-    assert "is not empty: give another directory, or --resume" in said()
+    assert f"--output {out}" in said()
 
 
 def test_ctrl_c_elsewhere_is_one_line(model, data, tmp_path, command, monkeypatch, capsys):
@@ -79,7 +79,7 @@ def test_resume_reaches_what_an_unbroken_run_reaches(step, packing, model, data,
     with pytest.raises(KeyboardInterrupt):
         broken_off(lambda: run(settings(model, data, tmp_path / "broken", **options)), step)
     assert not (tmp_path / "broken/adapter_model.safetensors").exists()
-    (tmp_path / "broken/checkpoint-5").mkdir()  # as it is where the writing of a checkpoint was broken off
+    (tmp_path / "broken/checkpoint-5").mkdir()  # a checkpoint whose write was interrupted
     resumed = run(settings(model, data, tmp_path / "broken", resume=True, **options))
     assert resumed.state.global_step == 8
     assert values(resumed)[-2:] == values(whole)[-2:]  # the evaluations of the last step
@@ -90,17 +90,16 @@ def test_resume_reaches_what_an_unbroken_run_reaches(step, packing, model, data,
 def test_resume_of_a_finished_run_can_only_go_further(model, data, tmp_path):
     out = tmp_path / "out"
     run(settings(model, data, out, max_steps=None, epochs=0.2, save_steps=None))
-    with pytest.raises(ValueError, match=r"the run has taken its 2 steps, and .*checkpoint-2 holds its adapter"):
-        run(settings(model, data, out, max_steps=None, epochs=0.2, save_steps=None, resume=True))
-    with pytest.raises(ValueError, match="the run has taken its 2 steps"):
-        run(settings(model, data, out, max_steps=2, resume=True))
+    for limit in ({"max_steps": None, "epochs": 0.2, "save_steps": None}, {"max_steps": 2}):
+        with pytest.raises(ValueError, match=r"--resume: .* 2 steps, .*checkpoint-2.*--max-steps"):
+            run(settings(model, data, out, resume=True, **limit))
     assert run(settings(model, data, out, max_steps=3, resume=True)).state.global_step == 3
 
 
 def test_an_epoch_that_is_just_over_is_over(model, data, tmp_path):
     whole = {"max_steps": None, "epochs": 1, "save_steps": None}
     assert run(settings(model, data, tmp_path / "out", **whole)).state.epoch == 1.0
-    with pytest.raises(ValueError, match="the run has taken its"):
+    with pytest.raises(ValueError, match="--resume"):
         run(settings(model, data, tmp_path / "out", resume=True, **whole))
 
 
@@ -108,17 +107,13 @@ def test_resume_refuses_another_run(model, data, tmp_path):
     out = tmp_path / "out"
     run(settings(model, data, out, max_steps=1))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"--resume: the run in .* had --lora-num 3, not 2."):
-        run(settings(model, data, out, resume=True, lora_num=2))
-    for name, value in (("seed", 5), ("learning_rate", 0.5)):
-        with pytest.raises(
-            ValueError, match=rf"--resume: the run in .* had --{name.replace('_', '-')} .*, not {value}"
-        ):
+    for name, value in (("lora_num", 2), ("seed", 5), ("learning_rate", 0.5)):
+        with pytest.raises(ValueError, match=rf"--resume: .* --{name.replace('_', '-')} .* {value}"):
             run(settings(model, data, out, resume=True, **{name: value}))
-    with pytest.raises(ValueError, match="--resume: the data is not that of the run in"):
+    with pytest.raises(ValueError, match=r"--resume: .* data"):
         run(settings(model, data[:1], out, resume=True))
     (out / RECORD).write_text("[")
-    with pytest.raises(ValueError, match=r"train.json is damaged"):
+    with pytest.raises(ValueError, match=RECORD):
         run(settings(model, data, out, resume=True))
     (out / RECORD).write_bytes(before[out / RECORD])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

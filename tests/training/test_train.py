@@ -25,12 +25,8 @@ def test_the_command_learns_and_logs_by_task(model, data, tmp_path, command, cap
     said = capsys.readouterr().out
     print(said)
     assert "sky: 16 rows to train on, 4 held out" in said
-    heading = (
-        f"{model} on cpu, base in float32; 3 branches of rank 4 on 14 layers, 12,480 trainable parameters; "
-        "20 steps of 4 rows."
-    )
-    assert said.index(heading) < said.index("step  0 of 20")
-    assert re.search(r"^Took 0:0\d:\d\d, [\d,]+ tokens/s without padding and evaluations\.$", said, re.M)
+    heading = f"{model} on cpu.*float32.* 14 layers, 12,480 trainable parameters; 20 steps of 4 rows"
+    assert re.search(rf"{heading}.*step  0 of 20.*Took 0:0\d:\d\d, [\d,]+ tokens/s", said, re.S)
     log = json.loads((out / "trainer_state.json").read_text())["log_history"]
     for task in ("sky", "lawn"):
         losses = [entry[f"eval_{task}_loss"] for entry in log if f"eval_{task}_loss" in entry]
@@ -61,17 +57,14 @@ def test_its_tokens_are_counted_without_padding_and_its_evaluations_timed(model,
 def test_its_peak_on_a_gpu_is_told(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**29)
     said = summary(192.4, 1234.5, torch.device("cuda", 0))
-    assert said == "Took 0:03:12, 1,234 tokens/s without padding and evaluations, at most 2.50 GiB on cuda:0."
+    assert all(part in said for part in ("0:03:12", "1,234 tokens/s", "2.50 GiB on cuda:0"))
 
 
 def test_the_options_defaults_are_the_settings(model):
     options = inspect.signature(train).parameters
     ours = {field.name: field.default for field in fields(TrainSettings) if field.name in options}
-    others = ("model", "output", "files", "target_modules")
-    assert {k: v for k, v in ours.items() if k not in others} == {
-        k: options[k].default for k in ours if k not in others
-    }
-    assert ours["learning_rate"] == 1e-3
+    for name in ours.keys() - {"model", "output", "files", "target_modules"}:
+        assert ours[name] == options[name].default, name
 
 
 def test_where_no_row_can_be_held_out_nothing_is_evaluated(model, tmp_path, capsys):
@@ -85,7 +78,7 @@ def test_a_4_bit_base_in_bfloat16_with_checkpointing(model, data, tmp_path, caps
     options = {"quantization": "4bit", "dtype": "bfloat16", "gradient_checkpointing": True, "batch_size": 2}
     trainer = run(settings(model, data, tmp_path / "out", gradient_accumulation=2, scaling="scalar", **options))
     assert trainer.model.is_loaded_in_4bit
-    assert "base in 4 bits and bfloat16; 3 branches of rank 4 on 14 layers" in capsys.readouterr().out
+    assert "4 bits and bfloat16" in capsys.readouterr().out
     assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
     losses = [entry["eval_sky_loss"] for entry in trainer.state.log_history if "eval_sky_loss" in entry]
     assert losses[-1] < losses[0]
