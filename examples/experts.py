@@ -40,7 +40,7 @@ def main(output: str) -> dict[str, float]:
     losses = {"MultiLoRA": train(multilora, 1e-2, f"{output}/multilora")}
     losses["LoRA"] = train(LoraConfig(r=12, lora_alpha=12, **ADAPTED), 3e-3, f"{output}/lora")
     print(losses)
-    export_lora(f"{output}/multilora", f"{output}/exported")  # or layout="per-expert"
+    export_lora(f"{output}/multilora", f"{output}/exported", overwrite=True)  # or layout="per-expert"
     ours, exported = (PeftModel.from_pretrained(base(), f"{output}/{name}") for name in ("multilora", "exported"))
     ids = TEXTS[0][None]
     print("the export's logits differ by", (ours(ids).logits - exported(ids).logits).abs().max().item())

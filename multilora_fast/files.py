@@ -1,4 +1,4 @@
-"""Files that commands read and write: checked before any slow work, written atomically."""
+"""Paths that commands read and write: checked before slow work, written atomically."""
 
 import errno
 import os
@@ -12,15 +12,15 @@ UNFINISHED = ".unfinished"  # prefix of unfinished files
 
 
 def as_path(name: str, value: str | os.PathLike) -> Path:
-    """``value``, that of the argument ``name``, as a path. A Path makes the current directory of an empty text, which
-    is a ValueError here: a shell passes one for a variable that is not set."""
+    """The argument ``name`` as a path. Raises ValueError if it is empty, as an unset shell variable is: Path("") is the
+    current directory."""
     if not os.fspath(value):
         raise ValueError(f"{name} is an empty text; give a path.")
     return Path(value)
 
 
 def check_folder(name: str, folder: str | os.PathLike) -> None:
-    """Raise ValueError if ``folder``, the value of the argument ``name``, can be no directory to write to."""
+    """Raise ValueError if the argument ``name`` is no directory that can be written to or created."""
     folder = as_path(name, folder)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{name} {folder} is a file; give a directory.")
@@ -31,8 +31,16 @@ def check_folder(name: str, folder: str | os.PathLike) -> None:
         raise ValueError(f"{name} {folder} cannot be written: no permission for {existing}.")
 
 
+def check_new_folder(name: str, folder: str | os.PathLike, overwrite: bool) -> None:
+    """:func:`check_folder`, and that the directory is empty or missing unless ``overwrite`` is true."""
+    check_folder(name, folder)
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    if not overwrite and not all(entry.startswith(UNFINISHED) for entry in found):
+        raise ValueError(f"{name} {folder} is not empty: give another directory, or overwrite=True (--overwrite).")
+
+
 def check_file(name: str, path: str | os.PathLike) -> None:
-    """Raise ValueError if ``path``, the value of the argument ``name``, can be no file to write to."""
+    """Raise ValueError if the argument ``name`` is no file that can be written."""
     path = as_path(name, path)
     if path.is_dir():
         raise ValueError(f"{name} {path} is a directory; give a file.")
@@ -41,7 +49,7 @@ def check_file(name: str, path: str | os.PathLike) -> None:
 
 
 def check_plot(name: str, path: str | os.PathLike) -> None:
-    """:func:`check_file`, and that its suffix is one of a picture."""
+    """:func:`check_file`, and that the suffix is .png, .pdf or .svg."""
     path = as_path(name, path)
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"{name} must end in .png, .pdf or .svg, but is {path}.")
@@ -61,8 +69,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_dir(folder: Path, last: str | None = None) -> Iterator[Path]:
-    """A temporary directory. On success its files move into ``folder``, which is created if missing; on error
-    ``folder`` is unchanged.
+    """A temporary directory. On success its files move into ``folder``, which is created if missing, over files of the
+    same names; on error ``folder`` is unchanged.
 
     Replaced files are backed up and restored if a move fails. The file named ``last`` is removed first and written
     last, so its presence means a complete write.
@@ -102,20 +110,20 @@ def _replace(stage: Path, aside: Path, folder: Path, last: str | None) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove the leftovers of an interrupted :func:`atomic_dir`."""
+    """Remove what an interrupted :func:`atomic_dir` left."""
     for path in folder.glob(f"{UNFINISHED}*/"):
         shutil.rmtree(path)
 
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Create ``folder`` and its parents; remove those that are still empty if the block raises."""
+    """Create ``folder`` and its parents; on error remove those that are still empty."""
     missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         for path in missing:
-            with suppress(OSError):  # it holds something
+            with suppress(OSError):  # not empty
                 path.rmdir()
         raise

@@ -1,10 +1,8 @@
-"""A MultiLoRA adapter as one plain LoRA of rank n·r, exactly: what every server of LoRA adapters can load."""
+"""Export of a MultiLoRA adapter as one plain LoRA of rank n·r that computes the same, for every LoRA server."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,17 +11,18 @@ from torch.nn import functional
 
 from multilora_fast.adapters.branches import CONTAINER, Branches, as_lora, clean, collect
 from multilora_fast.adapters.experts import LAYOUTS, Factors, as_experts, as_parameters, missing_half
-from multilora_fast.adapters.files import PREFIX, Adapter, check_new_adapter, model_type, read_multilora, write_files
+from multilora_fast.adapters.files import PREFIX, Adapter, model_type, read_multilora, write_files
 from multilora_fast.adapters.naming import base_model_type, expert_targets, lora_targets
 from multilora_fast.console import progress
+from multilora_fast.files import check_new_folder
 
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values vLLM takes for --max-lora-rank
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values of vLLM's --max-lora-rank
 READERS = {
     "peft": "vLLM for models whose experts it keeps as 3-D weights (gpt-oss, Qwen3-VL-MoE); others take per-expert",
     "per-expert": "vLLM for models whose experts it keeps one by one (Qwen3-MoE, Mixtral); others take peft",
 }
 FIELDS = ("bias", "modules_to_save", "base_model_name_or_path", "revision", "task_type", "fan_in_fan_out")
-HEADS: dict[str | None, tuple[str, ...]] = {  # what PEFT adds to modules_to_save by itself, in LoRAs too
+HEADS: dict[str | None, tuple[str, ...]] = {  # PEFT adds these to modules_to_save itself, for LoRA too
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -32,9 +31,15 @@ HEADS: dict[str | None, tuple[str, ...]] = {  # what PEFT adds to modules_to_sav
 
 @dataclass
 class ExportReport:
-    """What :func:`export_lora` wrote: the rank of the linear layers, or of the experts where there are no linear
-    layers, and the smallest value of vLLM's --max-lora-rank that serves it, or None where there is none. Of an adapter
-    on experts also their layout and highest rank, and the bytes of zeros that its layers were padded with."""
+    """The result of :func:`export_lora`.
+
+    Attributes:
+        rank: of the linear layers, or of the experts where no linear layer is adapted.
+        modules: the number of adapted modules.
+        max_lora_rank: the smallest value of vLLM's --max-lora-rank that serves it, None if there is none.
+        layout, expert_rank: the layout and highest rank of the experts, None without experts.
+        padding: bytes of zeros that pad lower ranks and projections without an adapter.
+    """
 
     rank: int
     modules: int
@@ -64,63 +69,43 @@ def export_lora(
     *,
     adapter_name: str | None = None,
     layout: str = "peft",
+    overwrite: bool = False,
 ) -> ExportReport:
     """Write the update of a MultiLoRA adapter as a plain LoRA adapter into ``out_dir``.
 
-    A is the branches' A below each other, B the branches' c·sᵢ ⊙ Bᵢ beside each other, computed in float32 and stored
-    in the adapter's own dtypes; linear layers of lower rank are padded with zeros, so that one rank holds for all. The
-    head that PEFT trains with a classifier, and embeddings that were resized or adapted, are kept as a LoRA's file
-    keeps them.
+    A stacks the branches' A, and B the branches' c·sᵢ ⊙ Bᵢ, computed in float32 and stored in the adapter's own dtypes.
+    Linear layers of lower rank are padded with zeros to one rank. Classification heads and resized or adapted
+    embeddings are stored as PEFT's LoRA stores them.
 
-    Experts keep their own rank, by rank_pattern; vLLM reads it off the tensors. Both of their projections are written,
-    with zeros for one that is not adapted. They have two layouts, and a server wants one by type of model. "peft" is
-    what PEFT writes for target_parameters, and what vLLM takes for models whose experts it keeps as 3-D weights
-    (gpt-oss, Qwen3-VL-MoE, Qwen3.5-MoE). "per-expert" is one LoRA for each expert's gate, up and down projection, as
-    vLLM takes them for other models (Qwen3-MoE, Mixtral, DeepSeek-V3). PEFT 0.21 loads both, and 0.19.1 the first.
-    Before 0.19.1 it had the experts' in and out swapped, so that no file is right for older and newer versions. Where
-    experts have another rank than linear layers, PEFT 0.21 warns that rank_pattern matches no module, and yet follows
-    it.
+    Experts keep their own rank, through rank_pattern. Both of their projections are written, with zeros for one that is
+    not adapted, in one of two layouts. "peft" is PEFT's for target_parameters; vLLM reads it for models whose experts
+    it keeps as 3-D weights (gpt-oss, Qwen3-VL-MoE, Qwen3.5-MoE). "per-expert" is one LoRA for each expert's gate, up
+    and down projection; vLLM reads it for other models (Qwen3-MoE, Mixtral, DeepSeek-V3). PEFT 0.21 loads both, and
+    0.19.1 "peft"; versions before 0.19.1 had the experts' inputs and outputs swapped. PEFT 0.21 warns that the
+    rank_pattern of experts matches no module, and applies it nevertheless.
 
     Args:
         source: a PEFT model, any model with MultiLoRA layers (ours or fused), or the directory of a saved adapter.
-        out_dir: made if missing, or that of an earlier export, which is overwritten. On an error nothing in it has
-            changed.
+        out_dir: a new or empty directory. On an error it is left as it was.
         adapter_name: which adapter of a PEFT model; the active one when None.
-        layout: "peft" or "per-expert", of experts; linear layers are the same in both.
+        layout: of experts, "peft" or "per-expert"; linear layers are the same in both.
+        overwrite: allow an ``out_dir`` that is not empty. An adapter in it is replaced; other files stay.
 
     Raises:
-        ValueError: no MultiLoRA adapter there, or one with other modules_to_save or trained biases, which a plain LoRA
-            that any server takes cannot hold; a directory whose adapter is on a shared expert, on down_proj of experts
-            alone, or is wanted per expert, and does not say on which type of model; a type of model whose checkpoints
-            do not hold experts one by one, wanted per expert; or ``out_dir`` holds a model, a training run or an
-            adapter that is no export.
+        ValueError: no MultiLoRA adapter in ``source``; trained biases, or modules_to_save other than a task's head,
+            which a plain LoRA cannot hold; an adapter on experts that does not name the type of its base model; a type
+            whose checkpoints do not hold experts one by one, with "per-expert"; an ``out_dir`` that is not empty.
     """
-    return write_lora(source, out_dir, adapter_name=adapter_name, layout=layout)
-
-
-def write_lora(
-    source: nn.Module | str | os.PathLike,
-    out_dir: str | os.PathLike,
-    *,
-    adapter_name: str | None = None,
-    layout: str = "peft",
-    base_model: str | None = None,
-    verify: Callable[[Path], None] | None = None,
-) -> ExportReport:
-    """:func:`export_lora`, undone if ``verify``, given the directory of the finished adapter, raises. ``base_model``
-    is the base of a directory's adapter, where it is known."""
     if layout not in LAYOUTS:
         raise ValueError(f'layout must be "peft" or "per-expert", not {layout!r}.')
-    check_new_adapter(out_dir, "export")
+    check_new_folder("the output", out_dir, overwrite)
     if isinstance(source, nn.Module):
         config, modules, whole = _from_model(source, adapter_name)
     else:
         config, modules, whole = read_multilora(source)
-        if base_model is not None and not config.get("base_model_type"):
-            config = config | {"base_model_type": base_model_type({"base_model_name_or_path": base_model})}
     _check_config(config)
     kind = base_model_type(config)
-    factors = {name: as_stored(branches) for name, branches in progress(modules.items(), "export")}
+    factors = {name: _as_stored(branches) for name, branches in progress(modules.items(), "export")}
     experts = {name: pair for name, pair in factors.items() if pair[0].dim() == 3}
     linear = {name: pair for name, pair in factors.items() if name not in experts}
     zeros = missing_half(experts, kind)
@@ -135,7 +120,7 @@ def write_lora(
     described = _lora_config(config, rank) | lora_targets(linear, kind)
     if ranks:
         described = expert_targets(described, ranks, layout, kind)
-    write_files(out_dir, described, tensors, made_by="export", verify=verify)
+    write_files(out_dir, described, tensors)
     highest = max(rank, *ranks.values(), 0)
     return ExportReport(
         rank,
@@ -148,8 +133,7 @@ def write_lora(
 
 
 def _check_config(config: dict) -> None:
-    heads = HEADS.get(config.get("task_type"), ())
-    whole = sorted(set(config.get("modules_to_save") or ()) - set(heads))
+    whole = sorted(set(config.get("modules_to_save") or ()) - set(HEADS.get(config.get("task_type"), ())))
     if whole:
         raise ValueError(f"the adapter has modules_to_save {whole}, which no LoRA holds.")
     if (config.get("bias") or "none") != "none":
@@ -167,7 +151,6 @@ def _from_model(model: Any, adapter_name: str | None) -> Adapter:
     peft_config = (getattr(model, "peft_config", None) or {}).get(name)
     config = {field: getattr(peft_config, field) for field in FIELDS} if peft_config else {}
     config["base_model_type"] = model_type(base)
-    _check_config(config)
     if any(getattr(module, "fan_in_fan_out", False) for module in modules.values()):
         config["fan_in_fan_out"] = True
     whole = _kept_whole(model, name) if peft_config else {}
@@ -175,20 +158,20 @@ def _from_model(model: Any, adapter_name: str | None) -> Adapter:
 
 
 def _kept_whole(model: Any, adapter_name: Any) -> dict[str, Tensor]:
-    """What PEFT puts into the adapter's file beside the branches: heads, embeddings that were resized or adapted."""
+    """The tensors that PEFT saves beside the branches: heads, embeddings that were resized or adapted."""
     from peft import get_peft_model_state_dict
 
     try:
         model.get_input_embeddings()
         embeddings: Any = "auto"
-    except (AttributeError, NotImplementedError):  # models of sound have none
+    except (AttributeError, NotImplementedError):  # audio models have none
         embeddings = False
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=embeddings)
     others = {clean(key).removeprefix(PREFIX): t for key, t in tensors.items() if f".{CONTAINER}." not in key}
     return {name: tensor.detach().clone() for name, tensor in others.items()}  # tied ones share memory
 
 
-def as_stored(branches: Branches) -> Factors:
+def _as_stored(branches: Branches) -> Factors:
     """Ã and B̃, both in the adapter's own dtypes."""
     A, B = as_lora(branches)
     return A, rounded(B, branches)

@@ -1,18 +1,18 @@
 """Adapters as files: branches in safetensors, with a config in JSON beside them.
 
-The directory is laid out as a PEFT adapter: ``adapter_config.json`` and ``adapter_model.safetensors``, with keys
-``base_model.model.<module path>.multilora_branches.lora_A | lora_B | lora_scaling``. What is saved here loads with
-PeftModel.from_pretrained, and what a PeftModel saved loads here, on nn.Linear modules.
+The layout is PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors``, with keys
+``base_model.model.<module path>.multilora_branches.lora_A | lora_B | lora_scaling``. PeftModel.from_pretrained loads
+what is saved here, and :func:`load_adapter` what a PeftModel saved, on nn.Linear modules.
 """
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,17 +24,16 @@ from multilora_fast.reference import MultiLoRALinear
 from multilora_fast.validation import check_hyperparameters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-RECORD = "train.json"  # in the directory of a training run, of what it is the output
+RECORD = "train.json"  # the settings of a training run, in its output directory
 PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PREFIX = "base_model.model."
-MADE_BY = "multilora_fast"  # in the metadata of the weights that a command made of others
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SUFFIX = f".{CONTAINER}."
 
 
 class Adapter(NamedTuple):
-    """What the files of a MultiLoRA adapter hold: the config, the branches by module path, and what PEFT keeps whole
-    beside them (heads, embeddings, biases) by the parameters' names in the adapted model."""
+    """The contents of a MultiLoRA adapter's files: the config, the branches by module path, and the tensors that PEFT
+    stores whole (heads, embeddings, biases) by parameter name in the adapted model."""
 
     config: dict
     modules: dict[str, Branches]
@@ -44,11 +43,10 @@ class Adapter(NamedTuple):
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Write the branches of every MultiLoRA layer of ``model``, in their own dtypes, into ``directory``.
 
-    A failed save leaves what stood there before.
+    Files of an earlier adapter are replaced; a failed save leaves them.
 
     Raises:
-        ValueError: the model holds no MultiLoRA layer, or layers that differ in kind of scale or dropout, which one
-            config cannot describe.
+        ValueError: the model holds no MultiLoRA layer, or layers that differ in dropout or kind of scale.
     """
     layers = {name: m for name, m in collect(model).items() if isinstance(m, MultiLoRALinear)}
     if not layers:
@@ -65,12 +63,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
-    """Put the adapter of ``directory`` on ``model``'s nn.Linear modules, in place, and return their names.
-
-    The model is changed only if every tensor fits.
+    """Load the adapter in ``directory`` onto ``model``'s nn.Linear modules, in place, and return their names.
 
     Raises:
-        ValueError: a file that is missing, damaged or foreign, or that does not fit this model.
+        ValueError: a file is missing, damaged or foreign, or does not fit the model, which is then unchanged.
     """
     config, modules, whole = read_multilora(directory)
     places = {_parameter(model, directory, name, tensor): tensor for name, tensor in whole.items()}
@@ -104,7 +100,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
 
 def _parameter(model: nn.Module, directory, name: str, tensor: Tensor) -> nn.Parameter:
-    """The parameter of a model without adapters that ``tensor``, which an adapter keeps whole, is the value of."""
+    """The parameter of the base model that the whole tensor ``name`` replaces."""
     try:
         parameter = model.get_parameter(name.replace(".base_layer.", "."))
     except AttributeError:
@@ -115,12 +111,12 @@ def _parameter(model: nn.Module, directory, name: str, tensor: Tensor) -> nn.Par
     return parameter
 
 
-def write_multilora(directory: str | os.PathLike, adapter: Adapter, made_by: str | None = None) -> None:
-    """An adapter, whose config holds what its branches do not say."""
+def write_multilora(directory: str | os.PathLike, adapter: Adapter) -> None:
+    """Write an adapter. Its config holds only what the branches do not say."""
     config, modules, whole = adapter
     tensors = {f"{PREFIX}{name}{_SUFFIX}{key}": getattr(b, key) for name, b in modules.items() for key in NAMES}
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
-    write_files(directory, {"peft_type": "MULTILORA", **describe(modules), **config}, tensors, made_by)
+    write_files(directory, {"peft_type": "MULTILORA", **describe(modules), **config}, tensors)
 
 
 def read_multilora(directory: str | os.PathLike) -> Adapter:
@@ -129,7 +125,7 @@ def read_multilora(directory: str | os.PathLike) -> Adapter:
 
 
 def parse_multilora(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> Adapter:
-    """The adapter that was read in ``directory``."""
+    """The adapter in ``directory``, from its config and tensors."""
     directory = Path(directory)
     if config.get("peft_type") != "MULTILORA":
         raise ValueError(f"{directory / CONFIG} does not describe a MultiLoRA adapter.")
@@ -147,7 +143,7 @@ def parse_multilora(directory: str | os.PathLike, config: dict, tensors: Mapping
         name, suffix, branch = key.removeprefix(PREFIX).rpartition(_SUFFIX)
         if key.startswith(PREFIX) and suffix and branch in NAMES:
             found.setdefault(name, {})[branch] = tensor
-        elif branch.partition(".")[2] not in NAMES:  # PEFT before 0.20 puts a model's other adapters here too, by name
+        elif branch.partition(".")[2] not in NAMES:  # PEFT before 0.20 also saves the model's other adapters, by name
             others[key] = tensor
     for key in others:
         if not is_whole(key, config, found):
@@ -167,9 +163,8 @@ def parse_multilora(directory: str | os.PathLike, config: dict, tensors: Mapping
 
 
 def is_whole(key: str, config: Mapping, adapted: Collection[str]) -> bool:
-    """Whether ``key`` names what PEFT keeps whole in an adapter's file: of modules_to_save, a trained bias, or of an
-    embedding, because it is adapted itself or its vocabulary was resized. Of the modules that are ``adapted`` it is
-    their base layer's."""
+    """Whether ``key`` is a tensor that PEFT stores whole: of modules_to_save, a trained bias, or an embedding that is
+    adapted or resized. Those of ``adapted`` modules are keyed by their base layer."""
     module, _, name = key.removeprefix(PREFIX).rpartition(".")
     if not key.startswith(PREFIX) or CONTAINER in key or ".lora_" in key:
         return False
@@ -180,13 +175,13 @@ def is_whole(key: str, config: Mapping, adapted: Collection[str]) -> bool:
 
 
 def read_files(directory: str | os.PathLike, kind: str) -> tuple[dict, dict[str, Tensor]]:
-    """The config and the tensors of an adapter of any method. Only safetensors are read: a pickle can run code."""
+    """The config and the tensors of an adapter of any method. Reads safetensors only: a pickle can run code."""
     directory = as_path(f"the {kind} adapter's directory", directory)
     try:
         if not directory.is_dir():
             raise ValueError("it is a file" if directory.exists() else "no such directory")
         for path in (directory / CONFIG, directory / WEIGHTS):
-            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+            if path.exists() and not path.is_file():  # reading a pipe would block
                 raise ValueError(f"its {path.name} is no file")
         config = json.loads((directory / CONFIG).read_text())
         if not (directory / WEIGHTS).exists():
@@ -203,10 +198,8 @@ def read_files(directory: str | os.PathLike, kind: str) -> tuple[dict, dict[str,
 
 
 def check_values(where: object, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError naming the first of ``tensors`` that is no floating-point tensor or not finite."""
+    """Raise ValueError naming the first of ``tensors`` that is not finite or of another dtype than DTYPES."""
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{where} holds {key} of {tensor.dtype}, not of a floating-point dtype.")
         if tensor.dtype not in DTYPES:
             wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(f"{where} holds {key} of {tensor.dtype}, not of one of {wanted}.")
@@ -214,54 +207,12 @@ def check_values(where: object, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{where} holds values that are not finite, in {key}.")
 
 
-def check_new_adapter(directory: str | os.PathLike, made_by: str) -> None:
-    """Raise ValueError unless ``directory`` may take what the command ``made_by`` makes: it holds no model, training
-    run or adapter, but for one that this command made and nobody trained since."""
-    check_folder("the output", directory)
-    directory = Path(directory)
-    for pattern, what in (("config.json", "model"), (RECORD, "training run"), ("checkpoint-*", "training run")):
-        if any(directory.glob(pattern)):
-            raise ValueError(f"the output {directory} holds a {what} ({pattern}): give another directory.")
-    if any((directory / name).exists() for name in (CONFIG, WEIGHTS)) and _made_by(directory / WEIGHTS) != made_by:
-        raise ValueError(
-            f"the output {directory} holds an adapter that is no earlier {made_by}: give another directory."
-        )
-
-
-def _made_by(weights: Path) -> str | None:
-    """The command that made the adapter. Who trains it and saves it writes the file without that."""
-    if not weights.is_file():
-        return None
-    try:
-        with safe_open(weights, "pt") as file:
-            return (file.metadata() or {}).get(MADE_BY)
-    except (OSError, SafetensorError):
-        return None
-
-
-def _order_metadata(weights: Path) -> None:
-    """safetensors writes metadata in an order of chance; equal adapters are equal files."""
-    with weights.open("r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-        header = {"__metadata__": dict(sorted(header.pop("__metadata__").items()))} | header
-        file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
-
-
-def write_files(
-    directory: str | os.PathLike,
-    config: dict,
-    tensors: Mapping[str, Tensor],
-    made_by: str | None = None,
-    verify: Callable[[Path], None] | None = None,
-) -> None:
-    """Both files of an adapter, put in their places once both are complete and ``verify``, given the directory they
-    wait in, has raised nothing; on an error nothing has changed.
+def write_files(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> None:
+    """Write both files of an adapter, or on an error neither.
 
     Raises:
-        ValueError: ``directory`` can be none, or a tensor is not finite.
-        OSError: the files cannot be written, on a full disk say.
+        ValueError: ``directory`` is a file, or a tensor is not finite.
+        OSError: the files cannot be written, such as on a full disk.
     """
     check_folder("the output", directory)
     directory = Path(directory)
@@ -270,18 +221,15 @@ def write_files(
     with atomic_dir(directory, last=CONFIG) as stage:
         weights, text = stage / WEIGHTS, stage / CONFIG
         try:
-            save_file(tensors, weights, metadata={"format": "pt"} | ({MADE_BY: made_by} if made_by else {}))
-            _order_metadata(weights)
+            save_file(tensors, weights, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{directory} cannot be written: {error}") from error
         text.write_text(json.dumps(config, indent=2) + "\n")
         os.chmod(weights, text.stat().st_mode)
-        if verify is not None:
-            verify(stage)
 
 
 def model_type(model: nn.Module) -> str | None:
-    """What transformers calls the architecture of ``model``, None for a model that is not its."""
+    """transformers' name of the architecture of ``model``, None for other models."""
     return getattr(getattr(model, "config", None), "model_type", None)
 
 

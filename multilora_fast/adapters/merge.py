@@ -1,4 +1,4 @@
-"""Task arithmetic: existing LoRA adapters as the branches of one MultiLoRA adapter, whose scales can be learned."""
+"""Task arithmetic: existing LoRA adapters as the branches of one MultiLoRA adapter with learned scales."""
 
 import math
 import os
@@ -13,23 +13,23 @@ from torch import Tensor
 from multilora_fast.adapters.branches import Branches, clean, stack
 from multilora_fast.adapters.config import check_fields, pattern_value
 from multilora_fast.adapters.experts import is_stacked
-from multilora_fast.adapters.files import PREFIX, Adapter, check_new_adapter, is_whole, read_files, write_multilora
+from multilora_fast.adapters.files import PREFIX, Adapter, is_whole, read_files, write_multilora
 from multilora_fast.adapters.naming import base_model_type
-from multilora_fast.files import as_path
+from multilora_fast.files import as_path, check_new_folder
 from multilora_fast.validation import check_hyperparameters
 
-# Fields of a LoRA config that change what the adapter computes beyond B A x, or hold tensors outside of A and B.
+# Fields of a LoRA config that add to B A x or hold tensors outside of A and B.
 _NOT_PLAIN = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "trainable_token_indices", "layer_replication",
     "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config", "kasa_config", "megatron_config",
 )  # fmt: skip
-# Initialisations that change the base weight too, so that the adapter alone says nothing about the original model.
+# Initialisations that change the base weight too.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
 class Lora(NamedTuple):
-    """What the files of a LoRA adapter hold: the config, A (r, K) and B (N, r) by module path, in float32 and with
-    alpha / r folded into B, and what PEFT keeps whole beside them, by the parameters' names in the adapted model."""
+    """The contents of a LoRA adapter's files: the config, A (r, K) and B (N, r) by module path, in float32 and with
+    alpha / r folded into B, and the tensors that PEFT stores whole, by parameter name in the adapted model."""
 
     config: dict
     modules: dict[str, tuple[Tensor, Tensor]]
@@ -44,27 +44,28 @@ def from_loras(
     scaling: str = "vector",
     lora_dropout: float = 0.0,
     seed: int = 0,
+    overwrite: bool = False,
 ) -> Path:
     """Write one MultiLoRA adapter whose branch i is the LoRA adapter ``directories[i]``, and return its directory.
 
-    A model with it computes the weighted sum of the LoRAs' updates, exactly at creation: branch i's scales are
-    ``weights[i]`` and its alpha / r (or alpha / √r) is folded into B. Lower ranks are padded with random rows of A and
+    The adapter computes the weighted sum of the LoRAs' updates, exactly at creation: branch i's scales are
+    ``weights[i]``, and its alpha / r (or alpha / √r) is folded into B. Lower ranks are padded with random rows of A and
     zero columns of B, which can learn. Where a LoRA does not adapt a module that others do, its branch is fresh, with
     scale zero. Everything is stored in float32.
 
     Args:
         directories: LoRA adapters as PEFT saves them, for one base model.
-        out_dir: made if missing, or that of an earlier merge, which is overwritten; load it with
-            PeftModel.from_pretrained or multilora_fast.adapters.load_adapter.
+        out_dir: a new or empty directory. Load it with PeftModel.from_pretrained or
+            multilora_fast.adapters.load_adapter.
         weights: one number per LoRA; all 1 when None.
         scaling: "vector" or "scalar", the kind of scale to learn from there.
         lora_dropout: of the new adapter, when it is trained.
         seed: of the padding and the fresh branches.
+        overwrite: allow an ``out_dir`` that is not empty. An adapter in it is replaced; other files stay.
 
     Raises:
-        ValueError: no directories, other numbers of weights, adapters that are missing, damaged, no plain LoRA (DoRA,
-            biases, modules_to_save, ...), or for modules of different shapes; or ``out_dir`` holds a model, a training
-            run or an adapter that is no merge.
+        ValueError: no directories, another number of weights, adapters that are missing, damaged, no plain LoRA (DoRA,
+            biases, modules_to_save, ...) or for modules of different shapes, an ``out_dir`` that is not empty.
     """
     if isinstance(directories, (str, os.PathLike)):
         raise ValueError(f"directories must be a list of LoRA adapters' directories, not {os.fspath(directories)!r}.")
@@ -81,45 +82,45 @@ def from_loras(
         raise ValueError(f"weights must be finite, not {weights}.")
     check_hyperparameters(r=1, lora_num=1, lora_dropout=lora_dropout, scaling=scaling)
     out = as_path("the output", out_dir)
-    overwritten = [directory for directory in directories if Path(directory).resolve() == out.resolve()]
-    if overwritten:
+    if out.resolve() in [Path(directory).resolve() for directory in directories]:
         raise ValueError(f"the output {out} holds one of the LoRA adapters, which would be overwritten.")
-    check_new_adapter(out, "merge")
-    loras = [read_lora(directory) for directory in directories]
+    check_new_folder("the output", out, overwrite)
+    loras = [parse_lora(directory, *read_files(directory, "LoRA")) for directory in directories]
     for directory, lora in zip(directories, loras, strict=True):
         if lora.config.get("modules_to_save"):
             saved = lora.config["modules_to_save"]
             raise ValueError(f"{directory} has modules_to_save={saved!r}, which MultiLoRA branches cannot hold.")
-        _check_no_experts(directory, lora)
+        kind = base_model_type(lora.config)
+        stacked = next((name for name in lora.modules if is_stacked(name, kind)), None)
+        if stacked is not None:
+            raise ValueError(
+                f"{directory} adapts {stacked}, which {kind} models keep together with other experts: only LoRAs of "
+                "linear layers can be merged."
+            )
     generator = torch.Generator().manual_seed(seed)
+
+    def fresh(rows: int, columns: int) -> Tensor:
+        return torch.empty(1, rows, columns).uniform_(-(columns**-0.5), columns**-0.5, generator=generator)
+
     modules = {}
     for name in dict.fromkeys(name for lora in loras for name in lora.modules):
-        _check_shapes(name, directories, loras)
-        K, N = next((A.shape[1], B.shape[0]) for A, B in (lora.modules[name] for lora in loras if name in lora.modules))
+        N, r, K = _shape(name, directories, loras)
         width = N if scaling == "vector" else 1
-        r = max(lora.modules[name][0].shape[0] for lora in loras if name in lora.modules)
         parts = []
         for lora, weight in zip(loras, weights, strict=True):
             if name in lora.modules:
                 A, B = lora.modules[name]
                 parts.append(Branches(A[None], B[None], torch.full((1, width), weight)))
             else:
-                A = torch.empty(1, r, K).uniform_(-(K**-0.5), K**-0.5, generator=generator)
-                B = torch.empty(1, N, r).uniform_(-(r**-0.5), r**-0.5, generator=generator)
-                parts.append(Branches(A, B, torch.zeros(1, width)))
+                parts.append(Branches(fresh(r, K), fresh(N, r), torch.zeros(1, width)))
         modules[name] = stack(parts, generator)
     config = _config([lora.config for lora in loras], scaling, lora_dropout, sorted(modules))
-    write_multilora(out, Adapter(config, modules, _whole(directories, loras)), made_by="merge")
+    write_multilora(out, Adapter(config, modules, _whole(directories, loras)))
     return out
 
 
-def read_lora(directory: str | os.PathLike) -> Lora:
-    """The LoRA adapter in ``directory``."""
-    return parse_lora(directory, *read_files(directory, "LoRA"))
-
-
 def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> Lora:
-    """The LoRA adapter that was read in ``directory``."""
+    """The LoRA adapter in ``directory``, from its config and tensors."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter, not a LoRA adapter.")
     try:
@@ -149,7 +150,7 @@ def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str,
         if not is_whole(key, config, found):
             raise ValueError(f"{directory} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear layer.")
     parameters = config.get("target_parameters") or ()
-    if set(parameters) - {f"{name}.weight" for name in found}:  # those that are, are linear layers under another name
+    if set(parameters) - {f"{name}.weight" for name in found}:  # the others are linear layers under another name
         raise ValueError(
             f"{directory} has target_parameters={config['target_parameters']!r}, which MultiLoRA branches cannot hold."
         )
@@ -172,7 +173,7 @@ def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str,
 
 
 def _whole(directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> dict[str, Tensor]:
-    """What the LoRAs keep whole: embeddings, in which all that hold them must agree."""
+    """The tensors that the LoRAs store whole (embeddings), which must be equal in all of them."""
     whole: dict[str, Tensor] = {}
     for directory, lora in zip(directories, loras, strict=True):
         for name, tensor in lora.whole.items():
@@ -181,27 +182,19 @@ def _whole(directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> d
     return whole
 
 
-def _check_no_experts(directory: str | os.PathLike, lora: Lora) -> None:
-    kind = base_model_type(lora.config)
-    stacked = next((name for name in lora.modules if is_stacked(name, kind)), None)
-    if stacked is not None:
-        raise ValueError(
-            f"{directory} adapts {stacked}, which {kind} models keep together with other experts: only LoRAs of linear "
-            "layers can be merged."
-        )
-
-
-def _check_shapes(name: str, directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> None:
-    shapes = {
-        directory: (lora.modules[name][0].shape[1], lora.modules[name][1].shape[0])
-        for directory, lora in zip(directories, loras, strict=True)
-        if name in lora.modules
-    }
-    first = next(iter(shapes))
-    for directory, (K, N) in shapes.items():
-        if shapes[first] != (K, N):
-            was = "{} to {}".format(*shapes[first])
-            raise ValueError(f"{name} maps {was} features in {first}, but {K} to {N} in {directory}.")
+def _shape(name: str, directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> tuple[int, int, int]:
+    """N, the highest rank, and K of the module ``name``."""
+    found = [
+        (where, *lora.modules[name]) for where, lora in zip(directories, loras, strict=True) if name in lora.modules
+    ]
+    first, A0, B0 = found[0]
+    K, N = A0.shape[1], B0.shape[0]
+    for where, A, B in found:
+        if (A.shape[1], B.shape[0]) != (K, N):
+            raise ValueError(
+                f"{name} maps {K} to {N} features in {first}, but {A.shape[1]} to {B.shape[0]} in {where}."
+            )
+    return N, max(len(A) for _, A, _ in found), K
 
 
 def _config(configs: Sequence[dict], scaling: str, lora_dropout: float, names: list[str]) -> dict:

@@ -1,4 +1,4 @@
-"""The commands that turn adapters into others: ``export`` and ``merge``. Mistakes are ValueErrors of one sentence."""
+"""The commands ``export`` and ``merge``."""
 
 import json
 import warnings
@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from multilora_fast.cli.paths import given_path
+from multilora_fast.cli.paths import OVERWRITE, given_path
+from multilora_fast.files import atomic_dir, check_new_folder
 
-_AUTO: dict[str | None, str] = {  # transformers' class for each task of PEFT's but CAUSAL_LM
+_AUTO: dict[str | None, str] = {  # PEFT's task types but CAUSAL_LM, and transformers' classes
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -21,99 +22,97 @@ _AUTO: dict[str | None, str] = {  # transformers' class for each task of PEFT's 
 
 def export(
     adapter: Annotated[Path, typer.Argument(help="Directory of a MultiLoRA adapter.", parser=given_path)],
-    out: Annotated[Path, typer.Argument(help="Directory for the LoRA adapter.", parser=given_path)],
+    out: Annotated[Path, typer.Argument(help="Output directory for the LoRA adapter.", parser=given_path)],
     model: Annotated[
         str | None,
-        typer.Option(help="Base model, as a directory or hub id, to compare logits with.", show_default="no check"),
+        typer.Option(help="Base model to compare logits with, a directory or hub id.", show_default="no check"),
     ] = None,
     layout: Annotated[
         str,
         typer.Option(
-            help="Of experts: peft, as vLLM takes it for models with 3-D experts (gpt-oss), or per-expert, for others "
-            "(Qwen3-MoE, Mixtral)."
+            help="Layout of experts: peft, for models whose experts vLLM keeps as 3-D weights (gpt-oss), or "
+            "per-expert, for others (Qwen3-MoE, Mixtral)."
         ),
     ] = "peft",
+    overwrite: Annotated[bool, OVERWRITE] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Write a MultiLoRA adapter as a plain LoRA of the same function, for vLLM and every other server of LoRAs."""
-    from multilora_fast.adapters.export import write_lora
-    from multilora_fast.adapters.files import check_new_adapter, read_multilora
+    """Write a MultiLoRA adapter as a plain LoRA that computes the same, for vLLM and other LoRA servers."""
+    from multilora_fast.adapters.export import export_lora
+    from multilora_fast.adapters.files import CONFIG, read_multilora
     from multilora_fast.models import model_source
 
-    check_new_adapter(out, "export")
-    compared: dict[str, float] = {}
-
-    def compare(lora: Path) -> None:
-        difference, largest = _compare(str(model), adapter, lora)
-        of_experts = any(branches.experts for branches in read_multilora(adapter).modules.values())
-        # PEFT adds an update of experts to their weights, and rounds the sum.
-        if not difference <= (5e-6 if of_experts else 1e-6) * largest:
-            raise ValueError(
-                f"the export's logits differ from the source's by {difference:.3g}, of at most {largest:.3g}: "
-                f"nothing was written to {out}."
-            )
-        compared.update(logits_differ_by=difference, largest_logit=largest)
-        if not as_json:
-            print(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
-
+    check_new_folder("the output", out, overwrite)
     if model is not None:
         model_source("--model", model)
-    report = write_lora(adapter, out, layout=layout, base_model=model, verify=None if model is None else compare)
+    compared = {}
+    with atomic_dir(out, last=CONFIG) as stage:
+        report = export_lora(adapter, stage, layout=layout)
+        if model is not None:
+            difference, largest = _compare(model, adapter, stage)
+            of_experts = any(branches.experts for branches in read_multilora(adapter).modules.values())
+            # PEFT adds an update of experts to their weights, and rounds the sum.
+            if not difference <= (5e-6 if of_experts else 1e-6) * largest:
+                raise ValueError(
+                    f"the export's logits differ from the source's by {difference:.3g}, of at most {largest:.3g}: "
+                    f"nothing was written to {out}."
+                )
+            compared = {"logits_differ_by": difference, "largest_logit": largest}
     if as_json:
         fields = asdict(report)
-        if report.layout is None:  # these say nothing of linear layers
+        if report.layout is None:  # the other fields describe experts
             fields = {name: fields[name] for name in ("rank", "modules", "max_lora_rank")}
-        _print_json({"output": str(out), **fields, **compared})
-    else:
-        print(f"{out}: {report}")
+        print(json.dumps({"output": str(out), **fields, **compared}, indent=1))
+        return
+    if compared:
+        print(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
+    print(f"{out}: {report}")
 
 
 def merge(
     lora_dirs: Annotated[
         list[Path], typer.Argument(help="Directories of LoRA adapters of one base model.", parser=given_path)
     ],
-    output: Annotated[Path, typer.Option(help="Directory for the MultiLoRA adapter.", parser=given_path)],
+    output: Annotated[Path, typer.Option(help="Output directory for the MultiLoRA adapter.", parser=given_path)],
     weights: Annotated[
-        str | None, typer.Option(help="One number per adapter, with commas.", show_default="1 for each")
+        str | None, typer.Option(help="Comma-separated numbers, one per adapter.", show_default="1 for each")
     ] = None,
+    overwrite: Annotated[bool, OVERWRITE] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Make one MultiLoRA adapter whose branches are existing LoRA adapters, ready to use or to train on."""
+    """Make one MultiLoRA adapter whose branches are existing LoRA adapters, to use or to train further."""
     from multilora_fast.adapters.merge import from_loras
 
     try:
-        numbers = None if weights is None else [float(word) for word in weights.split(",")]
+        numbers = [1.0] * len(lora_dirs) if weights is None else [float(word) for word in weights.split(",")]
     except ValueError:
         raise ValueError(f"weights must be numbers with commas between them, not {weights!r}.") from None
-    if numbers is not None and len(numbers) != len(lora_dirs):
+    if len(numbers) != len(lora_dirs):
         raise ValueError(
             f"--weights must hold one number per adapter, {len(lora_dirs)}, with commas between them, not {weights!r}."
         )
-    from_loras(lora_dirs, output, weights=numbers)
+    from_loras(lora_dirs, output, weights=numbers, overwrite=overwrite)
     if as_json:
-        used = [1.0] * len(lora_dirs) if numbers is None else numbers
-        _print_json({"output": str(output), "adapters": [str(path) for path in lora_dirs], "weights": used})
+        print(json.dumps({"output": str(output), "adapters": list(map(str, lora_dirs)), "weights": numbers}, indent=1))
     else:
         count = len(lora_dirs)
         branches = "1 LoRA adapter as the branch" if count == 1 else f"{count} LoRA adapters as the branches"
         print(f"{output}: {branches} of one MultiLoRA adapter")
 
 
-def _print_json(document: dict[str, Any]) -> None:
-    print(json.dumps(document, indent=1))
-
-
 def _compare(model: str, adapter: Path, lora: Path) -> tuple[float, float]:
-    """The largest difference between the logits under both adapters on random tokens in float32, and the largest
-    logit. Where the LoRA's B is stored in half precision, the source's is rounded as it is."""
+    """The largest difference between the logits of both adapters, on random tokens in float32, and the largest logit.
+    Where the LoRA stores B in half precision, the source's B is rounded likewise."""
     import torch
     from peft import PeftModel
 
     import multilora_fast.peft  # noqa: F401  (registers the method)
+    from multilora_fast.adapters.files import read_multilora
 
+    source = read_multilora(adapter)
     outputs = []
     for directory in (adapter, lora):
-        base = _load_base(model, adapter)
+        base = _load_base(model, source.config, source.whole)
         try:
             with warnings.catch_warnings():
                 # PEFT looks for the keys of these patterns among modules alone, and not among target_parameters.
@@ -122,55 +121,50 @@ def _compare(model: str, adapter: Path, lora: Path) -> tuple[float, float]:
         except RuntimeError as error:
             raise ValueError(f"{directory} does not fit {model}: {' '.join(str(error).split())[:300]}") from error
         if directory is adapter:
-            _round_as_stored(adapter, adapted)
+            _round_as_stored(adapted, source.modules)
         config = base.config.get_text_config()
         length = min(32, (getattr(config, "max_position_embeddings", None) or 32) - 2)
         ids = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
         decoder = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
         with torch.no_grad():
             outputs.append(adapted(input_ids=ids, **decoder)[0])
-    source, exported = outputs
-    return (source - exported).abs().max().item(), source.abs().max().item()
+    return (outputs[0] - outputs[1]).abs().max().item(), outputs[0].abs().max().item()
 
 
-def _load_base(model: str, adapter: Path) -> Any:
-    """The model that the adapter is for: of its task, with its head's number of labels and its vocabulary."""
+def _load_base(model: str, config: dict, whole: dict) -> Any:
+    """The adapter's base model: of its task, with its head's number of labels and its vocabulary."""
     import torch
 
-    from multilora_fast.adapters.files import read_multilora
     from multilora_fast.models import load_model
 
-    config, _, whole = read_multilora(adapter)
     auto = _AUTO.get(config.get("task_type"), "AutoModelForCausalLM")
-    heads = config.get("modules_to_save") or []
-    labels = [t.shape[0] for name, t in whole.items() if t.dim() == 2 and set(heads) & set(name.split("."))]
+    heads = set(config.get("modules_to_save") or ())
+    labels = [t.shape[0] for name, t in whole.items() if t.dim() == 2 and heads & set(name.split("."))]
     options = {"num_labels": min(labels)} if labels else {}
     base: Any = load_model(model, torch.float32, torch.device("cpu"), auto, **options)
-    if base.config.get_text_config().pad_token_id is None:  # by which classifiers find a sequence's last token
-        base.config.get_text_config().pad_token_id = 0
-    layers = (base.get_input_embeddings(), base.get_output_embeddings())
+    text = base.config.get_text_config()
+    if text.pad_token_id is None:  # classifiers find a sequence's last token by it
+        text.pad_token_id = 0
+    embeddings = {id(layer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())}
     for name, layer in base.named_modules():
-        if any(layer is embedding for embedding in layers):
+        if id(layer) in embeddings:
             kept = whole.get(f"{name}.weight", whole.get(f"{name}.base_layer.weight"))
             if kept is not None and len(kept) != len(layer.weight):
                 base.resize_token_embeddings(len(kept), mean_resizing=False)
     return base
 
 
-def _round_as_stored(adapter: Path, adapted: Any) -> None:
-    """Let a model's MultiLoRA adapter compute with its B as the LoRA stores it, where that is in half precision."""
+def _round_as_stored(adapted: Any, stored: dict[str, Any]) -> None:
+    """Replace B and the scales of a model's MultiLoRA adapter by B̃ as the LoRA stores it in half precision."""
     import torch
 
     from multilora_fast.adapters.branches import as_lora, collect
     from multilora_fast.adapters.export import rounded
-    from multilora_fast.adapters.files import read_multilora
 
-    stored = read_multilora(adapter).modules
     for name, module in collect(adapted).items():
         B = rounded(as_lora(stored[name])[1], stored[name])
-        if B.dtype not in (torch.float32, torch.float64):
+        if B.dtype in (torch.bfloat16, torch.float16):
             branches: Any = module
-            separate = B.unflatten(-1, (stored[name].lora_num, stored[name].r)).movedim(-2, -3)
-            branches.lora_B.data.copy_(separate)
+            branches.lora_B.data.copy_(B.unflatten(-1, (-1, stored[name].r)).movedim(-2, -3))
             branches.lora_scaling.data.fill_(1.0)
             branches.scaling_factor = 1.0

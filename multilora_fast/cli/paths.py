@@ -1,13 +1,15 @@
-"""Paths on the command line."""
+"""Parameters of the command line that several commands share."""
 
 from pathlib import Path
 
 import typer
 
+OVERWRITE = typer.Option("--overwrite", help="Write into an output directory that is not empty, over its files.")
+
 
 def given_path(value: str) -> Path:
-    """``value`` as a path. An empty text, which a shell passes for a variable that is not set, is refused: of it Path
-    makes the current directory."""
+    """``value`` as a path. Refuses an empty text, which an unset shell variable becomes: Path("") is the current
+    directory."""
     if not value:
         raise typer.BadParameter("an empty text; give a path.")
     return Path(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
-from multilora_fast.files import as_path, atomic_dir, check_folder
+from multilora_fast.files import atomic_dir, check_new_folder
 from multilora_fast.models import pretrained
 from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.targets import is_all_linear, linear_kinds, unmatched
@@ -34,6 +35,7 @@ def init_adapter(
     *,
     seed: int = 0,
     dtype: str | None = None,
+    overwrite: bool = False,
 ) -> dict[str, int]:
     """Write an untrained adapter for ``model`` into the new directory ``out``; of the model only its config is read.
 
@@ -47,17 +49,16 @@ def init_adapter(
         dtype: the base's as it is loaded for training, "float32", "bfloat16" or "float16". PEFT draws the branches in
             it, and keeps them in float32. None is that of the model's config, as transformers loads it, and float32 for
             a quantized model.
+        overwrite: allow an ``out`` that is not empty. An adapter in it is replaced; other files stay.
 
     Returns: how many "modules" are adapted, and their "parameters".
 
     Raises:
-        ValueError: a model whose config cannot be found or whose code is not in transformers, an ``out`` that exists,
+        ValueError: a model whose config cannot be found or whose code is not in transformers, a filled ``out``,
             targets that match no module, or what is made of the base's weights: modules_to_save, biases, new heads.
     """
-    folder = as_path("out", out)
-    if os.path.lexists(folder):
-        raise ValueError(f"out {folder} exists: give a new directory.")
-    check_folder("out", folder)
+    check_new_folder("out", out, overwrite)
+    folder = Path(out)
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}.")
     if not isinstance(seed, int) or not 0 <= seed < 2**64:

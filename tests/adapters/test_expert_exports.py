@@ -157,7 +157,7 @@ def test_the_projection_that_is_missing_where_there_is_no_gate(tmp_path):
     for name in ("experts.up_proj", "experts.down_proj"):
         model = adapted("nemotron_h", target_parameters=[name])
         model.save_pretrained(tmp_path / "source")
-        export_lora(tmp_path / "source", tmp_path / "out")
+        export_lora(tmp_path / "source", tmp_path / "out", overwrite=True)
         lora = reloaded(tmp_path / "out", "nemotron_h")
         assert_same(model, lora)
         assert lora.get_submodule("model.model.layers.0.mixer.experts.base_layer").parameter_name == "up_proj"

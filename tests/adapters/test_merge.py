@@ -1,6 +1,8 @@
 """Existing LoRA adapters as the branches of one MultiLoRA adapter."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,9 +42,15 @@ def lora(path, options, make=llama, seed=0):
     return path
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loras")
+    return [lora(folder / name, options, seed=i) for i, (name, options) in enumerate(KINDS.items())]
+
+
 @pytest.fixture
-def loras(tmp_path):
-    return [lora(tmp_path / name, options, seed=i) for i, (name, options) in enumerate(KINDS.items())]
+def loras(saved, tmp_path):
+    return [Path(shutil.copytree(path, tmp_path / path.name)) for path in saved]
 
 
 def weighted(directories, weights, make=llama):
@@ -57,8 +65,7 @@ def weighted(directories, weights, make=llama):
     return model
 
 
-@pytest.mark.parametrize("scaling", ["vector", "scalar"])
-@pytest.mark.parametrize("weights", [None, [0.5, -1.0, 2.0]])
+@pytest.mark.parametrize(("weights", "scaling"), [(None, "vector"), ([0.5, -1.0, 2.0], "scalar")])
 def test_it_is_the_weighted_sum(weights, scaling, loras, tmp_path):
     out = from_loras(loras, tmp_path / "out", weights=weights, scaling=scaling)
     model = PeftModel.from_pretrained(llama(), out)
@@ -108,17 +115,17 @@ def test_the_same_seed_gives_the_same_file(loras, tmp_path):
     assert files[0] == files[1] != files[2]
 
 
-def test_a_merge_is_written_anew_but_no_longer_once_it_was_trained(loras, tmp_path):
-    out = tmp_path / "out"
-    for weight in (1.0, 0.5):
-        from_loras(loras, out, weights=[weight] * 3)
-        expected = logits(weighted(loras, [weight] * 3))
-        assert_same_logits(logits(PeftModel.from_pretrained(llama(), out)), expected, 1e-5)
-    PeftModel.from_pretrained(llama(), out, is_trainable=True).save_pretrained(out)
+def test_only_on_request_is_an_adapter_overwritten(loras, tmp_path):
+    out = from_loras(loras, tmp_path / "out")
     before = (out / WEIGHTS).read_bytes()
-    with pytest.raises(ValueError, match="holds an adapter that is no earlier merge: give another directory"):
-        from_loras(loras, out)
+    with pytest.raises(ValueError, match="overwrite=True"):
+        from_loras(loras, out, weights=[0.5] * 3)
     assert (out / WEIGHTS).read_bytes() == before
+    from_loras(loras, out, weights=[0.5] * 3, overwrite=True)
+    expected = logits(weighted(loras, [0.5] * 3))
+    assert_same_logits(logits(PeftModel.from_pretrained(llama(), out)), expected, 1e-5)
+    with pytest.raises(ValueError, match="holds one of the LoRA adapters"):
+        from_loras(loras, loras[0], overwrite=True)
 
 
 def edit_config(**new):
@@ -136,46 +143,32 @@ def edit_tensors(change):
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj."
 REFUSED = {
-    "DoRA": (edit_config(use_dora=True), "use_dora=True, which MultiLoRA branches cannot hold"),
-    "bias": (edit_config(bias="lora_only"), "bias='lora_only'"),
-    "lora_bias": (edit_config(lora_bias=True), "lora_bias=True"),
-    "modules_to_save": (edit_config(modules_to_save=["lm_head"]), r"modules_to_save=\['lm_head'\]"),
-    "parameters": (edit_config(target_parameters=["experts.up"]), "target_parameters="),
     **{
-        f"base changed by {init}": (
-            edit_config(init_lora_weights=init),
-            f"init_lora_weights='{init}', which changes the",
-        )
+        f"{field}={value}": (edit_config(**{field: value}), f"{field}=")
+        for field, value in {
+            "use_dora": True, "use_qalora": True, "use_bdlora": True, "lora_bias": True, "bias": "lora_only",
+            "modules_to_save": ["lm_head"], "target_parameters": ["experts.up"], "trainable_token_indices": [1],
+            "layer_replication": [1], "alora_invocation_tokens": [1], "arrow_config": [1], "velora_config": [1],
+            "monteclora_config": [1], "kasa_config": [1], "megatron_config": [1],
+        }.items()
+    },
+    **{
+        init: (edit_config(init_lora_weights=init), f"init_lora_weights='{init}'")
         for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica")
     },
-    **{
-        field: (edit_config(**{field: [1]}), rf"{field}=\[1\], which MultiLoRA branches cannot hold")
-        for field in (
-            "trainable_token_indices",
-            "layer_replication",
-            "alora_invocation_tokens",
-            "arrow_config",
-            "velora_config",
-            "monteclora_config",
-            "kasa_config",
-            "megatron_config",
-        )
-    },
-    **{field: (edit_config(**{field: True}), f"{field}=True, which") for field in ("use_qalora", "use_bdlora")},
-    "another method": (edit_config(peft_type="IA3"), "holds a IA3 adapter, not a LoRA adapter"),
+    "another method": (edit_config(peft_type="IA3"), "IA3"),
     "an embedding": (
-        edit_tensors(lambda t: t.update({Q + "lora_embedding_A": t.pop(Q + "lora_A.weight")})),
-        "no LoRA of a linear layer",
+        edit_tensors(lambda t: t.update({Q + "lora_embedding_A": t.pop(Q + "lora_A.weight")})), "lora_embedding_A"
     ),
-    "half a pair": (edit_tensors(lambda t: t.pop(Q + "lora_B.weight")), "lora_A of .*q_proj, but not the other half"),
-    "other rank": (edit_config(r=7), "which its config gives r=7"),
-    "cut short": (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:99]), "no readable LoRA adapter"),
-    "nothing there": (lambda p: (p / WEIGHTS).unlink(), "no readable LoRA adapter"),
+    "half a pair": (edit_tensors(lambda t: t.pop(Q + "lora_B.weight")), "lora_A of .*q_proj"),
+    "other rank": (edit_config(r=7), "r=7"),
+    "cut short": (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:99]), "plain"),
+    "nothing there": (lambda p: (p / WEIGHTS).unlink(), "plain"),
     "other model": (
         edit_tensors(lambda t: t.update({Q + "lora_A.weight": torch.zeros(4, 9)})),
         r"q_proj maps 9 to 32 features in \S+plain, but 32 to 32 in \S+rslora",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -187,16 +180,7 @@ def test_refusals_write_nothing(case, loras, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_wrong_arguments(loras, tmp_path):
-    for arguments, message in [
-        (([], {}), "directories must name at least one"),
-        ((loras, {"weights": [1.0]}), "weights must hold one number per adapter, 3, not 1"),
-        ((loras, {"weights": [1.0, float("nan"), 1.0]}), "weights must be finite"),
-        ((loras, {"scaling": "matrix"}), "scaling must be"),
-        ((loras, {"lora_dropout": 1.5}), "lora_dropout must be a probability"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            from_loras(arguments[0], tmp_path / "out", **arguments[1])
+def test_loras_of_different_bases_are_merged_with_a_warning(loras, tmp_path):
     edit_config(base_model_name_or_path="one")(loras[0])
     edit_config(base_model_name_or_path="two")(loras[1])
     with pytest.warns(UserWarning, match="different base models: one, two"):
@@ -209,10 +193,10 @@ def test_the_command(loras, tmp_path):
     arguments = [*map(str, loras), "--weights", "1,-0.5,2", "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert "3 LoRA adapters as the branches of one MultiLoRA adapter" in result.output
+    assert "3 LoRA adapters as the branches" in result.output
     result = CliRunner().invoke(app, [str(loras[0]), "--output", str(tmp_path / "one")])
-    assert "1 LoRA adapter as the branch of one MultiLoRA adapter" in result.output
+    assert "1 LoRA adapter as the branch" in result.output
     expected = logits(weighted(loras, [1, -0.5, 2]))
     assert_same_logits(logits(PeftModel.from_pretrained(llama(), tmp_path / "out")), expected, 1e-5)
-    result = CliRunner().invoke(app, [str(loras[0]), "--weights", "one", "--output", str(tmp_path / "out")])
-    assert "weights must be numbers with commas between them, not 'one'" in str(result.exception)
+    result = CliRunner().invoke(app, [*arguments, "--overwrite"])
+    assert result.exit_code == 0, result.output

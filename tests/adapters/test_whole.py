@@ -141,8 +141,8 @@ def test_loras_of_a_compiled_model_with_an_adapted_head_are_merged(tmp_path):
     tensors = load_file(path)
     tensors["base_model.model._orig_mod.lm_head.base_layer.weight"] += 1
     save_file(tensors, path)
-    with pytest.raises(ValueError, match=r"holds another lm_head\.base_layer\.weight than the LoRA adapters before it"):
-        from_loras(loras, tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds another lm_head\.base_layer\.weight"):
+        from_loras(loras, tmp_path / "new")
 
 
 def test_patterns_that_name_the_wrapper_still_mean_what_they_meant(tmp_path):
@@ -162,7 +162,7 @@ def test_an_adapted_head_is_loaded_by_auto_classes_from_an_export(tmp_path):
     )
     for source in (model, tmp_path / "source"):
         model.save_pretrained(tmp_path / "source")
-        export_lora(source, tmp_path / "out")
+        export_lora(source, tmp_path / "out", overwrite=True)
         loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
         assert_same_logits(logits(loaded), logits(model))
 
@@ -186,7 +186,7 @@ def test_revision_and_task_survive(source, tmp_path):
         assert {field: written[field] for field in options} == options
     edit(tmp_path / "lora" / CONFIG, revision=None)
     export_lora(tmp_path / "source", tmp_path / "other")
-    from_loras([tmp_path / "lora", tmp_path / "other"], tmp_path / "merged")
+    from_loras([tmp_path / "lora", tmp_path / "other"], tmp_path / "merged", overwrite=True)
     assert json.loads((tmp_path / "merged" / CONFIG).read_text())["revision"] is None
 
 
@@ -198,7 +198,7 @@ def test_only_the_heads_that_peft_adds_are_exported(tmp_path):
         model = get_peft_model(classifier(), config(**options))
         model.save_pretrained(tmp_path / "source")
         for source in (model, tmp_path / "source"):
-            with pytest.raises(ValueError, match=re.escape(f"modules_to_save {left}, which no LoRA holds")):
+            with pytest.raises(ValueError, match=re.escape(f"modules_to_save {left}")):
                 export_lora(source, tmp_path / "out")
 
 
@@ -206,8 +206,8 @@ def test_a_head_that_does_not_fit_leaves_the_model_alone(tmp_path):
     model = get_peft_model(classifier(), config(task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
     for other, message in (
-        (llama(), "holds score.weight, which the model does not have."),
-        (LlamaForSequenceClassification(llama().config), r"holds score.weight of shape \(3, 32\), where the model has"),
+        (llama(), r"score\.weight"),
+        (LlamaForSequenceClassification(llama().config), r"score\.weight of shape \(3, 32\)"),
     ):
         before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
         with pytest.raises(ValueError, match=message):
