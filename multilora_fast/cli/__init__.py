@@ -1,4 +1,4 @@
-"""The command line: ``multilora-fast`` and the names under it. Heavy imports wait for a command."""
+"""The command line, ``multilora-fast``. Commands import heavy libraries when they run."""
 
 import sys
 from typing import Annotated, Any
@@ -8,8 +8,12 @@ import typer
 from multilora_fast import __version__
 from multilora_fast.cli import adapters, bench, demo, info, init, plan, spectrum, train
 
+try:  # typer from 0.26 brings its own copy of click
+    from typer._click.exceptions import ClickException
+except ImportError:
+    from click.exceptions import ClickException  # type: ignore[assignment]
+
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-ClickException: Any = typer.BadParameter.__mro__[2]  # click's, or that of the copy of click inside newer typer
 
 
 def _version(wanted: bool) -> None:
@@ -28,18 +32,18 @@ def multilora_fast(
 
 
 def _command(short: str, *examples: str) -> Any:
-    """A command with its line in the list of all, and with examples under its help."""
+    """Register a command with its line in the list of commands and the examples under its help."""
     lines = "\n".join(f"  multilora-fast {example}" for example in examples)
     title = "Examples" if len(examples) > 1 else "Example"
     return app.command(short_help=short, epilog=f"\b\n{title}:\n{lines}")
 
 
-_command("Fine-tune a small model on four tasks, against LoRA.", "demo --quick", "demo --steps 320 --output run")(
+_command("Fine-tune a small model on four tasks, beside LoRA.", "demo --quick", "demo --steps 320 --output run")(
     demo.demo
 )
 _command("Show versions, device, backend and kernel settings.", "info", "info --arch sm_90 --json")(info.info)
 _command(
-    "Say what a training step will hold, by method.",
+    "Estimate the memory of a training step, by method.",
     "plan MODEL --batch 4 --seq-len 2048",
     "plan MODEL --gpu H100 --quantization 4bit --json",
 )(plan.plan)
@@ -58,22 +62,22 @@ _command("Write an adapter as a plain LoRA.", "export out lora", "export out lor
 )
 _command("Make one adapter of several LoRAs.", "merge lora-a lora-b --weights 1,0.5 --output sum")(adapters.merge)
 _command(
-    "Show singular values of what training changed.",
+    "Show the singular values of adapters' updates.",
     "spectrum out lora --modules k_proj,v_proj --plot spectrum.png",
     "spectrum tuned-model --base MODEL",
 )(spectrum.spectrum)
 _command(
-    "Time one layer here, against the loop and LoRA.",
+    "Time one layer, beside the naive loop and LoRA.",
     "bench",
     "bench --in-features 4096 --out-features 11008 --lora-num 5 --lora-dropout 0.05 --json",
 )(bench.bench)
 
 
 def main() -> None:
-    """Run the app; a mistake in what was asked is one line on stderr and exit code 2."""
+    """Run the app. Invalid input is one line on stderr and exit code 2."""
     try:
         code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-        if code == 130:  # what newer typer makes of Ctrl-C
+        if code == 130:  # Ctrl-C in newer typer
             raise KeyboardInterrupt
         sys.exit(code)
     except ClickException as error:
