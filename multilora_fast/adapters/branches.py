@@ -1,4 +1,4 @@
-"""The branches of one adapted layer as plain tensors: from models, into one LoRA, and stacked from several.
+"""The branches of one adapted layer as plain tensors: read from models, folded into one LoRA, stacked.
 
 n branches of rank r, K in_features, N out_features, R = n·r, c the constant scaling factor.
 """
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from multilora_fast.reference import MultiLoRALinear
 
 NAMES = ("lora_A", "lora_B", "lora_scaling")
-CONTAINER = "multilora_branches"  # of the PEFT layer: one module per adapter
-WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # each holds a module of the model
+CONTAINER = "multilora_branches"  # the PEFT layer's dict of one module per adapter
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # attributes of torch's wrappers
 
 
 class Branches(NamedTuple):
     """lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1), and c: the layer adds Σᵢ c·sᵢ ⊙ Bᵢ Aᵢ x.
 
-    Of a projection of E experts all tensors have the experts in front: (E, n, r, K) and so on.
+    The tensors of E experts have a leading axis: (E, n, r, K) and so on.
     """
 
     lora_A: Tensor
@@ -42,18 +42,18 @@ class Branches(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> "Branches":
-        """Of any module with these four attributes; no copies."""
+        """From any module with these four attributes, without copies."""
         return cls(module.lora_A.detach(), module.lora_B.detach(), module.lora_scaling.detach(), module.scaling_factor)
 
 
 def clean(name: str) -> str:
-    """The path of a module without the names that torch's wrappers, such as torch.compile's, put into it."""
+    """``name`` without the parts that torch.compile, FSDP and checkpoint wrappers insert."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def as_lora(branches: Branches) -> tuple[Tensor, Tensor]:
-    """The same update as one LoRA of rank R: Ã (R, K) and B̃ (N, R), with B̃ Ã x what the branches add to the output;
-    of experts (E, R, K) and (E, N, R). The product B̃ is taken, and given, in float32 at least."""
+    """The same update as one LoRA of rank R: Ã (R, K) and B̃ (N, R), for experts (E, R, K) and (E, N, R). B̃ is computed
+    and returned in float32 at least."""
     A, B, s, c = branches
     dtype = torch.promote_types(torch.promote_types(B.dtype, s.dtype), torch.float32)
     B = B.to(dtype) * (c * s.to(dtype)).unsqueeze(-1)
@@ -61,8 +61,8 @@ def as_lora(branches: Branches) -> tuple[Tensor, Tensor]:
 
 
 def stack(parts: Sequence[Branches], generator: torch.Generator | None = None) -> Branches:
-    """All branches of ``parts`` as one set, c folded into the scales. Lower ranks are padded to the highest: A with
-    random rows, B with zero columns, so that the update is the same and the padding can learn."""
+    """All branches of ``parts`` as one set, with c folded into the scales. Lower ranks are padded to the highest, with
+    random rows of A and zero columns of B: the update stays the same and the padding can learn."""
     r = max(part.r for part in parts)
     width = max(part.lora_scaling.shape[-1] for part in parts)
     As, Bs, scales = [], [], []
@@ -76,11 +76,11 @@ def stack(parts: Sequence[Branches], generator: torch.Generator | None = None) -
 
 
 def collect(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]:
-    """The modules of ``model`` that hold branches, by the path of the layer they adapt: our own layers, and of PEFT
-    layers the adapter ``adapter_name``, or their active one.
+    """The modules of ``model`` that hold branches, by layer path: our own layers, and the PEFT layers' adapter
+    ``adapter_name``, by default the active one.
 
     Raises:
-        ValueError: several PEFT adapters are active and none is named, or weights of an adapter are merged.
+        ValueError: several PEFT adapters are active and none is named, or the adapter is merged.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found: dict[str, nn.Module] = {}
@@ -92,10 +92,11 @@ def collect(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]
             adapters = getattr(module, CONTAINER)
             wanted = [adapter_name] if adapter_name is not None else module.active_adapters
             here = [name for name in wanted if name in adapters]
+            if not here:
+                continue
             if len(here) > 1:
                 raise ValueError(f"model has several active adapters, {', '.join(here)}: pass adapter_name.")
-            if here and here[0] in module.merged_adapters:
+            if here[0] in module.merged_adapters:
                 raise ValueError(f"model has the adapter {here[0]!r} merged into its weights: unmerge it first.")
-            if here:
-                found[name] = adapters[here[0]]
+            found[name] = adapters[here[0]]
     return found

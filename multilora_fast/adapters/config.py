@@ -1,4 +1,4 @@
-"""What an adapter's config says of each module: patterns of ranks, branches and alphas, and the target modules."""
+"""The fields of an adapter's config that shape each module: ranks, branch counts, alphas, target modules."""
 
 import re
 from collections import Counter
@@ -12,8 +12,8 @@ _SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "use_qalor
 
 
 def check_fields(config: Mapping) -> None:
-    """Raise ValueError naming the first field of an adapter's config, MultiLoRA's or LoRA's, that is of another kind
-    than its name says. A text such as "false" is no switch: it would count as true."""
+    """Raise ValueError naming the first field of a MultiLoRA or LoRA config that has the wrong type. A text such as
+    "false" is no switch: it would count as true."""
     for field in _TEXTS:
         check_text(field, config.get(field))
     for field in _SWITCHES:
@@ -27,12 +27,12 @@ def check_fields(config: Mapping) -> None:
 
 
 def pattern_value(pattern: Mapping[str, object] | None, name: str, default):
-    """The value of the first key of ``pattern`` that is a regular expression for the end of ``name``, as in PEFT."""
+    """The value of the first key of ``pattern``, a regular expression, that matches the end of ``name``, as in PEFT."""
     return next((v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def shape_options(config: Mapping, name: str) -> dict:
-    """r, lora_num and lora_alpha of the module ``name`` under an adapter's config and its patterns."""
+    """r, lora_num and lora_alpha of the module ``name``."""
     r = pattern_value(config.get("rank_pattern"), name, config["r"])
     alpha = pattern_value(config.get("alpha_pattern"), name, config["lora_alpha"])
     return {
@@ -43,9 +43,8 @@ def shape_options(config: Mapping, name: str) -> dict:
 
 
 def describe(modules: Mapping[str, Branches]) -> dict:
-    """The config fields that give every module its r, lora_num and c: common values, and patterns for the others. The
-    rank of experts, which would otherwise be that of linear layers over the experts per token, is always in a pattern.
-    """
+    """The config fields that give every module its r, lora_num and c: the most common values, and patterns for other
+    modules and for the rank of experts, whose default is another than that of linear layers."""
     alpha_is_rank = all(b.scaling_factor == 1.0 for b in modules.values())
     values = {name: (b.r, b.lora_num, b.scaling_factor * b.r) for name, b in modules.items()}
     common = [Counter(column).most_common(1)[0][0] for column in zip(*values.values(), strict=True)]
@@ -63,8 +62,8 @@ def describe(modules: Mapping[str, Branches]) -> dict:
 
 
 def targets(adapted: Iterable[str], everything: Iterable[str] = ()) -> list[str] | str:
-    """``target_modules`` for exactly the modules ``adapted`` of those in ``everything``: their names, or one regular
-    expression where a name is also the end of another module's."""
+    """``target_modules`` that match exactly ``adapted`` among ``everything``: their names, or one regular expression
+    where a name is also the end of another module's."""
     adapted = sorted(adapted)
     suffixes = tuple(f".{name}" for name in adapted)
     if any(name.endswith(suffixes) for name in set(everything) - set(adapted)):

@@ -1,14 +1,14 @@
-"""The experts of a MoE model in the two layouts that files of LoRAs have for them, as servers and PEFT read them.
+"""The two layouts of LoRA files for the experts of MoE models, as PEFT and servers read them.
 
-E experts, R = n·r. A module of experts has two projections: the first, gate_up_proj (or up_proj where there is no
-gate), reads the hidden states; the second, down_proj, gives them back.
+E experts, R = n·r. A module of experts has two projections: gate_up_proj (up_proj where there is no gate) reads the
+hidden states, and down_proj returns them.
 
-"peft": PEFT's own for target_parameters, since 0.19.1. Of the first projection {experts}.base_layer.lora_A (E·R, K)
-with the expert slowest and lora_B (N, R·E) with the expert fastest, of the second {experts}.lora_A and lora_B. A reads
-the input and B gives the output, also where the model keeps its weights transposed.
+"peft": that of PEFT's target_parameters since 0.19.1. The first projection is {experts}.base_layer.lora_A (E·R, K),
+expert slowest, and lora_B (N, R·E), expert fastest; down_proj is {experts}.lora_A and lora_B. A reads the input and B
+gives the output, also where the model stores its weights transposed.
 
-"per-expert": an ordinary LoRA for each expert's gate, up and down projection, under the names of checkpoints, such as
-experts.3.gate_proj or block_sparse_moe.experts.3.w1. Gate and up have the same A, and half of B each.
+"per-expert": one LoRA for each expert's gate, up and down projection, under the checkpoint's names, such as
+experts.3.gate_proj or block_sparse_moe.experts.3.w1. Gate and up share A and have half of B each.
 """
 
 from collections.abc import Mapping
@@ -18,15 +18,14 @@ from torch import Tensor
 
 LAYOUTS = ("peft", "per-expert")
 GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
-Factors = tuple[Tensor, Tensor]  # of one linear layer (R, K) and (N, R), of experts (E, R, K) and (E, N, R)
+Factors = tuple[Tensor, Tensor]  # of a linear layer (R, K) and (N, R), of experts (E, R, K) and (E, N, R)
 
 
 def missing_half(modules: Mapping[str, Factors], model_type: str | None) -> dict[str, Factors]:
     """Zeros for the projections of adapted experts that are not in ``modules``: the layouts hold both.
 
     Raises:
-        ValueError: of some experts down_proj alone is adapted, and ``model_type``, which says what the other projection
-            is, is None.
+        ValueError: down_proj alone is adapted, and ``model_type``, which tells the other projection, is None.
     """
     missing: dict[str, Factors] = {}
     for name, (A, B) in modules.items():
@@ -73,10 +72,10 @@ def as_experts(modules: Mapping[str, Factors], model_type: str | None) -> dict[s
 
 
 def checkpoint_names(path: str, model_type: str | None) -> tuple[str, dict[str, list[str]]]:
-    """What checkpoints call the experts at ``path``, and what each one's parts of gate_up_proj and of down_proj.
+    """The checkpoint's name of the experts at ``path``, and of each one's parts of gate_up_proj and down_proj.
 
     Raises:
-        ValueError: the type is None, or checkpoints of this type of model do not hold experts one by one.
+        ValueError: the type is None, or checkpoints of this type do not hold experts one by one.
     """
     from transformers.core_model_loading import PrefixChange, WeightRenaming
 
@@ -101,7 +100,7 @@ def checkpoint_names(path: str, model_type: str | None) -> tuple[str, dict[str, 
 
 
 def is_stacked(name: str, model_type: str | None) -> bool:
-    """Whether the linear layer ``name`` of a checkpoint is a part of a parameter of all experts in the model."""
+    """Whether the model stacks the checkpoint's linear layer ``name`` into a parameter of all experts."""
     return not _renamed(f"{name}.weight", _conversions(model_type)).endswith(".weight")
 
 
@@ -118,7 +117,7 @@ def _unknown_type(what: str) -> ValueError:
 
 
 def _conversions(model_type: str | None) -> list[Any]:
-    """How transformers turns checkpoints of a type of model into its parameters: by other names, then stacked."""
+    """transformers' conversions of a checkpoint into a model's parameters, renamings first."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
@@ -133,7 +132,7 @@ def _renamed(name: str, conversions: list[Any]) -> str:
 
 
 def _stacks_experts(conversion: Any, end: str) -> bool:
-    """Whether it makes one parameter whose name ends so of every expert's matrices, one after the other."""
+    """Whether it stacks every expert's matrices, in order, into one parameter whose name ends in ``end``."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
     kinds = [type(operation) for operation in getattr(conversion, "operations", ())]

@@ -1,16 +1,12 @@
-"""How the config of a LoRA names the modules it adapts, so that PEFT puts it on these and no others.
+"""The fields of a LoRA's config that name its modules, so that PEFT adapts these and no others.
 
-For some MoE models PEFT rewrites a LoRA's target_modules as it loads them: what ends in gate_proj, up_proj, down_proj
-(w1, w2, w3) becomes the experts' parameters, as such names meant in the models' first versions, and a dense layer or a
-shared expert of that name stays without its LoRA. PEFT leaves target_parameters as they are, and a LoRA on the
-parameter ``weight`` of a linear layer is the same function as one on the layer.
+On some MoE models PEFT rewrites a LoRA's target_modules as it loads them: names that end in gate_proj, up_proj,
+down_proj (w1, w2, w3) become the experts' parameters, and dense layers and shared experts of that name lose their LoRA.
+PEFT leaves target_parameters alone, and a LoRA on a linear layer's parameter ``weight`` computes the same.
 """
 
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,10 +14,10 @@ from multilora_fast.adapters.experts import checkpoint_names
 
 
 def lora_targets(names: Iterable[str], model_type: str | None) -> dict[str, list[str] | None]:
-    """target_modules and target_parameters that put a LoRA on the modules ``names`` of a model of ``model_type``.
+    """target_modules and target_parameters of a LoRA on the modules ``names`` of a model of ``model_type``.
 
     Raises:
-        ValueError: ``model_type`` is None, and some modules are experts, whose names mean other things by model.
+        ValueError: ``model_type`` is None, and some modules are experts.
     """
     names = sorted(names)
     expert = next((name for name in names if "expert" in name), None)
@@ -38,11 +34,10 @@ def lora_targets(names: Iterable[str], model_type: str | None) -> dict[str, list
 
 
 def expert_targets(config: dict, ranks: Mapping[str, int], layout: str, model_type: str | None) -> dict:
-    """``config``, of a LoRA on linear layers, with the projections of experts beside them, whose ``ranks`` are given by
-    name.
+    """``config`` of a LoRA on linear layers, extended by the projections of experts, whose ``ranks`` are given by name.
 
-    Per expert, PEFT joins the LoRAs of gate and up to one of twice the rank. Where it rewrites their names, it takes
-    twice the common rank if no pattern says otherwise.
+    In the layout "per-expert" PEFT joins the LoRAs of gate and up to one of twice the rank. Where it rewrites their
+    names, twice the common rank is its default.
     """
     ends: set[str] = set()
     patterns: dict[str, int] = {}
@@ -67,37 +62,23 @@ def expert_targets(config: dict, ranks: Mapping[str, int], layout: str, model_ty
 
 
 def base_model_type(config: dict) -> str | None:
-    """The model type of an adapter's base model: what its config says, else that of the model it names, where that is
-    on this machine."""
+    """The model type of an adapter's base model, from its config or that of a base model on this machine."""
+    from transformers import PretrainedConfig
+
     if config.get("base_model_type"):
         return config["base_model_type"]
-    model = config.get("base_model_name_or_path")
+    model, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not model:
         return None
-    path: Path | None = Path(model, "config.json")
-    if not Path(model).is_dir():
-        path = _cached(model, config.get("revision"))
     try:
-        found = json.loads(path.read_text()) if path is not None and path.is_file() else None
-    except (OSError, ValueError, RecursionError):
+        found = PretrainedConfig.get_config_dict(model, revision=revision, local_files_only=True)[0].get("model_type")
+    except (OSError, AttributeError, RecursionError):  # not on this machine, or no object of JSON
         return None
-    found = found.get("model_type") if isinstance(found, dict) else None
     return found if isinstance(found, str) else None
 
 
-def _cached(model: str, revision: str | None) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        path = try_to_load_from_cache(model, "config.json", revision=revision)
-    except HFValidationError:  # no name of a repository
-        return None
-    return Path(path) if isinstance(path, (str, os.PathLike)) else None
-
-
 def is_rewritten(end: str, model_type: str | None) -> bool:
-    """Whether PEFT, for a model of this type, would make something else of a target module whose name ends so."""
+    """Whether PEFT rewrites target modules whose name ends in ``end`` on a model of this type."""
     from peft import LoraConfig
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -105,6 +86,6 @@ def is_rewritten(end: str, model_type: str | None) -> bool:
     model: Any = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
     try:
         convert_peft_config_for_transformers(probe, model, None)
-    except ValueError:  # it would rewrite this one together with another
+    except ValueError:  # raised where it rewrites ``end`` only together with another
         return True
     return probe.target_modules != {end}
