@@ -1,12 +1,12 @@
-"""What training added to each weight, seen through its singular values: how many directions, how balanced, and which.
+"""Singular values and directions of the update ΔW of each weight.
 
-An adapter's ΔW is B̃ Ã with B̃ (N, R) and Ã (R, K), R = n·r. From the QR factors B̃ = Q_b R_b and Ãᵀ = Q_a R_a its
-singular values are those of the small R_b R_aᵀ, and its directions those of that matrix turned by Q_b and Q_a, so no
-(N, K) matrix is built. All of it runs in float64 on the CPU.
+An adapter's ΔW is B̃ Ã with B̃ (N, R) and Ã (R, K), R = n·r. With the QR factors B̃ = Q_b R_b and Ãᵀ = Q_a R_a, its
+singular values are those of the small R_b R_aᵀ, and its singular vectors that matrix's times Q_b and Q_a. No (N, K)
+matrix is built. Everything runs in float64 on the CPU.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ Core = tuple[Tensor | None, Tensor, Tensor | None]
 
 
 class Factors(NamedTuple):
-    """ΔW = B A of an adapted module: A (R, K), B (N, R), or of a projection of experts A (E, R, K), B (E, N, R)."""
+    """ΔW = B A of an adapted module: A (R, K), B (N, R), or for E experts A (E, R, K), B (E, N, R)."""
 
     A: Tensor
     B: Tensor
@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """ΔW = after − before of a module trained whole, both (N, K)."""
+    """ΔW = after − before of a fully fine-tuned module, both (N, K)."""
 
     before: Tensor
     after: Tensor
@@ -53,16 +53,16 @@ def singular_values(
     base: nn.Module | None = None,
     adapter_name: str | None = None,
 ) -> dict[str, Tensor]:
-    """The singular values of ΔW of every adapted module, by its name: 1-D, float64, descending, min(R, N, K) of them.
+    """The singular values of every adapted module's ΔW, by module name: 1-D, float64, descending, min(R, N, K) values.
 
-    A projection of experts has them for each expert, under names such as ``….experts.3.down_proj``.
+    Each expert has an entry of its own, such as ``….experts.3.down_proj``.
 
     Args:
         source: a PEFT model with a MultiLoRA or LoRA adapter, any model with MultiLoRA layers (ours or fused), or the
-            directory of a saved MultiLoRA or LoRA adapter. With ``base``, a model that was fine-tuned whole.
-        modules: the modules wanted, by name or the end of their names, as in ``target_modules``; all when None.
-        base: the model before full fine-tuning. ΔW is then the difference of every nn.Linear's weight, min(N, K)
-            values from a dense decomposition.
+            directory of a saved MultiLoRA or LoRA adapter. With ``base``, a fully fine-tuned model.
+        modules: names of modules or their ends, as in ``target_modules``; all when None.
+        base: the model before full fine-tuning. ΔW is the difference of every nn.Linear's weight, with min(N, K) values
+            from a dense decomposition.
         adapter_name: which adapter of a PEFT model; the active one when None.
 
     Raises:
@@ -84,9 +84,9 @@ def directions(
     base: nn.Module | None = None,
     adapter_name: str | None = None,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Orthonormal U (N, k) and V (K, k) of each ΔW's ``top`` largest singular values, or as many as are not zero.
+    """Orthonormal U (N, k) and V (K, k) of each ΔW's ``top`` largest singular values, k fewer where others are zero.
 
-    The arguments and errors are otherwise those of :func:`singular_values`.
+    The other arguments and errors are those of :func:`singular_values`.
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}.")
@@ -102,8 +102,8 @@ def directions(
 
 
 def overlap(first: Tensor, second: Tensor) -> float:
-    """How much of the smaller of two subspaces of R^D lies in the other: ‖UᵀU'‖² / min(k, k') of orthonormal U (D, k)
-    and U' (D, k'), from 0 to 1. Two random ones overlap by max(k, k') / D on average; 0 where one is empty.
+    """The share of the smaller of two subspaces of R^D that lies in the other, from 0 to 1: ‖UᵀU'‖² / min(k, k') of
+    orthonormal U (D, k) and U' (D, k'). Random subspaces overlap by max(k, k') / D on average; an empty one by 0.
 
     Raises:
         ValueError: subspaces of spaces of different dimensions.
@@ -115,7 +115,7 @@ def overlap(first: Tensor, second: Tensor) -> float:
 
 
 def numerical_rank(values: Tensor) -> int:
-    """How many singular values stand out of float32 rounding of the largest."""
+    """The number of singular values above float32 rounding of the largest."""
     return int((values > 1e-6 * values.max()).sum()) if values.numel() else 0
 
 
@@ -146,7 +146,7 @@ def updates(
     base: nn.Module | None = None,
     adapter_name: str | None = None,
 ) -> dict[str, Factors | Difference]:
-    """ΔW by module name, as factors or as a pair of weights; arguments and errors of :func:`singular_values`."""
+    """ΔW by module name, with the arguments and errors of :func:`singular_values`."""
     found: Mapping[str, Factors | Difference]
     if base is not None:
         found = _differences(base, source)
@@ -154,40 +154,37 @@ def updates(
         found = _of_model(source, adapter_name)
     else:
         found = _of_directory(source)
-    found, whole = _by_expert(found)
+    parts = [(name, *part) for name, update in found.items() for part in _by_expert(name, update)]
     if modules is None:
-        return found
+        return {part: update for _, part, update in parts}
     wanted = [modules] if isinstance(modules, str) else list(modules)
-    names = {name: (f".{name}", f".{whole[name]}") for name in found}
-    hits = {end: [name for name in found if any(one.endswith(f".{end}") for one in names[name])] for end in wanted}
+    hits = {
+        end: {part for name, part, _ in parts if f".{name}".endswith(f".{end}") or f".{part}".endswith(f".{end}")}
+        for end in wanted
+    }
     missing = [end for end, names in hits.items() if not names]
     if missing or not wanted:
         kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in found))
         raise ValueError(f"modules {missing} match nothing: the adapted modules end in {kinds}.")
-    chosen = {name for names in hits.values() for name in names}
-    return {name: update for name, update in found.items() if name in chosen}
+    chosen = set().union(*hits.values())
+    return {part: update for _, part, update in parts if part in chosen}
 
 
-def _by_expert(found: Mapping[str, Factors | Difference]) -> tuple[dict[str, Factors | Difference], dict[str, str]]:
-    """The updates with those of experts apart, and the name in ``found`` of each."""
-    apart: dict[str, Factors | Difference] = {}
-    whole: dict[str, str] = {}
-    for name, update in found.items():
-        parts = {name: update}
-        if isinstance(update, Factors) and update.A.dim() == 3:
-            path, _, projection = name.rpartition(".")
-            pairs = enumerate(zip(update.A, update.B, strict=True))
-            parts = {f"{path}.{e}.{projection}": Factors(A, B) for e, (A, B) in pairs}
-        apart |= parts
-        whole |= dict.fromkeys(parts, name)
-    return apart, whole
+def _by_expert(name: str, update: Factors | Difference) -> Iterator[tuple[str, Factors | Difference]]:
+    """The update, or one for each expert, with names."""
+    if isinstance(update, Difference) or update.A.dim() == 2:
+        yield name, update
+        return
+    path, _, projection = name.rpartition(".")
+    for e, (A, B) in enumerate(zip(update.A, update.B, strict=True)):
+        yield f"{path}.{e}.{projection}", Factors(A, B)
 
 
 def _of_model(model: Any, adapter_name: str | None) -> dict[str, Factors]:
     found = {name: Factors(*as_lora(Branches.of(module))) for name, module in collect(model, adapter_name).items()}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for path, module in inner.named_modules():
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # of PEFT's LoRA layers
+        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # a LoRA layer of PEFT
             factors = _of_lora_layer(path, module, adapter_name)
             if factors is not None:
                 found[clean(path)] = factors
@@ -253,11 +250,10 @@ def _exact(t: Tensor) -> Tensor:
 
 
 def save_histograms(path: str | os.PathLike, spectra: Mapping[str, Mapping[str, list[Tensor]]]) -> None:
-    """A PNG with a panel per projection and, in each, one histogram per entry of ``spectra``.
+    """Plot a PNG with a panel per projection and, in each, a histogram per entry of ``spectra``.
 
-    ``spectra`` maps a label to :func:`by_kind`'s lists. Every value is divided by the largest of its module, so that
-    updates of different sizes compare: a balanced update has values all over the axis, one of few directions has
-    nearly all of them near 0. A failed write leaves the file that stood there.
+    ``spectra`` maps labels to the lists of :func:`by_kind`. Each value is divided by the largest of its module: a
+    balanced update spreads over the axis, one of few directions lies near 0. A failed write leaves the earlier file.
     """
     from matplotlib.figure import Figure
 

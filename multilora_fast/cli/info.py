@@ -1,4 +1,4 @@
-"""The command ``info``. Mistakes are ValueErrors of one sentence."""
+"""The command ``info``."""
 
 import json
 from dataclasses import asdict
@@ -10,12 +10,12 @@ import typer
 def info(
     arch: Annotated[
         str | None,
-        typer.Option(help="GPU architecture to show the kernels' settings for, e.g. sm_90.", show_default="this GPU's"),
+        typer.Option(help="GPU architecture whose kernel settings are shown, e.g. sm_90.", show_default="this GPU's"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Show versions, device, the backend that would run on it, and what each Triton kernel runs with on a GPU: its
-    tile of tokens by features, warps and pipeline stages."""
+    """Show versions, device, backend and, for a GPU, the tile (tokens by features), warps and pipeline stages of each
+    Triton kernel."""
     import torch
 
     from multilora_fast.devices import choose_device, choose_dtype, environment
@@ -23,40 +23,34 @@ def info(
     from multilora_fast.ops.backends import choose
 
     device = choose_device("auto")
-    found = environment(device)
-    found |= {"backend": choose(None, device), "cuda_build": torch.version.cuda}
-    found |= {"demo_dtype": str(choose_dtype("auto", device)).removeprefix("torch."), "demo_cache": str(cache_dir())}
+    found = environment(device) | {
+        "backend": choose(None, device),
+        "cuda_build": torch.version.cuda,
+        "demo_dtype": str(choose_dtype("auto", device)).removeprefix("torch."),
+        "demo_cache": str(cache_dir()),
+    }
     kernels = _kernel_rows(arch, device) if arch is not None or device.type == "cuda" else {}
     if kernels:
-        found["no_launch_plans"] = _why_no_plans()
+        from multilora_fast.kernels.plan import why_not
+
+        found["no_launch_plans"] = why_not()
     if as_json:
         print(json.dumps(found | {"kernels": {row: asdict(config) for row, config in kernels.items()}}, indent=1))
         return
-    rows = {name: version or "not installed" for name, version in found["versions"].items()}
-    rows |= {"python": found["python"], "device": f"{found['device']} ({found['hardware']})"}
-    rows |= {"threads": found["threads"], "backend": found["backend"]}
-    rows |= {"demo dtype": found["demo_dtype"], "demo cache": found["demo_cache"]}
-    rows |= {"CUDA build": found["cuda_build"] or "no"}
-    for name, value in rows.items():
-        print(f"{name:<15} {value}")
+    why = found.pop("no_launch_plans", None)
+    for name, value in (found.pop("versions") | found).items():
+        print(f"{name.replace('_', ' '):<15} {value or 'none'}")
     if not kernels:
         print("kernels         not used on this device: torch matmuls run")
         return
+    print(f"launch plans    {'replay the launches of a layer' if why is None else f'not used: {why}'}")
     print(f"\nkernels on {arch or torch.cuda.get_device_name(device)}, bfloat16, n·r = 96:")
     for row, config in kernels.items():
         print(f"  {row:<36} {config}")
-    why = found["no_launch_plans"]
-    print(f"launch plans    {'replay what a layer launches' if why is None else f'not used: {why}'}")
-
-
-def _why_no_plans() -> str | None:
-    from multilora_fast.kernels.plan import why_not
-
-    return why_not()
 
 
 def _kernel_rows(arch: str | None, device) -> dict[str, Any]:
-    """The table rows that each kernel takes, by tokens and use, and their configurations."""
+    """The rows of the kernels' table, by tokens and use, with their configurations."""
     from itertools import product
 
     import torch

@@ -1,4 +1,4 @@
-"""``multilora-fast spectrum``: singular values of the updates in adapters, or of models that were fine-tuned whole."""
+"""The command ``spectrum``: singular values of the updates of adapters and of fully fine-tuned models."""
 
 import json
 import sys
@@ -20,17 +20,17 @@ def spectrum(
             help="Directories of MultiLoRA or LoRA adapters; with --base, also of fine-tuned models.", parser=given_path
         ),
     ],
-    base: Annotated[
-        str | None, typer.Option(help="The model that fine-tuned models came from, as a directory or hub id.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model of fine-tuned models, a directory or hub id.")] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Modules, by the end of their names, with commas.", show_default="all")
+        str | None, typer.Option(help="Comma-separated names of modules, or their ends.", show_default="all")
     ] = None,
-    top: Annotated[int, typer.Option(help="Directions that are compared between two updates.")] = 8,
-    plot: Annotated[Path | None, typer.Option(help="PNG of the key and value projections' histograms.")] = None,
+    top: Annotated[int, typer.Option(help="Number of leading directions to compare between updates.")] = 8,
+    plot: Annotated[
+        Path | None, typer.Option(help="Output PNG with histograms of the key and value projections.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
 ) -> None:
-    """Say how many directions the updates of adapters use, how balanced they are, and how far two updates agree."""
+    """Show the rank and balance of adapters' updates, and the overlap of their leading directions."""
     _check(adapters, top, plot)
     from multilora_fast.spectrum import by_kind, save_histograms, singular_values
 
@@ -52,8 +52,8 @@ def spectrum(
     else:
         _print_tables(measured, overlaps, top)
     if plot is not None:
-        shown = {label: {kind: one[kind] for kind in _shown(spectra) if kind in one} for label, one in spectra.items()}
-        save_histograms(plot, shown)
+        shown = ("k_proj", "v_proj")
+        save_histograms(plot, {label: {k: one[k] for k in shown if k in one} or one for label, one in spectra.items()})
         print(f"wrote {plot}", file=sys.stderr if as_json else sys.stdout)
 
 
@@ -71,11 +71,11 @@ def _print_tables(measured: list[dict], overlaps: list[dict], top: int) -> None:
     if overlaps:
         print(f"\n{table(list(overlaps[0]), rows(overlaps))}")
         print(f"Share of the smaller of two subspaces of up to {top} leading directions that lies in the other.")
-        print("By chance: their dimension over that of the space, about.")
+        print("Random subspaces overlap by about their dimension over that of the space.")
 
 
 def _check(adapters: list[Path], top: int, plot: Path | None) -> None:
-    """Raise ValueError for what would fail after the slow part."""
+    """Raise ValueError for arguments that would fail after the slow part."""
     if top < 1:
         raise ValueError(f"--top must be at least 1, not {top}.")
     repeated = [path for i, path in enumerate(adapters) if path in adapters[:i]]
@@ -91,7 +91,7 @@ def _check(adapters: list[Path], top: int, plot: Path | None) -> None:
 
 
 def _source(path: Path, base: str | None) -> tuple:
-    """The source and the keyword arguments that spectrum's functions take for a directory."""
+    """The source in a directory, and the keyword arguments that go with it."""
     import torch
 
     from multilora_fast.adapters.files import CONFIG
@@ -106,7 +106,7 @@ def _source(path: Path, base: str | None) -> tuple:
 
 
 def _measured(spectra: dict[str, dict]) -> list[dict]:
-    """Of every update, by projection, the means over its modules."""
+    """A row per update and projection: means over its modules."""
     from multilora_fast.spectrum import effective_rank, numerical_rank, top_share
 
     measures = {
@@ -122,29 +122,20 @@ def _measured(spectra: dict[str, dict]) -> list[dict]:
 
 
 def _overlaps(labels: list[str], sources: list[tuple], modules: list[str] | None, top: int) -> list[dict]:
-    """Of every pair, by projection, the mean over the modules that both adapt, on the output side and the input's."""
+    """A row per pair and projection: mean overlap on the output and input sides, over the modules that both adapt."""
     from multilora_fast.spectrum import directions, overlap
 
     found = [directions(source, top=top, modules=modules, **options) for source, options in sources]
     rows = []
     for (one, first), (other, second) in combinations(zip(labels, found, strict=True), 2):
-        kinds: dict[str, list[tuple[float, float]]] = {}
-        for name in first:
-            if name in second:
-                shapes = [(len(U), len(V)) for U, V in (first[name], second[name])]
-                if shapes[0] != shapes[1]:
-                    raise ValueError(
-                        f"{one} and {other} are of different models: {name} is {shapes[0]} and {shapes[1]}."
-                    )
-                output, given = (overlap(a, b) for a, b in zip(first[name], second[name], strict=True))
-                kinds.setdefault(name.rpartition(".")[2], []).append((output, given))
+        kinds: dict[str, list[list[float]]] = {}
+        for name in filter(second.__contains__, first):
+            shapes = [(len(U), len(V)) for U, V in (first[name], second[name])]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{one} and {other} are of different models: {name} is {shapes[0]} and {shapes[1]}.")
+            sides = [overlap(a, b) for a, b in zip(first[name], second[name], strict=True)]
+            kinds.setdefault(name.rpartition(".")[2], []).append(sides)
         for kind, pairs in kinds.items():
             output, given = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
             rows.append({"overlap": f"{one} / {other}", "projection": kind, "output": output, "input": given})
     return rows
-
-
-def _shown(spectra: dict[str, dict]) -> list[str]:
-    """The key and value projections, or every projection where there are none."""
-    kinds = list(dict.fromkeys(kind for one in spectra.values() for kind in one))
-    return [kind for kind in kinds if kind in ("k_proj", "v_proj")] or kinds
