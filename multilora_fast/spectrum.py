@@ -6,44 +6,23 @@ matrix is built. Everything runs in float64 on the CPU.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from multilora_fast.adapters.branches import Branches, as_lora, clean, collect
+from multilora_fast.adapters.experts import Factors
 from multilora_fast.adapters.files import parse_multilora, read_files
 from multilora_fast.adapters.merge import parse_lora
 from multilora_fast.console import progress
 from multilora_fast.files import atomic_file
 
 Source = nn.Module | str | os.PathLike
-Core = tuple[Tensor | None, Tensor, Tensor | None]
-
-
-class Factors(NamedTuple):
-    """ΔW = B A of an adapted module: A (R, K), B (N, R), or for E experts A (E, R, K), B (E, N, R)."""
-
-    A: Tensor
-    B: Tensor
-
-    def core(self) -> Core:
-        """Q_b (N, p), core (p, q), Q_a (K, q) with ΔW = Q_b · core · Q_aᵀ; Q_b and Q_a have orthonormal columns."""
-        Q_b, R_b = torch.linalg.qr(_exact(self.B))
-        Q_a, R_a = torch.linalg.qr(_exact(self.A).T)
-        return Q_b, R_b @ R_a.T, Q_a
-
-
-class Difference(NamedTuple):
-    """ΔW = after − before of a fully fine-tuned module, both (N, K)."""
-
-    before: Tensor
-    after: Tensor
-
-    def core(self) -> Core:
-        return None, _exact(self.after) - _exact(self.before), None
+Core = tuple[Tensor | None, Tensor, Tensor | None]  # Q_b (N, p), core (p, q), Q_a (K, q): ΔW = Q_b · core · Q_aᵀ
 
 
 def singular_values(
@@ -69,11 +48,8 @@ def singular_values(
         ValueError: no adapter there, one that is more than B A (DoRA, embeddings, convolutions), ``modules`` that
             match nothing, models of other shapes than ``base``, values that are not finite.
     """
-    found = updates(source, modules=modules, base=base, adapter_name=adapter_name)
-    return {
-        name: torch.linalg.svdvals(_core(name, update)[1])
-        for name, update in progress(found.items(), "singular values")
-    }
+    found = _updates(source, modules, base, adapter_name)
+    return {name: torch.linalg.svdvals(core()[1]) for name, core in progress(found.items(), "singular values")}
 
 
 def directions(
@@ -90,11 +66,10 @@ def directions(
     """
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}.")
-    chosen = updates(source, modules=modules, base=base, adapter_name=adapter_name)
     found = {}
-    for name, update in progress(chosen.items(), "directions"):
-        Q_b, core, Q_a = _core(name, update)
-        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+    for name, core in progress(_updates(source, modules, base, adapter_name).items(), "directions"):
+        Q_b, small, Q_a = core()
+        U, S, Vh = torch.linalg.svd(small, full_matrices=False)
         k = min(top, numerical_rank(S))
         U, V = U[:, :k], Vh[:k].T
         found[name] = (U if Q_b is None else Q_b @ U), (V if Q_a is None else Q_a @ V)
@@ -139,49 +114,48 @@ def by_kind(values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
     return kinds
 
 
-def updates(
-    source: Source,
-    *,
-    modules: str | Iterable[str] | None = None,
-    base: nn.Module | None = None,
-    adapter_name: str | None = None,
-) -> dict[str, Factors | Difference]:
-    """ΔW by module name, with the arguments and errors of :func:`singular_values`."""
-    found: Mapping[str, Factors | Difference]
+def _updates(
+    source: Source, modules: str | Iterable[str] | None, base: nn.Module | None, adapter_name: str | None
+) -> dict[str, Callable[[], Core]]:
+    """By module name, a function that decomposes ΔW. The arguments and errors are those of :func:`singular_values`."""
+    cores: dict[tuple[str, str], Callable[[], Core]] = {}  # by the names of the module and of the expert in it
     if base is not None:
-        found = _differences(base, source)
-    elif isinstance(source, nn.Module):
-        found = _of_model(source, adapter_name)
+        for name, (before, after) in _differences(base, source).items():
+            cores[name, name] = partial(_dense_core, name, before, after)
     else:
-        found = _of_directory(source)
-    parts = [(name, *part) for name, update in found.items() for part in _by_expert(name, update)]
+        found = _of_model(source, adapter_name) if isinstance(source, nn.Module) else _of_directory(source)
+        for name, (A, B) in found.items():
+            if A.dim() == 2:
+                cores[name, name] = partial(_low_rank_core, name, A, B)
+                continue
+            path, _, projection = name.rpartition(".")
+            for e in range(len(A)):
+                cores[name, f"{path}.{e}.{projection}"] = partial(_low_rank_core, name, A[e], B[e])
     if modules is None:
-        return {part: update for _, part, update in parts}
+        return {part: core for (_, part), core in cores.items()}
     wanted = [modules] if isinstance(modules, str) else list(modules)
-    hits = {
-        end: {part for name, part, _ in parts if f".{name}".endswith(f".{end}") or f".{part}".endswith(f".{end}")}
-        for end in wanted
-    }
+    hits = {end: {names for names in cores if any(f".{name}".endswith(f".{end}") for name in names)} for end in wanted}
     missing = [end for end, names in hits.items() if not names]
     if missing or not wanted:
-        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in found))
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in cores))
         raise ValueError(f"modules {missing} match nothing: the adapted modules end in {kinds}.")
     chosen = set().union(*hits.values())
-    return {part: update for _, part, update in parts if part in chosen}
+    return {names[1]: core for names, core in cores.items() if names in chosen}
 
 
-def _by_expert(name: str, update: Factors | Difference) -> Iterator[tuple[str, Factors | Difference]]:
-    """The update, or one for each expert, with names."""
-    if isinstance(update, Difference) or update.A.dim() == 2:
-        yield name, update
-        return
-    path, _, projection = name.rpartition(".")
-    for e, (A, B) in enumerate(zip(update.A, update.B, strict=True)):
-        yield f"{path}.{e}.{projection}", Factors(A, B)
+def _low_rank_core(name: str, A: Tensor, B: Tensor) -> Core:
+    """Of ΔW = B A, with A (R, K) and B (N, R)."""
+    Q_b, R_b = torch.linalg.qr(_exact(B))
+    Q_a, R_a = torch.linalg.qr(_exact(A).T)
+    return Q_b, _finite(name, R_b @ R_a.T), Q_a
+
+
+def _dense_core(name: str, before: Tensor, after: Tensor) -> Core:
+    return None, _finite(name, _exact(after) - _exact(before)), None
 
 
 def _of_model(model: Any, adapter_name: str | None) -> dict[str, Factors]:
-    found = {name: Factors(*as_lora(Branches.of(module))) for name, module in collect(model, adapter_name).items()}
+    found = {name: as_lora(Branches.of(module)) for name, module in collect(model, adapter_name).items()}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for path, module in inner.named_modules():
         if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # a LoRA layer of PEFT
@@ -207,19 +181,18 @@ def _of_lora_layer(path: str, layer: Any, adapter_name: str | None) -> Factors |
     if not plain or layer.lora_A[name].weight.dim() != 2:
         raise ValueError(f"the adapter {name!r} on {path} is no plain LoRA of a linear layer.")
     A, B = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-    return Factors(A, _exact(B) * layer.scaling[name])
+    return A, _exact(B) * layer.scaling[name]
 
 
 def _of_directory(directory: str | os.PathLike) -> dict[str, Factors]:
     config, tensors = read_files(directory, "MultiLoRA or LoRA")
     if config.get("peft_type") == "LORA":
-        lora = parse_lora(os.fspath(directory), config, tensors)
-        return {name: Factors(A, B) for name, (A, B) in lora.modules.items()}
+        return parse_lora(directory, config, tensors).modules
     adapter = parse_multilora(directory, config, tensors)
-    return {name: Factors(*as_lora(branches)) for name, branches in adapter.modules.items()}
+    return {name: as_lora(branches) for name, branches in adapter.modules.items()}
 
 
-def _differences(base: nn.Module, tuned: Source) -> dict[str, Difference]:
+def _differences(base: nn.Module, tuned: Source) -> dict[str, tuple[Tensor, Tensor]]:
     if not isinstance(base, nn.Module) or not isinstance(tuned, nn.Module):
         raise ValueError("base and source must both be models, whose weights differ by full fine-tuning.")
     before, after = (
@@ -233,14 +206,13 @@ def _differences(base: nn.Module, tuned: Source) -> dict[str, Difference]:
         if weight.shape != after[name].shape:
             was, now = tuple(weight.shape), tuple(after[name].shape)
             raise ValueError(f"base and source must have equal shapes, but {name} is {was} and {now}.")
-    return {name: Difference(weight, after[name]) for name, weight in before.items()}
+    return {name: (weight, after[name]) for name, weight in before.items()}
 
 
-def _core(name: str, update: Factors | Difference) -> Core:
-    Q_b, core, Q_a = update.core()
-    if not torch.isfinite(core).all():
+def _finite(name: str, core: Tensor) -> Tensor:
+    if not core.isfinite().all():
         raise ValueError(f"the update of {name} holds values that are not finite.")
-    return Q_b, core, Q_a
+    return core
 
 
 def _exact(t: Tensor) -> Tensor:

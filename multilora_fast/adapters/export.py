@@ -31,15 +31,9 @@ HEADS: dict[str | None, tuple[str, ...]] = {  # PEFT adds these to modules_to_sa
 
 @dataclass
 class ExportReport:
-    """The result of :func:`export_lora`.
-
-    Attributes:
-        rank: of the linear layers, or of the experts where no linear layer is adapted.
-        modules: the number of adapted modules.
-        max_lora_rank: the smallest value of vLLM's --max-lora-rank that serves it, None if there is none.
-        layout, expert_rank: the layout and highest rank of the experts, None without experts.
-        padding: bytes of zeros that pad lower ranks and projections without an adapter.
-    """
+    """The rank of the linear layers (of the experts, where no linear layer is adapted), the number of adapted modules,
+    and the smallest value of vLLM's --max-lora-rank that serves the adapter, or None. With experts also their layout
+    and highest rank. ``padding`` counts the bytes of zeros."""
 
     rank: int
     modules: int
@@ -105,7 +99,10 @@ def export_lora(
         config, modules, whole = read_multilora(source)
     _check_config(config)
     kind = base_model_type(config)
-    factors = {name: _as_stored(branches) for name, branches in progress(modules.items(), "export")}
+    factors: dict[str, Factors] = {}
+    for name, branches in progress(modules.items(), "export"):
+        A, B = as_lora(branches)
+        factors[name] = A, rounded(B, branches)
     experts = {name: pair for name, pair in factors.items() if pair[0].dim() == 3}
     linear = {name: pair for name, pair in factors.items() if name not in experts}
     zeros = missing_half(experts, kind)
@@ -169,12 +166,6 @@ def _kept_whole(model: Any, adapter_name: Any) -> dict[str, Tensor]:
     tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=embeddings)
     others = {clean(key).removeprefix(PREFIX): t for key, t in tensors.items() if f".{CONTAINER}." not in key}
     return {name: tensor.detach().clone() for name, tensor in others.items()}  # tied ones share memory
-
-
-def _as_stored(branches: Branches) -> Factors:
-    """Ã and B̃, both in the adapter's own dtypes."""
-    A, B = as_lora(branches)
-    return A, rounded(B, branches)
 
 
 def rounded(B: Tensor, branches: Branches) -> Tensor:

@@ -51,15 +51,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = {name: m for name, m in collect(model).items() if isinstance(m, MultiLoRALinear)}
     if not layers:
         raise ValueError("model holds no MultiLoRA layer to save.")
-    options = {name: _options(layer) for name, layer in layers.items()}
-    first = next(iter(options.values()))
+    options = {name: (layer.lora_dropout.p, layer.lora_scaling.shape[1] == 1) for name, layer in layers.items()}
+    dropout, scalar = first = next(iter(options.values()))
     for name, other in options.items():
         if other != first:
             raise ValueError(f"model must have one lora_dropout and kind of scale in all layers, but {name} differs.")
-    modules = {name: Branches.of(layer) for name, layer in layers.items()}
-    chosen = targets(layers, [name for name, _ in model.named_modules()])
-    config = {**first, "target_modules": chosen, "base_model_type": model_type(model)}
-    write_multilora(directory, Adapter(config, modules, {}))
+    config = {
+        "lora_dropout": dropout,
+        "scaling": "scalar" if scalar else "vector",
+        "target_modules": targets(layers, [name for name, _ in model.named_modules()]),
+        "base_model_type": model_type(model),
+    }
+    write_multilora(directory, Adapter(config, {name: Branches.of(layer) for name, layer in layers.items()}, {}))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
@@ -243,10 +246,3 @@ def _check_shapes(
             raise ValueError(
                 f"{directory} holds {key} of shape {tuple(tensor.shape)} for {name}, which needs {wanted}."
             )
-
-
-def _options(layer: MultiLoRALinear) -> dict:
-    return {
-        "lora_dropout": layer.lora_dropout.p,
-        "scaling": "scalar" if layer.lora_scaling.shape[1] == 1 else "vector",
-    }

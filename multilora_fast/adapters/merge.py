@@ -22,6 +22,7 @@ from multilora_fast.validation import check_hyperparameters
 _NOT_PLAIN = (
     "use_dora", "lora_bias", "use_qalora", "use_bdlora", "trainable_token_indices", "layer_replication",
     "alora_invocation_tokens", "arrow_config", "velora_config", "monteclora_config", "kasa_config", "megatron_config",
+    "bias",
 )  # fmt: skip
 # Initialisations that change the base weight too.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
@@ -31,6 +32,7 @@ class Lora(NamedTuple):
     """The contents of a LoRA adapter's files: the config, A (r, K) and B (N, r) by module path, in float32 and with
     alpha / r folded into B, and the tensors that PEFT stores whole, by parameter name in the adapted model."""
 
+    directory: str | os.PathLike
     config: dict
     modules: dict[str, tuple[Tensor, Tensor]]
     whole: dict[str, Tensor]
@@ -86,16 +88,14 @@ def from_loras(
         raise ValueError(f"the output {out} holds one of the LoRA adapters, which would be overwritten.")
     check_new_folder("the output", out, overwrite)
     loras = [parse_lora(directory, *read_files(directory, "LoRA")) for directory in directories]
-    for directory, lora in zip(directories, loras, strict=True):
-        if lora.config.get("modules_to_save"):
-            saved = lora.config["modules_to_save"]
-            raise ValueError(f"{directory} has modules_to_save={saved!r}, which MultiLoRA branches cannot hold.")
+    for lora in loras:
+        _refuse(lora.directory, "modules_to_save", lora.config.get("modules_to_save"))
         kind = base_model_type(lora.config)
         stacked = next((name for name in lora.modules if is_stacked(name, kind)), None)
         if stacked is not None:
             raise ValueError(
-                f"{directory} adapts {stacked}, which {kind} models keep together with other experts: only LoRAs of "
-                "linear layers can be merged."
+                f"{lora.directory} adapts {stacked}, which {kind} models keep together with other experts: only LoRAs "
+                "of linear layers can be merged."
             )
     generator = torch.Generator().manual_seed(seed)
 
@@ -104,7 +104,7 @@ def from_loras(
 
     modules = {}
     for name in dict.fromkeys(name for lora in loras for name in lora.modules):
-        N, r, K = _shape(name, directories, loras)
+        N, r, K = _shape(name, loras)
         width = N if scaling == "vector" else 1
         parts = []
         for lora, weight in zip(loras, weights, strict=True):
@@ -115,7 +115,7 @@ def from_loras(
                 parts.append(Branches(fresh(r, K), fresh(N, r), torch.zeros(1, width)))
         modules[name] = stack(parts, generator)
     config = _config([lora.config for lora in loras], scaling, lora_dropout, sorted(modules))
-    write_multilora(out, Adapter(config, modules, _whole(directories, loras)))
+    write_multilora(out, Adapter(config, modules, _whole(loras)))
     return out
 
 
@@ -128,13 +128,10 @@ def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str,
     except ValueError as error:
         raise ValueError(f"{directory} has a config that is wrong: {error}") from None
     for field in _NOT_PLAIN:
-        if config.get(field):
-            raise ValueError(f"{directory} has {field}={config[field]!r}, which MultiLoRA branches cannot hold.")
+        _refuse(directory, field, config.get(field))
     missing = {"r", "lora_alpha"} - {field for field, value in config.items() if value is not None}
     if missing:
         raise ValueError(f"{directory} has a config that lacks {', '.join(sorted(missing))}.")
-    if (config.get("bias") or "none") != "none":
-        raise ValueError(f"{directory} has bias={config['bias']!r}, which MultiLoRA branches cannot hold.")
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_CHANGES_BASE):
         raise ValueError(f"{directory} was made with init_lora_weights={init!r}, which changes the base weights too.")
@@ -151,9 +148,7 @@ def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str,
             raise ValueError(f"{directory} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear layer.")
     parameters = config.get("target_parameters") or ()
     if set(parameters) - {f"{name}.weight" for name in found}:  # the others are linear layers under another name
-        raise ValueError(
-            f"{directory} has target_parameters={config['target_parameters']!r}, which MultiLoRA branches cannot hold."
-        )
+        _refuse(directory, "target_parameters", parameters)
     if not found:
         raise ValueError(f"{directory} holds no tensors.")
     lora = {}
@@ -169,31 +164,33 @@ def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str,
             raise ValueError(f"{directory} holds A and B of shapes {shapes} for {name}, which its config gives r={r}.")
         scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
         lora[clean(name)] = pair["lora_A"], pair["lora_B"] * scale
-    return Lora(config, lora, {clean(key).removeprefix(PREFIX): tensor for key, tensor in others.items()})
+    return Lora(directory, config, lora, {clean(key).removeprefix(PREFIX): tensor for key, tensor in others.items()})
 
 
-def _whole(directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> dict[str, Tensor]:
+def _refuse(directory: str | os.PathLike, field: str, value: object) -> None:
+    if value and value != "none":
+        raise ValueError(f"{directory} has {field}={value!r}, which MultiLoRA branches cannot hold.")
+
+
+def _whole(loras: Sequence[Lora]) -> dict[str, Tensor]:
     """The tensors that the LoRAs store whole (embeddings), which must be equal in all of them."""
     whole: dict[str, Tensor] = {}
-    for directory, lora in zip(directories, loras, strict=True):
+    for lora in loras:
         for name, tensor in lora.whole.items():
             if not torch.equal(whole.setdefault(name, tensor), tensor):
-                raise ValueError(f"{directory} holds another {name} than the LoRA adapters before it.")
+                raise ValueError(f"{lora.directory} holds another {name} than the LoRA adapters before it.")
     return whole
 
 
-def _shape(name: str, directories: Sequence[str | os.PathLike], loras: Sequence[Lora]) -> tuple[int, int, int]:
+def _shape(name: str, loras: Sequence[Lora]) -> tuple[int, int, int]:
     """N, the highest rank, and K of the module ``name``."""
-    found = [
-        (where, *lora.modules[name]) for where, lora in zip(directories, loras, strict=True) if name in lora.modules
-    ]
-    first, A0, B0 = found[0]
-    K, N = A0.shape[1], B0.shape[0]
-    for where, A, B in found:
-        if (A.shape[1], B.shape[0]) != (K, N):
-            raise ValueError(
-                f"{name} maps {K} to {N} features in {first}, but {A.shape[1]} to {B.shape[0]} in {where}."
-            )
+    found = [(lora.directory, *lora.modules[name]) for lora in loras if name in lora.modules]
+    first, A, B = found[0]
+    K, N = A.shape[1], len(B)
+    for directory, A, B in found:
+        if (A.shape[1], len(B)) != (K, N):
+            there = f"{A.shape[1]} to {len(B)} in {directory}"
+            raise ValueError(f"{name} maps {K} to {N} features in {first}, but {there}.")
     return N, max(len(A) for _, A, _ in found), K
 
 

@@ -56,6 +56,9 @@ def init(
 ) -> None:
     """Write an untrained adapter for any trainer that resumes from a PEFT adapter, run by
     python -m multilora_fast.peft."""
+    options = dict(locals())
+    for name in ("model", "out", "dtype", "seed", "overwrite", "as_json"):
+        del options[name]
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of missing CPU kernels
     from transformers.utils import logging as transformers_logging
 
@@ -63,25 +66,10 @@ def init(
 
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)  # by libraries about each other
-    options: dict[str, Any] = {
-        "lora_num": lora_num,
-        "r": r,
-        "lora_alpha": lora_alpha,
-        "lora_dropout": lora_dropout,
-        "scaling": scaling,
-        "save_inputs": save_inputs,
-        "share_inputs": share_inputs,
-        "exact_base": exact_base,
-        "init_weights": init_weights,
-        "task_type": task_type,
-        "target_modules": _modules(target_modules),
-        "exclude_modules": _modules(exclude_modules),
-        "layers_to_transform": layers_to_transform and _indices(layers_to_transform),
-        "layers_pattern": layers_pattern,
-        "rank_pattern": _pattern("--rank-pattern", rank_pattern),
-        "alpha_pattern": _pattern("--alpha-pattern", alpha_pattern),
-        "lora_num_pattern": _pattern("--lora-num-pattern", lora_num_pattern),
-    }
+    options["target_modules"], options["exclude_modules"] = _modules(target_modules), _modules(exclude_modules)
+    options["layers_to_transform"] = layers_to_transform and _indices(layers_to_transform)
+    for name in ("rank_pattern", "alpha_pattern", "lora_num_pattern"):
+        options[name] = _pattern(f"--{name.replace('_', '-')}", options[name])
     made = init_adapter(model, out, MultiLoraConfig(**options), seed=seed, dtype=dtype, overwrite=overwrite)
     if as_json:
         print(json.dumps({"output": str(out), **made}, indent=1))

@@ -110,15 +110,17 @@ def _measured(spectra: dict[str, dict]) -> list[dict]:
     from multilora_fast.spectrum import effective_rank, numerical_rank, top_share
 
     measures = {
-        "rank": numerical_rank, "effective_rank": effective_rank, "top_share": top_share,
-        "largest": lambda values: values.max().item(),
-    }  # fmt: skip
-    rows = []
-    for label, kinds in spectra.items():
-        for kind, values in kinds.items():
-            means = {name: sum(map(measure, values)) / len(values) for name, measure in measures.items()}
-            rows.append({"update": label, "projection": kind, "modules": len(values), **means})
-    return rows
+        "rank": numerical_rank,
+        "effective_rank": effective_rank,
+        "top_share": top_share,
+        "largest": lambda v: v.max().item(),
+    }
+    return [
+        {"update": label, "projection": kind, "modules": len(values)}
+        | {name: sum(map(measure, values)) / len(values) for name, measure in measures.items()}
+        for label, kinds in spectra.items()
+        for kind, values in kinds.items()
+    ]
 
 
 def _overlaps(labels: list[str], sources: list[tuple], modules: list[str] | None, top: int) -> list[dict]:
