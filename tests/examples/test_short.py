@@ -1,5 +1,7 @@
 """The short examples, on a tiny model."""
 
+import json
+
 import pytest
 from tiny import llama
 from tiny_training import make_tokenizer
@@ -17,8 +19,10 @@ def model(tmp_path):
 
 
 def test_fine_tuned_with_the_trainer_and_served_as_a_lora(model, tmp_path):
-    adapter, lora = (str(tmp_path / name) for name in ("adapter", "lora"))
-    assert finetune_peft.main(model, adapter) > 0
+    adapter, lora, data = (str(tmp_path / name) for name in ("adapter", "lora", "data.jsonl"))
+    rows = [{"prompt": f"{a} + 1 is", "completion": f" {a + 1}."} for a in range(5)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert finetune_peft.main(model, data, adapter) > 0
     assert serve_export.main(model, adapter, lora) < 1e-5
 
 
