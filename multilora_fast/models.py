@@ -52,10 +52,10 @@ def packaged_model() -> Path:
     print(f"Converting {PACKAGED} from GGUF to {target}, once; about 20 s ...", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_dir(target, last) as unfinished:
-        options = {"gguf_file": f"{PACKAGED}.Q4_1.gguf", "trust_remote_code": False}
-        AutoTokenizer.from_pretrained(source, **options).save_pretrained(unfinished)
-        options |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
-        AutoModelForCausalLM.from_pretrained(source, **options).save_pretrained(unfinished)
+        gguf: dict[str, Any] = {"gguf_file": f"{PACKAGED}.Q4_1.gguf"}
+        AutoTokenizer.from_pretrained(source, trust_remote_code=False, **gguf).save_pretrained(unfinished)
+        gguf |= {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+        AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **gguf).save_pretrained(unfinished)
     return target
 
 

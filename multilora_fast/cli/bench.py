@@ -5,24 +5,20 @@ import logging
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 
 def bench(
-    in_features: Annotated[
-        int | None, typer.Option(help="in_features of the layer, K.", show_default="4096, on a CPU 2048")
-    ] = None,
-    out_features: Annotated[
-        int | None, typer.Option(help="out_features of the layer, N.", show_default="in_features")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens, M.", show_default="8192, on a CPU 1024")] = None,
-    lora_num: Annotated[int, typer.Option(help="Parallel branches, n.")] = 3,
-    r: Annotated[int, typer.Option(help="Rank of each branch; LoRA gets n times as much.")] = 32,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.0,
-    dtype: Annotated[str, typer.Option(help="Layer dtype: float32, bfloat16, or auto (by device).")] = "auto",
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
-    rounds: Annotated[int, typer.Option(help="Timed rounds; methods alternate in each.")] = 15,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, in seconds and bytes.")] = False,
+    in_features: Annotated[int | None, Option(help="Input features, K.", show_default="4096, on a CPU 2048")] = None,
+    out_features: Annotated[int | None, Option(help="Output features, N.", show_default="in_features")] = None,
+    tokens: Annotated[int | None, Option(help="Tokens, M.", show_default="8192, on a CPU 1024")] = None,
+    lora_num: Annotated[int, Option(help="Parallel branches, n.")] = 3,
+    r: Annotated[int, Option(help="Rank of each branch; LoRA gets n times as much.")] = 32,
+    lora_dropout: Annotated[float, Option(help="Dropout before the branches.")] = 0.0,
+    dtype: Annotated[str, Option(help="Layer dtype: float32, bfloat16, or auto (by device).")] = "auto",
+    device: Annotated[str, Option(help="Device: auto, cpu or cuda.")] = "auto",
+    rounds: Annotated[int, Option(help="Timed rounds; methods alternate in each.")] = 15,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON document, in seconds and bytes.")] = False,
 ) -> None:
     """Time one linear layer frozen, with the naive loop, with PEFT LoRA and with this library. Results are checked."""
     from multilora_fast.devices import choose_device, choose_dtype, environment

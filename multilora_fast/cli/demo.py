@@ -5,61 +5,45 @@ import warnings
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from multilora_fast.cli.paths import given_path
 
 
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Directory or hub id of a causal LM.", show_default="the packaged SmolLM2-135M")
+        str | None, Option(help="Directory or hub id of a causal LM.", show_default="SmolLM2-135M")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.", show_default="160, quick: 6")] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.")] = 8,
-    max_length: Annotated[int, typer.Option(help="Longest example in tokens; others are dropped.")] = 160,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
-    lora_num: Annotated[int, typer.Option(help="Parallel branches per layer, n.")] = 3,
-    r: Annotated[int, typer.Option(help="Rank of each branch.")] = 8,
-    lora_alpha: Annotated[
-        float | None, typer.Option(help="Branches are scaled by alpha / r.", show_default="r")
-    ] = None,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.05,
+    steps: Annotated[int | None, Option(help="Training steps.", show_default="160, quick: 6")] = None,
+    batch_size: Annotated[int, Option(help="Examples per step.")] = 8,
+    max_length: Annotated[int, Option(help="Longest example in tokens; others are dropped.")] = 160,
+    learning_rate: Annotated[float, Option(help="Peak learning rate of AdamW.")] = 2e-3,
+    lora_num: Annotated[int, Option(help="Parallel branches per layer, n.")] = 3,
+    r: Annotated[int, Option(help="Rank of each branch.")] = 8,
+    lora_alpha: Annotated[float | None, Option(help="Branches are scaled by alpha / r.", show_default="r")] = None,
+    lora_dropout: Annotated[float, Option(help="Dropout before the branches.")] = 0.05,
     target_modules: Annotated[
-        str, typer.Option(help="Comma-separated names of the linear layers to adapt.")
+        str, Option(help="Comma-separated names of the linear layers to adapt.")
     ] = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
-    dtype: Annotated[str, typer.Option(help="Base model dtype: float32, bfloat16, or auto (by device).")] = "auto",
-    eval_items: Annotated[
-        int | None, typer.Option(help="Held-out examples per task.", show_default="100, quick: 8")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    device: Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, Option(help="Base model dtype: float32, bfloat16, or auto (by device).")] = "auto",
+    eval_items: Annotated[int | None, Option(help="Held-out examples per task.", show_default="100, quick: 8")] = None,
+    seed: Annotated[int, Option(help="Random seed.")] = 0,
+    device: Annotated[str, Option(help="Device: auto, cpu or cuda.")] = "auto",
     output: Annotated[
-        Path, typer.Option(help="Output directory for the adapter, metrics.json and comparison.png.", parser=given_path)
+        Path, Option(help="Directory for the adapter, metrics.json and comparison.png.", parser=given_path)
     ] = Path("demo-output"),
-    compare: Annotated[bool, typer.Option(help="Also train naive MultiLoRA and PEFT LoRA for comparison.")] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="Run for a minute or two, without an accuracy claim.")] = False,
+    compare: Annotated[bool, Option(help="Also train naive MultiLoRA and PEFT LoRA for comparison.")] = True,
+    quick: Annotated[bool, Option("--quick", help="Run for a minute or two, without an accuracy claim.")] = False,
 ) -> None:
     """Fine-tune a small model on four real tasks and compare the cost of a step with LoRA's."""
+    given = {name: value for name, value in locals().items() if name not in ("compare", "quick")}
     from multilora_fast.demo.settings import DemoSettings
 
-    settings = DemoSettings(
-        model=model,
-        steps=steps if steps is not None else 6 if quick else 160,
-        batch_size=batch_size,
-        max_length=max_length,
-        learning_rate=learning_rate,
-        lora_num=lora_num,
-        r=r,
-        lora_alpha=r if lora_alpha is None else lora_alpha,
-        lora_dropout=lora_dropout,
-        target_modules=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
-        dtype=dtype,
-        eval_items=eval_items if eval_items is not None else 8 if quick else 100,
-        seed=seed,
-        device=device,
-        output=output,
-        rounds=0 if not compare else 2 if quick else 5,
-    )
+    given["steps"] = steps if steps is not None else 6 if quick else 160
+    given["eval_items"] = eval_items if eval_items is not None else 8 if quick else 100
+    given["lora_alpha"] = r if lora_alpha is None else lora_alpha
+    given["target_modules"] = tuple(name.strip() for name in target_modules.split(",") if name.strip())
+    settings = DemoSettings(**given, rounds=0 if not compare else 2 if quick else 5)
     settings.check()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # loaded where installed, and unused

@@ -15,8 +15,8 @@ from multilora_fast.files import UNFINISHED, check_folder
 from multilora_fast.training.data import text_of
 from multilora_fast.validation import check_alpha, check_hyperparameters
 
-FREE = ("output", "resume", "epochs", "max_steps", "save_steps", "report_to")  # may change on resume
-FILES = ("files", "named", "eval_files")  # may move on resume: their rows are hashed
+# May change on resume. Files may move: their rows are hashed.
+FREE = {"output", "resume", "epochs", "max_steps", "save_steps", "report_to", "files", "named", "eval_files"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class TrainSettings:
 
     def record(self, rows: Iterable[object]) -> dict:
         """The settings that a resumed run must share, as JSON."""
-        fixed = {key: value for key, value in asdict(self).items() if key not in (*FREE, *FILES)}
+        fixed = {key: value for key, value in asdict(self).items() if key not in FREE}
         template = self.template()
         fixed["chat_template"] = template and hashlib.sha256(template.encode()).hexdigest()
         data = hashlib.sha256("\n".join(map(repr, rows)).encode()).hexdigest()

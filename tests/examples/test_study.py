@@ -22,7 +22,7 @@ from examples.multitask import execute as execution
 from examples.multitask import methods, schedule
 from examples.multitask.data import mixture, real_tasks, split
 from examples.multitask.execute import Bench, read_results, write_record
-from examples.multitask.page import report
+from examples.multitask.page import between, report
 from examples.multitask.plan import Run, Study, chosen, next_run
 from examples.multitask.schedule import run_missing
 from multilora_fast.adapters.branches import collect
@@ -231,7 +231,7 @@ def test_text_around_the_report_stays_and_a_report_of_the_same_is_the_same(recor
     assert page.read_text() == text
     page.write_text("no markers")
     with pytest.raises(ValueError, match="markers"):
-        report(tmp_path, STUDY, records)
+        between(page, "results", "new")
     assert page.read_text() == "no markers"
 
 

@@ -52,6 +52,7 @@ def test_its_tokens_are_counted_without_padding_and_its_evaluations_timed(model,
     log = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, TaskLog))
     seconds = [v for entry in trainer.state.log_history for k, v in entry.items() if re.match("eval_.*_runtime", k)]
     assert log.evaluating == pytest.approx(sum(seconds))
+    assert log.evaluated_at == 3  # save_steps is 4
 
 
 def test_its_peak_on_a_gpu_is_told(monkeypatch):
