@@ -88,7 +88,7 @@ def run(settings: TrainSettings) -> Trainer | None:
     return trainer
 
 
-def training_arguments(settings: TrainSettings, *, evaluates: bool) -> TrainingArguments:
+def training_arguments(settings: TrainSettings, *, evaluates: bool = True) -> TrainingArguments:
     """The Trainer's arguments. Raises ValueError for a tracker that is unknown or not installed."""
     when = "epoch" if settings.save_steps is None else "steps"
     arguments = TrainingArguments(

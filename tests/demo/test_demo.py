@@ -11,10 +11,11 @@ from tiny_training import make_tokenizer
 from torch import nn
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
+from multilora_fast.adapters.files import CONFIG, WEIGHTS
 from multilora_fast.demo import report
 from multilora_fast.demo.compare import LORA, NAIVE, OURS, build_methods, compare
 from multilora_fast.demo.run import run
-from multilora_fast.demo.scoring import accuracy, encode, option_scores, sample
+from multilora_fast.demo.scoring import Encoded, accuracy, encode, option_scores, sample
 from multilora_fast.demo.settings import DemoSettings
 from multilora_fast.demo.tasks import Example, Task, load_tasks, majority_rate, number_options
 from multilora_fast.demo.training import check_packing, pack
@@ -38,6 +39,11 @@ def made_up(task: str, count: int, options: list[str]) -> list[Example]:
         Example(task, f"the {'sky' if i % 2 else 'grass'} {' ?' * (i % 5)} w{i % 20} is", made, i % len(made))
         for i in range(count)
     ]
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer) -> list[Encoded]:
+    return [encode(example, tokenizer) for example in made_up("colour", 40, COLOURS)]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +73,7 @@ def test_whole_run(settings, tasks, capsys):
     results = run(settings, tasks)
     assert [result.task for result in results] == ["colour", "two"]
     assert {path.name for path in settings.output.iterdir()} == {"adapter", "metrics.json", "comparison.png"}
-    assert {path.name for path in (settings.output / "adapter").iterdir()} == {
-        "adapter_model.safetensors",
-        "adapter_config.json",
-    }
+    assert {path.name for path in (settings.output / "adapter").iterdir()} == {CONFIG, WEIGHTS}
     metrics = json.loads((settings.output / "metrics.json").read_text())
     assert metrics["reload_max_difference"] == 0.0
     assert [row["task"] for row in metrics["accuracy"]] == ["colour", "two", "mean"]
@@ -84,11 +87,10 @@ def test_whole_run(settings, tasks, capsys):
     report.check_output_dir(settings.output)  # its own output may be replaced
 
 
-def test_option_scores_are_those_of_plain_forwards(tokenizer, tasks):
+def test_option_scores_are_those_of_plain_forwards(examples):
     model = llama()
-    examples = [encode(example, tokenizer) for example in made_up("colour", 7, COLOURS)]
     assert {len(option) for option in examples[0].options} == {1, 2}
-    for example, scores in zip(examples, option_scores(model, examples), strict=True):
+    for example, scores in zip(examples[:7], option_scores(model, examples[:7]), strict=True):
         for option, score in zip(example.options, scores, strict=True):
             with torch.no_grad():
                 logits = model(torch.tensor([example.prompt + option])).logits[0].log_softmax(-1)
@@ -96,39 +98,25 @@ def test_option_scores_are_those_of_plain_forwards(tokenizer, tasks):
             torch.testing.assert_close(score, logits[at, torch.tensor(option)].sum())
 
 
-def test_accuracy_counts_the_likeliest_options(tokenizer):
+def test_accuracy_counts_the_likeliest_options(examples):
     model = llama()
-    examples = [encode(example, tokenizer) for example in made_up("colour", 40, COLOURS)]
     best = [int(scores.argmax()) for example in examples for scores in option_scores(model, [example])]
     right = sum(choice == example.answer for choice, example in zip(best, examples, strict=True))
     assert accuracy(model, examples, batch_size=7) == right / 40
 
 
-def test_packed_loss_is_the_mean_over_answer_tokens(tokenizer):
+def test_packed_loss_is_the_mean_over_answer_tokens(examples):
     model = llama()
-    model.config.use_cache = False  # with a cache, transformers does not keep packed rows apart
-    examples = [encode(example, tokenizer) for example in made_up("colour", 5, COLOURS)]
-    check_packing(model, examples)
+    with pytest.raises(ValueError, match="--model"):
+        check_packing(model, examples[:5])  # with a cache, transformers does not keep packed rows apart
+    model.config.use_cache = False
+    check_packing(model, examples[:5])
     losses = []
-    for example in examples:
+    for example in examples[:5]:
         answer = example.options[example.answer]
         logits = model(torch.tensor([example.prompt + answer])).logits[0, len(example.prompt) - 1 : -1]
         losses += nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none")
-    torch.testing.assert_close(model(**pack(examples)).loss, torch.stack(losses).mean())
-
-
-def test_a_model_that_mixes_packed_examples_is_refused(tokenizer):
-    class Leaky(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(64, 64)
-
-        def forward(self, input_ids, position_ids, logits_to_keep):
-            return type("Output", (), {"logits": self.table(input_ids).cumsum(1)[:, logits_to_keep]})
-
-    examples = [encode(example, tokenizer) for example in made_up("colour", 3, COLOURS)]
-    with pytest.raises(ValueError, match="--model"):
-        check_packing(Leaky(), examples)
+    torch.testing.assert_close(model(**pack(examples[:5])).loss, torch.stack(losses).mean())
 
 
 def test_sample_is_deterministic_distinct_and_short(tokenizer):
@@ -174,14 +162,13 @@ def test_methods_share_the_base_and_leave_it_alone():
     assert not any(isinstance(module, FusedMultiLoRALinear) for module in methods[NAIVE].modules())
 
 
-def test_compare_refuses_models_that_disagree(tokenizer, tasks):
+def test_compare_refuses_models_that_disagree(examples):
     methods = build_methods(llama(), LINEARS, r=2, lora_num=2, lora_alpha=2, lora_dropout=0.0)
     for name, parameter in methods[OURS].named_parameters():
         if name.endswith("lora_B"):
             parameter.data.mul_(30)
-    batch = pack([encode(example, tokenizer) for example in tasks[0].train[:4]])
-    with pytest.raises(RuntimeError, match="the fused model's loss"):
-        compare(methods, batch, rounds=1, progress=None)
+    with pytest.raises(RuntimeError, match="loss"):
+        compare(methods, pack(examples[:4]), rounds=1, progress=None)
 
 
 def test_peak_bytes_sees_temporaries_and_not_what_was_there():

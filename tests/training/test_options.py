@@ -85,7 +85,7 @@ def test_report_to_tells_a_tracker(model, data, tmp_path, monkeypatch):
     run(settings(model, data, tmp_path / "out", max_steps=1, report_to=("paper",)))
     assert any("loss" in logs for logs in told)
     assert any("eval_sky_accuracy" in logs for logs in told)
-    assert training_arguments(settings(model, data, ""), evaluates=True).report_to == []
+    assert training_arguments(settings(model, data, "")).report_to == []
 
 
 def test_liger_where_it_is_installed(model, data, monkeypatch):
@@ -95,8 +95,8 @@ def test_liger_where_it_is_installed(model, data, monkeypatch):
     with pytest.raises(ValueError, match=r"--liger .*pip install liger-kernel"):
         wanted.check()
     found.clear()
-    assert training_arguments(wanted, evaluates=True).use_liger_kernel
-    assert not training_arguments(settings(model, data, ""), evaluates=True).use_liger_kernel
+    assert training_arguments(wanted).use_liger_kernel
+    assert not training_arguments(settings(model, data, "")).use_liger_kernel
 
 
 def test_exclude_modules_are_left_alone(model, data):

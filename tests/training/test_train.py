@@ -95,5 +95,5 @@ def test_the_adapter_is_what_was_asked_for(model, data):
 
 
 def test_processes_without_a_gpu_form_a_group(model, data, tmp_path):
-    arguments = training_arguments(settings(model, data, tmp_path), evaluates=True)
+    arguments = training_arguments(settings(model, data, tmp_path))
     assert arguments.use_cpu == (not torch.accelerator.is_available())
