@@ -1,8 +1,8 @@
-"""MultiLoRA as a PEFT method: importing this package makes it known to PEFT.
+"""MultiLoRA as a PEFT method. Importing this package registers it.
 
-``get_peft_model(model, MultiLoraConfig(...))`` then works as with LoraConfig, and so do save_pretrained,
-PeftModel.from_pretrained, AutoPeftModel and transformers' load_adapter. A program that does not import this package
-knows the method too when it is run by ``python -m multilora_fast.peft PROGRAM``.
+``get_peft_model(model, MultiLoraConfig(...))``, save_pretrained, PeftModel.from_pretrained, AutoPeftModel and
+transformers' load_adapter then work as with LoraConfig. ``python -m multilora_fast.peft PROGRAM`` registers it for a
+program that does not import this package.
 """
 
 from multilora_fast.peft.config import MultiLoraConfig

@@ -23,38 +23,37 @@ from multilora_fast.validation import (
 class MultiLoraConfig(PeftConfig):
     """``lora_num`` parallel LoRA branches of rank ``r`` with learned scales, on every target module.
 
-    The scales start at zero, and at first they alone move: take 3 to 10 times the learning rate of LoRA.
-
-    Fields that are not listed are PEFT's own, and mean what they mean in peft.LoraConfig.
+    Unlike LoRA, the scales start at zero. Use 3 to 10 times LoRA's learning rate. Fields that are not listed mean the
+    same as in peft.LoraConfig.
 
     Args:
         r: rank of each branch.
         lora_num: branches per module.
-        target_modules: names of the modules to adapt or the end of their names, or one regular expression, or
-            "all-linear". None takes those that LoRA takes for this architecture.
-        target_parameters: names of the projections of experts to adapt, or the end of their names, such as
-            "experts.gate_up_proj" and "experts.down_proj". Experts get r // (experts per token), at least 1, where
-            rank_pattern says nothing else.
-        exclude_modules: modules to leave alone, as names or one regular expression.
+        target_modules: names of modules or the ends of their names, one regular expression, or "all-linear". None takes
+            PEFT's LoRA defaults for this architecture.
+        target_parameters: names of projections of experts or the ends of their names, such as "experts.gate_up_proj"
+            and "experts.down_proj". Experts get the rank r // (experts per token), at least 1, unless rank_pattern sets
+            it.
+        exclude_modules: modules not to adapt, as names or one regular expression.
         lora_alpha: the branches are multiplied by lora_alpha / r; None stands for r.
-        lora_dropout: dropout on the input of the branches, one mask for all of them.
-        scaling: whether a branch's learned scale is a "vector" of out_features values, or a "scalar".
-        init_weights: True starts the scales at zero, so that the model answers as before; False draws them, for tests.
-        fan_in_fan_out: whether the weights are stored as (in, out). Found out from the modules, and kept for exports.
-        bias: which biases of the base model are trained too: "none", "all", or "lora_only", the adapted modules'. Only
-            one adapter of a model can train biases.
+        lora_dropout: dropout on the branches' input, with one mask for all branches.
+        scaling: a branch's learned scale: a "vector" of out_features values, or a "scalar".
+        init_weights: True starts the scales at zero, so that the base model's output is unchanged; False draws them,
+            for tests.
+        fan_in_fan_out: whether the weights are stored as (in, out). Detected, and kept for exports.
+        bias: which biases of the base model are trained: "none", "all", or "lora_only" (the adapted modules'). Only one
+            adapter of a model can train biases.
         modules_to_save: modules to train and save whole.
-        layers_to_transform, layers_pattern: indices of the layers to adapt, and the name of the list they are in.
-        save_inputs: "exact", or "fp8" to keep the layers' inputs for backward in 8 bits where nothing else keeps them;
-            lora_A's gradients are then off by 2 to 3 %, all others stay exact. Not under torch.compile.
-        share_inputs: let layers that read one input (q, k, v; gate, up) read it once in training. The result is the
-            same but for rounding, and with dropout one mask serves all of them.
-        exact_base: keep the base layer's product the library's, so that scales of zero leave the base model's bits. By
-            default a GPU for which it was measured to be faster computes it together with the branches.
-        base_model_type: what transformers calls the base model's architecture. Found out from the model, and kept for
-            exports.
-        rank_pattern, lora_num_pattern, alpha_pattern: r, lora_num and lora_alpha of modules whose name ends in a
-            match of the key.
+        layers_to_transform, layers_pattern: indices of the layers to adapt, and the name of their list.
+        save_inputs: "exact", or "fp8" to save the layers' inputs for backward in 8 bits unless something else saves
+            them; lora_A's gradients are then off by 2 to 3 %, all others are exact. Not under torch.compile.
+        share_inputs: in training, layers that read one input (q, k, v; gate, up) read it once. Results differ only in
+            rounding; with dropout, the layers share a mask.
+        exact_base: keep the base layer's product the library's, so that zero scales leave the base model's bits. By
+            default it is computed together with the branches on GPUs for which that was measured to be faster.
+        base_model_type: transformers' name of the base model's architecture. Detected, and kept for exports.
+        rank_pattern, lora_num_pattern, alpha_pattern: r, lora_num and lora_alpha of modules whose name ends in a match
+            of the key.
 
     Raises:
         ValueError: a value outside its range, or fields that exclude each other.
@@ -82,7 +81,7 @@ class MultiLoraConfig(PeftConfig):
     alpha_pattern: dict | None = field(default_factory=dict)
     lora_num_pattern: dict | None = field(default_factory=dict)
 
-    # No fields: what trainers ask of a LoRA's config.
+    # Not fields: attributes that trainers read of a LoraConfig.
     use_dora = use_rslora = lora_bias = False
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""The PEFT layers of a mixture of experts: the experts of transformers, and the branches on their projections."""
+"""The PEFT layers of a mixture of experts: transformers' experts module, and the branches on its projections."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from multilora_fast.ops.grouped import inverse, multilora_grouped, route
 from multilora_fast.peft.layer import MultiLoraBranches, MultiLoraLayer, not_finite
 from multilora_fast.peft.quantization import check_writable
 
-# Set by transformers' use_experts_implementation; all that is read of an experts module, beside its parameters.
+# Attributes that transformers' use_experts_implementation sets; only these and the parameters are read.
 _MARKS = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
 _PER_TOKEN = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether this is an experts module that transformers runs by a grouped product."""
+    """Whether transformers can run this experts module by a grouped product."""
     return all(hasattr(module, mark) for mark in _MARKS) and bool(projections(module))
 
 
@@ -31,48 +31,38 @@ def projections(experts: Any) -> list[str]:
 
 
 def experts_per_token(experts: Any) -> int:
-    """How many experts the config of an experts module sends a token to; 1 where it does not say."""
+    """The experts per token in the config of an experts module; 1 if it does not say."""
     config = getattr(experts, "config", None)
     return next((k for k in (getattr(config, name, None) for name in _PER_TOKEN) if isinstance(k, int)), 1)
 
 
 class MultiLoraProjection(nn.Module, MultiLoraLayer):
-    """One projection of an experts module under any number of MultiLoRA adapters: a branch is lora_A (E, n, r, K),
-    lora_B (E, n, N, r) and lora_scaling (E, n, N) or (E, n, 1)."""
+    """One projection of an experts module with any number of MultiLoRA adapters, each of lora_A (E, n, r, K), lora_B
+    (E, n, N, r) and lora_scaling (E, n, N) or (E, n, 1)."""
 
     base_layer: Any
 
     def __init__(self, experts: nn.Module, parameter_name: str, adapter_name: str, **options):
         super().__init__()
-        self.__dict__["base_layer"] = experts  # whose owner is MultiLoraExperts
+        self.__dict__["base_layer"] = experts  # registered as a submodule by MultiLoraExperts
         self.parameter_name = parameter_name
         self.num_experts, *sizes = self.weight.shape
         self.in_features, self.out_features = sizes if self.base_layer.is_transposed else reversed(sizes)
-        self.multilora_branches = nn.ModuleDict()
-        self._disable_adapters, self._active_adapter, self.merged_adapters = False, adapter_name, []
-        self.update_layer(adapter_name, **options)
+        self.add_first(adapter_name, options)
 
     @property
     def weight(self) -> nn.Parameter:
         """The base's parameter, (E, N, K), or (E, K, N) where the experts keep it transposed."""
         return getattr(self.base_layer, self.parameter_name)
 
-    def update_layer(self, adapter_name: str, *, inference_mode: bool, **options) -> None:
-        """Add an adapter; ``options`` are those of :class:`MultiLoraBranches`."""
-        branches = MultiLoraBranches(self.in_features, self.out_features, experts=self.num_experts, **options)
-        branches.__dict__["layer"] = self
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        branches = self.multilora_branches[adapter_name]
         if not branches.lora_A.is_meta:
-            branches.to(self.weight.device, self.weight.dtype)
-        self.multilora_branches[adapter_name] = branches
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-
-    def forward(self, x: Tensor, perm: Tensor, ends: Tensor, top_k: int | None = None) -> Tensor:
-        """The projection of the rows (S, K), or of the tokens (S / top_k, K) that they are gathered from, to (S, N)."""
-        return project(self.base_layer, self.parameter_name, self.active_branches(), x, perm, ends, top_k)
+            branches.to(device or self.weight.device, self.weight.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging the adapter adds to the parameter, laid out as it is."""
-        return torch.stack([self._delta(adapter, e) for e in range(self.num_experts)])
+        """The update that merging adds to the parameter, in the parameter's layout."""
+        return torch.stack([self._delta(adapter, e) for e in range(len(self.weight))])
 
     def _delta(self, adapter: str, expert: int) -> Tensor:
         A, B, s, c = Branches.of(self.multilora_branches[adapter])
@@ -82,7 +72,7 @@ class MultiLoraProjection(nn.Module, MultiLoraLayer):
 
     @torch.no_grad()
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
-        """One expert after the other, so that nothing of the parameter's size is made."""
+        """Merge one expert after the other, so that no tensor of the parameter's size is made."""
         self.check_writable()
         weight = self.weight.data
         if check:
@@ -95,14 +85,11 @@ class MultiLoraProjection(nn.Module, MultiLoraLayer):
     def check_writable(self) -> None:
         check_writable(self, None)
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
-
 
 class MultiLoraExperts(nn.Module):
-    """An experts module of transformers with MultiLoRA on one or both of its projections, which are its submodules of
-    the parameters' names. Where no adapter is active the experts run as they are; elsewhere by torch's grouped product,
-    whatever implementation the model's config names."""
+    """An experts module of transformers with MultiLoRA on one or both of its projections, which are submodules named
+    after their parameters. If an adapter is active, it runs by torch's grouped product, whatever implementation the
+    model's config names; otherwise it runs as it is."""
 
     base_layer: Any
 
@@ -119,7 +106,11 @@ class MultiLoraExperts(nn.Module):
                 if projection.merged and projection.disable_adapters:
                     projection.unmerge()
             return base(hidden_states, top_k_index, top_k_weights)
-        self._check(base)
+        if hooked(base) and not _only_placed(base):
+            raise ValueError(
+                "MultiLoRA reads the weights of experts, but these have hooks or a forward of their own, as offloading "
+                "gives them: keep the experts on one device."
+            )
         top_k = top_k_index.shape[-1]
         perm, ends = route(top_k_index, base.num_experts)
         experts = top_k_index.reshape(-1)[perm]
@@ -143,20 +134,10 @@ class MultiLoraExperts(nn.Module):
     def get_base_layer(self) -> nn.Module:
         return self.base_layer
 
-    @staticmethod
-    def _check(base: Any) -> None:
-        if getattr(base, "_is_expert_parallel", False):
-            raise ValueError("MultiLoRA does not support expert parallelism: load the model without it.")
-        if hooked(base) and not _only_placed(base):
-            raise ValueError(
-                "MultiLoRA reads the weights of experts, but these have hooks or a forward of their own, as offloading "
-                "gives them: keep the experts on one device."
-            )
-
 
 def _only_placed(base: Any) -> bool:
-    """Whether all that a call of ``base`` does more is accelerate's, which moves the inputs to the device of weights
-    that are there: a model over several GPUs has that on every module."""
+    """Whether accelerate's hook is the only one and merely moves inputs to the weights' device, as on every module of a
+    model that is spread over GPUs."""
     placed = getattr(base, "_hf_hook", None)
     return not has_hooks(base) and isinstance(placed, AlignDevicesHook) and not placed.offload
 
@@ -165,7 +146,8 @@ def project(
     experts: Any, name: str, branches: list[MultiLoraBranches], x: Tensor, perm: Tensor, ends: Tensor,
     top_k: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """One projection of all ``experts`` without its bias, under the adapters ``branches``."""
+    """One projection of all ``experts`` without its bias, with the adapters ``branches``: of rows (S, K), or of tokens
+    (S / top_k, K) that are gathered from, to (S, N)."""
     weight = getattr(experts, name)
     options: dict = {"perm": perm, "ends": ends, "top_k": top_k}
     if not branches:

@@ -1,4 +1,4 @@
-"""The PEFT layer: a linear base layer of any kind, and the branches of every adapter on it."""
+"""The PEFT layer: a linear base layer of any kind and its adapters' branches."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from multilora_fast.ops.functional import apply
 from multilora_fast.peft.quantization import backend_of, base_weight, check_writable, compute_as, dense_4bit, is_4bit
 
 _PLAIN = (nn.Linear, Conv1D)
-_DENSE = (nn.Parameter, Tensor, FakeTensor)  # weights that are what their layer multiplies by
+_DENSE = (nn.Parameter, Tensor, FakeTensor)  # classes of weights that are used as they are
 
 
 class MultiLoraBranches(nn.Module):
-    """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1); on ``experts`` all
-    with the experts in front.
+    """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1), of ``experts`` with
+    the experts as a further first axis.
 
-    A and B start Kaiming-uniform (a = √5), each branch on its own. The scales start at zero; ``init_weights=False``
-    draws them instead. ``shared`` is the group that this adapter reads its input with, if any; ``layer`` is the layer
-    that holds it, outside of its own submodules.
+    A and B start Kaiming-uniform (a = √5), each branch on its own, and the scales at zero; ``init_weights=False`` draws
+    the scales too. ``shared`` is the group of layers that read one input, or None. ``layer`` is the layer that holds
+    this adapter, which is not registered as a submodule.
     """
 
     backend: str | None = None
@@ -68,15 +68,15 @@ class MultiLoraBranches(nn.Module):
     def forward(
         self, x: Tensor, weight=None, bias: Tensor | None = None, *, y: Tensor | None = None, alone: bool = False
     ) -> Tensor:
-        """The adapted layer's output: from its weight and bias, or added to ``y``, its output without the branches.
-        ``alone`` says that x is this layer's own."""
+        """The adapted layer's output, from its weight and bias, or from ``y``, its output without the branches.
+        ``alone``: x is not shared with other layers."""
         taken = self.shared.take(self, x) if self.shared is not None and y is None and not alone else None
         if taken is not None:
             return taken
         return apply(x, y, weight, bias, *branches_of(self), None, options_of(self))
 
     def base(self, x: Tensor) -> Base | None:
-        """What the group needs of the base layer, None where the layer would not run as this adapter's fused op."""
+        """The base layer for the group, or None if the layer would not run as this adapter's fused op."""
         layer = self.layer
         if not self.training or hooked(self) or next(iter(layer.active_branches()), None) is not self:
             return None
@@ -96,15 +96,32 @@ class MultiLoraBranches(nn.Module):
 
 
 class MultiLoraLayer(BaseTunerLayer):
-    """What an adapted layer does with its adapters, of which the active ones add up."""
+    """A layer with any number of adapters, of which the active ones add up."""
 
     adapter_layer_names = ("multilora_branches",)
     other_param_names = ()
-    multilora_branches: Any  # an nn.ModuleDict, a MultiLoraBranches by the name of each adapter
+    in_features: Any
+    out_features: Any
+    num_experts: int | None = None
+    multilora_branches: Any  # an nn.ModuleDict: the MultiLoraBranches of each adapter by its name
     _modules: Any
 
+    def add_first(self, adapter_name: str, options: dict[str, Any]) -> None:
+        """Set up PEFT's attributes and :meth:`update_layer`."""
+        self.multilora_branches = nn.ModuleDict()
+        self._disable_adapters, self._active_adapter, self.merged_adapters = False, adapter_name, []
+        self.update_layer(adapter_name, **options)
+
+    def update_layer(self, adapter_name: str, *, inference_mode: bool, **options) -> None:
+        """Add an adapter; ``options`` are those of :class:`MultiLoraBranches`."""
+        branches = MultiLoraBranches(self.in_features, self.out_features, experts=self.num_experts, **options)
+        branches.__dict__["layer"] = self
+        self.multilora_branches[adapter_name] = branches
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
     def active_branches(self) -> list[MultiLoraBranches]:
-        """The adapters that add up now."""
+        """The adapters that the forward adds: none if disabled or merged."""
         if self._disable_adapters or self.merged_adapters:
             return []
         known: Any = self._modules["multilora_branches"]
@@ -112,15 +129,15 @@ class MultiLoraLayer(BaseTunerLayer):
         return [known[name] for name in ([names] if isinstance(names, str) else names) if name in known]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the active adapters, or ``adapter_names``, to the base weight. With ``safe_merge`` a weight that would
-        not be finite is a ValueError, and the base stays as it was."""
+        """Add the active adapters, or ``adapter_names``, to the base weight. With ``safe_merge``, a weight that would
+        not be finite raises a ValueError and is left unchanged."""
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.multilora_branches:
                 self._add_to_weight(name, 1.0, safe_merge)
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take the merged adapters out of the base weight again."""
+        """Subtract the merged adapters from the base weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
@@ -128,14 +145,11 @@ class MultiLoraLayer(BaseTunerLayer):
             self.merged_adapters.pop()
 
     def check_writable(self) -> None:
-        """Raise a ValueError where merging cannot write the base weight."""
+        """Raise a ValueError if merging cannot write the base weight."""
         raise NotImplementedError
 
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
         raise NotImplementedError
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the constant factor of an adapter to ``scale`` times lora_alpha / r."""
@@ -145,16 +159,21 @@ class MultiLoraLayer(BaseTunerLayer):
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the constant factor of the active adapters by ``scale``."""
-        for name in self.active_adapters:
-            if name in self.multilora_branches:
-                self.multilora_branches[name].scaling_factor *= scale
+        for branches in self.chosen():
+            branches.scaling_factor *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the constant factor of the active adapters by ``scale``, or set it back."""
-        for name in self.active_adapters:
-            if name in self.multilora_branches:
-                branches = self.multilora_branches[name]
-                branches.scaling_factor = branches.initial_factor if scale is None else branches.scaling_factor / scale
+        """Divide the constant factor of the active adapters by ``scale``; reset it for None."""
+        for branches in self.chosen():
+            branches.scaling_factor = branches.initial_factor if scale is None else branches.scaling_factor / scale
+
+    def chosen(self) -> list[MultiLoraBranches]:
+        """The active adapters that are on this layer, also if disabled or merged."""
+        return [self.multilora_branches[name] for name in self.active_adapters if name in self.multilora_branches]
+
+
+def named_layers(model: nn.Module) -> list[tuple[str, MultiLoraLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MultiLoraLayer)]
 
 
 def not_finite(adapter: str) -> ValueError:
@@ -162,16 +181,14 @@ def not_finite(adapter: str) -> ValueError:
 
 
 class MultiLoraLinear(nn.Module, MultiLoraLayer):
-    """A linear layer under any number of MultiLoRA adapters, of which the active ones add up.
+    """A linear layer with any number of MultiLoRA adapters, of which the active ones add up.
 
-    On nn.Linear, Conv1D and bitsandbytes' 4-bit layer the first active adapter and the base layer's product are one
-    fused op. Other base layers, and those with hooks or a forward of their own, run as they are, and the branches are
-    added to their output.
+    On nn.Linear, Conv1D and bitsandbytes' 4-bit layer, the base product and the first active adapter are one fused op.
+    Other base layers, and those with hooks or a forward of their own, run themselves, and the branches are added to
+    their output.
     """
 
     base_layer: Any
-    in_features: Any
-    out_features: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *, quantization: dict, **options):
         super().__init__()
@@ -180,28 +197,16 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
         self.in_features, self.out_features = _get_in_out_features(base)
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self._quantization = quantization
-        self.multilora_branches = nn.ModuleDict()
-        self._disable_adapters, self._active_adapter, self.merged_adapters = False, adapter_name, []
-        self.update_layer(adapter_name, **options)
+        self.add_first(adapter_name, options)
 
     @property
     def quantization_backend(self) -> Any:  # type: ignore[override]  # an attribute in some versions of PEFT
-        """What reads and writes a quantized base weight, None for a dense layer: found when it is asked for, because
-        training does not need it."""
+        """PEFT's reader and writer of a quantized base weight, None for a dense layer. It is looked up at each use,
+        because training does not need it."""
         return backend_of(self.get_base_layer(), **self._quantization)
-
-    def update_layer(self, adapter_name: str, *, inference_mode: bool, **options) -> None:
-        """Add an adapter; ``options`` are those of :class:`MultiLoraBranches`."""
-        branches = MultiLoraBranches(self.in_features, self.out_features, **options)
-        branches.__dict__["layer"] = self
-        self.multilora_branches[adapter_name] = branches
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is not None:
-            self._check_names(x, adapter_names)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         active = self.active_branches()
@@ -217,7 +222,7 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
         return y
 
     def fused_base(self, x: Tensor) -> Base | None:
-        """The base layer as the fused op takes it, or None where it must run itself."""
+        """The base layer as arguments of the fused op, or None if it must run itself."""
         base: Any = self._modules["base_layer"]
         if hooked(base):
             return None
@@ -225,14 +230,14 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
             weight = parameter(base, "weight")
             if type(weight) in _DENSE:
                 return Base(weight.t() if self.fan_in_fan_out else weight, parameter(base, "bias"))
-        # Decoding on a GPU keeps bitsandbytes' own kernels, which read the 4-bit weight as it is.
+        # Decoding on a GPU keeps bitsandbytes' kernels, which read the packed weight.
         decoding = not torch.is_grad_enabled() and x.device.type != "cpu"
         if not is_4bit(base) or decoding or torch.compiler.is_compiling():
             return None
         return Base(partial(dense_4bit, base), base.bias, base.compute_dtype or x.dtype)
 
     def _fused(self, x: Tensor, branches: MultiLoraBranches) -> Tensor | None:
-        """The output through the fused op, or None for a base layer that must run itself."""
+        """The output of the fused op, or None if the base layer must run itself."""
         shared, plain = branches.shared, type(self._modules["base_layer"]) in _PLAIN
         taken = None if shared is None else shared.take(branches, x) if plain else shared.finished(branches, x)
         if taken is not None:
@@ -247,14 +252,12 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
         with context:
             return branches(inner, weight, bias, alone=inner is not x).to(x.dtype)
 
-    def _check_names(self, x: Tensor, adapter_names: list[str]) -> None:
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
+        """Each row of the batch under its own adapter; "__base__" stands for none."""
         if len(x) != len(adapter_names):
             raise ValueError(f"adapter_names must hold one name per input, but got {len(adapter_names)} for {len(x)}.")
         if self.merged:
             raise ValueError("adapter_names cannot be used while adapters are merged: call unmerge_adapter first.")
-
-    def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
-        """Each row of the batch under its own adapter; "__base__" stands for none."""
         y = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name in self.multilora_branches:
@@ -263,9 +266,12 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
         return y
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging the adapter adds to the weight, laid out as the weight is."""
+        """The update that merging adds to the weight, in the weight's layout."""
         delta = self.multilora_branches[adapter].delta()
         return delta.t() if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
 
     def check_writable(self) -> None:
         check_writable(self.get_base_layer(), self.quantization_backend)

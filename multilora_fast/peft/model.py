@@ -1,4 +1,4 @@
-"""The PEFT tuner: puts MultiLoRA layers into a model, and what PEFT leaves to each method."""
+"""The PEFT tuner: puts MultiLoRA layers into a model, and implements what PEFT leaves to each method."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from multilora_fast.adapters.files import model_type
 from multilora_fast.layers.shared_input import assign_groups
 from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.experts import MultiLoraExperts, MultiLoraProjection, experts_per_token
-from multilora_fast.peft.layer import MultiLoraLayer, MultiLoraLinear
+from multilora_fast.peft.layer import MultiLoraLayer, MultiLoraLinear, named_layers
 from multilora_fast.peft.precision import warn_of_half_scales
 from multilora_fast.peft.quantization import backend_of, get_quantization_kwargs
 from multilora_fast.peft.targets import (
-    check_experts,
     check_mamba,
+    check_parallel,
     choose_all_linear,
     choose_parameters,
     in_attention,
@@ -37,10 +37,10 @@ from multilora_fast.peft.targets import (
 
 
 class MultiLoraModel(BaseTuner):
-    """A model with MultiLoRA layers, as ``get_peft_model`` makes it (there as ``.base_model``).
+    """A model with MultiLoRA layers, the ``.base_model`` of what ``get_peft_model`` returns.
 
-    ``targeted_module_names`` lists the modules that were adapted. Names in ``target_modules`` that match no module are
-    warned about, and if none matches, it is PEFT's NoMatchingPeftModuleError, a ValueError.
+    ``targeted_module_names`` lists the adapted modules. Names in ``target_modules`` that match no module raise a
+    warning, or if none matches PEFT's NoMatchingPeftModuleError, a ValueError.
     """
 
     prefix: str = "multilora_"
@@ -58,7 +58,7 @@ class MultiLoraModel(BaseTuner):
         if all_linear:
             choose_all_linear(config, model)
         with warnings.catch_warnings():
-            # PEFT looks for the keys of these patterns among modules alone, and not among target_parameters.
+            # PEFT matches the keys of these patterns with modules only, not with target_parameters.
             warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.base_model_type = model_type(model)
@@ -66,7 +66,7 @@ class MultiLoraModel(BaseTuner):
             idle = unmatched(model, config.target_modules)
             if idle:
                 warnings.warn(f"target_modules {', '.join(idle)} match no module of the model.", stacklevel=2)
-        adapted = {n: layer for n, layer in _layers(model) if adapter_name in layer.multilora_branches}
+        adapted = {n: layer for n, layer in named_layers(model) if adapter_name in layer.multilora_branches}
         if not config.inference_mode:
             warn_of_experts(config, model, adapted, everything=all_linear)
         for field in ("rank_pattern", "alpha_pattern", "lora_num_pattern"):
@@ -81,13 +81,13 @@ class MultiLoraModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config, model_config):
         unknown = model_config["model_type"] not in self.target_module_mapping
         if peft_config.target_modules is None and unknown and peft_config.target_parameters:
-            return peft_config  # these alone are asked for
+            return peft_config  # adapts target_parameters only
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _inject_parameters(  # type: ignore[override]  # PEFT's own differs by version
         self, peft_config: MultiLoraConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool = False, **_
     ) -> list[str]:
-        """Adapt what ``target_parameters`` names: projections of experts, and weights of linear layers."""
+        """Adapt the ``target_parameters``: projections of experts, and weights of linear layers."""
         found = choose_parameters(peft_config.target_parameters or (), model)
         for path, name, wanted in found.values():
             module = model.get_submodule(path)
@@ -98,18 +98,18 @@ class MultiLoraModel(BaseTuner):
                     self._create_and_replace(peft_config, adapter_name, module, child, parent, current_key=path)
                 else:
                     self._adapt_experts(peft_config, adapter_name, model, path, name, wanted)
-        known = self.targeted_parameter_names  # PEFT before 0.20 takes no answer
+        known = self.targeted_parameter_names  # PEFT before 0.20 ignores the return value
         known += [key for key in found if key not in known]
         return list(found)
 
     def _adapt_experts(
         self, config: MultiLoraConfig, adapter_name: str, model: nn.Module, path: str, name: str, target: str
     ) -> None:
-        """Put an adapter on the projection ``name`` of the experts ``path``. Where no pattern gives it a rank, it gets
-        that of the config over the experts per token, and the factor lora_alpha / r that it would have had."""
+        """Put an adapter on the projection ``name`` of the experts ``path``. If no pattern sets its rank, it gets the
+        config's rank over the experts per token, and keeps the factor lora_alpha / r."""
         module: Any = model.get_submodule(path)
         experts = module.base_layer if isinstance(module, MultiLoraExperts) else module
-        check_experts(self.model, experts, path)
+        check_parallel(self.model, experts)
         if config.save_inputs != "exact":
             raise ValueError(f'save_inputs={config.save_inputs!r} does not work on experts, here {path}: use "exact".')
         key = f"{path}.{name}"
@@ -130,10 +130,9 @@ class MultiLoraModel(BaseTuner):
             module.requires_grad_(False)
 
     def shared_inputs(self, adapter_name: str = "default") -> dict[tuple[str, ...], str | None]:
-        """Which layers of an adapter read their input together, and for each such group None, or why it does so no
-        more. In evaluation, under torch.compile and where an adapter's parameters are sharded one by one, every layer
-        reads its own."""
-        adapters = (layer.multilora_branches for _, layer in _layers(self.model))
+        """The groups of an adapter's layers that read their input once, each with None or the reason why it no longer
+        does. In evaluation, under torch.compile and under ZeRO-3, every layer reads its own."""
+        adapters = (layer.multilora_branches for _, layer in named_layers(self.model))
         groups = {id(a[adapter_name].shared): a[adapter_name].shared for a in adapters if adapter_name in a}
         return {tuple(group.members): group.disabled_reason for group in groups.values() if group is not None}
 
@@ -155,7 +154,6 @@ class MultiLoraModel(BaseTuner):
 
     @staticmethod
     def _options(config: MultiLoraConfig, name: str) -> dict[str, Any]:
-        """What the adapter on ``name`` is made with."""
         return {
             **shape_options(vars(config), name),
             "lora_dropout": config.lora_dropout,
@@ -167,16 +165,15 @@ class MultiLoraModel(BaseTuner):
         }
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
-        # Layers put their branches on the base layer's device. BaseTuner would move an 8-bit layer whole, and with it
-        # branches that are still on the meta device.
+        # The layer has moved its branches to the base layer's device. BaseTuner would move an 8-bit layer as a whole,
+        # with branches that are still on the meta device.
         setattr(parent, child_name, new_module)
 
     def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
         check_mamba(model, target_name)
 
     def _check_base(self, name: str, base: nn.Module, quantization: dict) -> None:
-        if (getattr(self.model, "_tp_size", None) or 1) > 1:
-            raise ValueError("MultiLoRA does not support tensor parallelism: load the model without a tp_plan.")
+        check_parallel(self.model, base)
         if in_attention(base):
             raise ValueError(
                 f"Target module {name} belongs to an nn.MultiheadAttention, which reads its weight and not its output: "
@@ -190,27 +187,27 @@ class MultiLoraModel(BaseTuner):
             )
 
     def _check_merge_allowed(self) -> None:
-        """Before any layer is written, that each can be."""
+        """Check every layer before any is written."""
         super()._check_merge_allowed()
-        for _, layer in _layers(self):
-            if any(name in layer.multilora_branches for name in layer.active_adapters):
+        for _, layer in named_layers(self):
+            if layer.chosen():
                 layer.check_writable()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, num_beams=None, **kwargs):
-        """While open, the layers get ``adapter_names``, which name the adapter of each row of the batch. PEFT opens it
-        around every forward: the first in training also warns of scales in half precision."""
+        """Pass ``adapter_names``, one per row of the batch, to the layers. PEFT enters this around every forward; the
+        first one in training also warns of scales in half precision."""
         if self.training and not self._checked_scales and not torch.compiler.is_compiling():
             self._checked_scales = True
             warn_of_half_scales(self)
         if adapter_names is None:
             yield
             return
-        if any(isinstance(layer, MultiLoraProjection) for _, layer in _layers(self)):
+        if any(isinstance(layer, MultiLoraProjection) for _, layer in named_layers(self)):
             raise ValueError("adapter_names cannot be used with adapters on experts, which mix the rows of a batch.")
         if self.training:
             raise ValueError("adapter_names cannot be used when the model is in training mode.")
-        known = {name for _, layer in _layers(self) for name in layer.multilora_branches}
+        known = {name for _, layer in named_layers(self) for name in layer.multilora_branches}
         unknown = sorted(set(adapter_names) - known - {"__base__"})
         if unknown:
             raise ValueError(f"adapter_names holds adapters that do not exist: {', '.join(unknown)}.")
@@ -232,11 +229,11 @@ class MultiLoraModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat"
     ) -> None:
-        """Add the exact weighted sum of ``adapters`` as a new, inactive adapter, which holds all of their branches.
+        """Add the exact weighted sum of ``adapters`` as a new, inactive adapter that holds all of their branches.
 
         Raises:
-            ValueError: names that do not exist or are taken, as many weights as adapters not given, a
-                ``combination_type`` other than "cat", adapters with modules_to_save or trained biases.
+            ValueError: unknown ``adapters``, an ``adapter_name`` that exists, another number of weights than of
+                adapters, a ``combination_type`` other than "cat", adapters with modules_to_save or trained biases.
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         if not adapters or unknown:
@@ -250,7 +247,7 @@ class MultiLoraModel(BaseTuner):
         if any(self.peft_config[name].modules_to_save or self.peft_config[name].bias != "none" for name in adapters):
             raise ValueError("adapters with modules_to_save or trained biases cannot be summed.")
         parts = {}
-        for path, layer in _layers(self.model):
+        for path, layer in named_layers(self.model):
             here = [(layer.multilora_branches[a], w) for a, w in zip(adapters, weights, strict=True)
                     if a in layer.multilora_branches]  # fmt: skip
             if here:
@@ -278,19 +275,15 @@ class MultiLoraModel(BaseTuner):
                 getattr(module, name).data = tensor.expand(getattr(module, name).shape).contiguous()
 
 
-def _layers(model: nn.Module):
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, MultiLoraLayer)]
-
-
 def _with_names(adapter_names: list[str]):
     return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": adapter_names})
 
 
 def _check_loaded(model: MultiLoraModel, keys) -> None:
-    """After load_state_dict: an adapter of which only a part was there, or another method's tensors on its layers, is
-    an error. A dict without any of an adapter's tensors, of the base model say, is not."""
+    """After load_state_dict, raise a ValueError for an incomplete adapter, or for another method's tensors on its
+    layers. A dict without any of an adapter's tensors, such as the base model's, is fine."""
     mark = f".{CONTAINER}."
-    layers = tuple(f".{name}." for name, _ in _layers(model.model))
+    layers = tuple(f".{name}." for name, _ in named_layers(model.model))
     own = ("weight", "bias", "base_layer")
     for key in keys.unexpected_keys:
         inside = next((key.partition(layer)[2] for layer in layers if layer in key), "weight")
@@ -301,6 +294,6 @@ def _check_loaded(model: MultiLoraModel, keys) -> None:
             raise ValueError(f"the state dict holds {key}, which is no tensor of this model's MultiLoRA adapters.")
     for adapter in model.peft_config:
         missing = [key for key in keys.missing_keys if f"{mark}{adapter}." in key]
-        wanted = sum(len(NAMES) for _, layer in _layers(model.model) if adapter in layer.multilora_branches)
+        wanted = sum(len(NAMES) for _, layer in named_layers(model.model) if adapter in layer.multilora_branches)
         if 0 < len(missing) < wanted:
             raise ValueError(f"the state dict lacks {missing[0]}, though it holds other tensors of this adapter.")

@@ -1,8 +1,6 @@
-"""The dtype of trainable branches. In half precision a small step is rounded away where the value is large: lora_A and
-lora_B hardly move, while the scales, which start at zero, do. On a 4-bit base under TRL, in bfloat16 and at a learning
-rate of 2e-5, 6 % of the entries of lora_A moved, 1 % of lora_B's and all of lora_scaling's. DeepSpeed steps float32
-masters, in which small steps add up: in 40 steps of 1e-5 on a tiny Llama 62 % of lora_A's bfloat16 entries moved under
-ZeRO-1, 2 and 3, and 2 % without it."""
+"""The dtypes of bases, and of trainable branches. In half precision, small steps of lora_A and lora_B are rounded away
+(at a learning rate of 2e-5 in bfloat16, 6 % of lora_A's entries moved), except under DeepSpeed, which steps float32
+masters."""
 
 from __future__ import annotations
 
@@ -13,21 +11,22 @@ import torch
 from torch import nn
 
 from multilora_fast.adapters.branches import NAMES
-from multilora_fast.peft.layer import MultiLoraLayer
+from multilora_fast.peft.layer import named_layers
 
 HALF = (torch.bfloat16, torch.float16)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def restore_float32(model: nn.Module) -> int:
     """Cast lora_A, lora_B and lora_scaling of every MultiLoRA adapter in ``model`` from half precision to float32.
 
-    For after what casts them, such as TRL's trainers on a quantized base, and before the first step. The Parameter
-    objects stay, so an optimizer made before stays valid. Returns how many tensors were cast.
+    Call it before the first step if something has cast them, such as TRL's trainers on a quantized base. The Parameter
+    objects stay, so an existing optimizer stays valid. Returns the number of tensors that were cast.
 
     Raises:
-        ValueError: no MultiLoRA adapter in the model, or one that FSDP2 has sharded already.
+        ValueError: no MultiLoRA adapter in the model, or an adapter that FSDP2 has already sharded.
     """
-    adapters = [branches for layer in _layers(model) for branches in layer.multilora_branches.values()]
+    adapters = [branches for _, layer in named_layers(model) for branches in layer.multilora_branches.values()]
     if not adapters:
         raise ValueError("model holds no MultiLoRA adapter to restore.")
     half = [p for branches in adapters for p in map(branches.get_parameter, NAMES) if p.dtype in HALF]
@@ -41,15 +40,16 @@ def restore_float32(model: nn.Module) -> int:
 
 def warn_of_half_scales(model: nn.Module) -> None:
     """Warn if trainable branches are kept in half precision."""
-    # Under FSDP a plain tensor may be a copy in the dtype of computing, of a parameter that is kept in another.
+    # Under FSDP a plain tensor may be a low-precision copy of a float32 parameter.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     sharded = any(isinstance(module, kinds) for module in model.modules())
-    for layer in _layers(model):
+    for _, layer in named_layers(model):
         for branches in layer.multilora_branches.values():
             for name in reversed(NAMES):
                 p = getattr(branches, name)
-                kept = hasattr(p, "device_mesh") or not (sharded or _has_masters(p))
+                has_masters = hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")  # DeepSpeed's ZeRO-1 and 2, ZeRO-3
+                kept = hasattr(p, "device_mesh") or not (sharded or has_masters)
                 if p.requires_grad and p.dtype in HALF and kept:
                     warnings.warn(
                         f"{name} is trained in {str(p.dtype).removeprefix('torch.')}, where most small steps of lora_A "
@@ -57,12 +57,3 @@ def warn_of_half_scales(model: nn.Module) -> None:
                         stacklevel=2,
                     )
                     return
-
-
-def _has_masters(p: nn.Parameter) -> bool:
-    """Whether DeepSpeed optimizes a float32 copy of ``p``; the marks are of ZeRO-1 and 2, and of ZeRO-3."""
-    return hasattr(p, "_hp_mapping") or hasattr(p, "ds_id")
-
-
-def _layers(model: nn.Module) -> list[MultiLoraLayer]:
-    return [module for module in model.modules() if isinstance(module, MultiLoraLayer)]

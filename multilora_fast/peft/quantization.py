@@ -1,5 +1,5 @@
-"""Quantized base layers: their dense weight and how to write it, through PEFT's backends, or for bitsandbytes also
-before PEFT had them."""
+"""Read and write the dense weight of quantized base layers through PEFT's backends, or for bitsandbytes through our own
+in versions of PEFT without them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PLAIN_FUNCTIONS: Any = (Tensor.__torch_function__.__func__, nn.Parameter.__torc
 
 
 class _Bitsandbytes:
-    """What the layer needs of PEFT's backends, for the versions without them."""
+    """A stand-in for PEFT's backend."""
 
     layer_type = "linear"
     supports_merge = True
@@ -47,17 +47,17 @@ class _Bitsandbytes:
 
 
 def backend_of(base: nn.Module, **quantization) -> Any:
-    """PEFT's backend of a base layer, None for one that PEFT takes for a dense layer."""
+    """PEFT's backend of a base layer, None for a dense one."""
     try:
         return resolve_quantization_backend(base, **quantization)
-    except ValueError:  # torchao's quantize_ made the weight, and the model does not say how
+    except ValueError:  # a weight from torchao's quantize_, whose configuration the model does not hold
         from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 
         return ForwardOnlyQuantizationBackend("torchao")
 
 
 def check_writable(base: Any, backend) -> None:
-    """Raise a ValueError where merging cannot write the weight of ``base``."""
+    """Raise a ValueError if merging cannot write the weight of ``base``."""
     if backend.supports_merge if backend else _is_dense(base.weight):
         return
     weight = getattr(base, "weight", None)
@@ -69,8 +69,7 @@ def check_writable(base: Any, backend) -> None:
 
 
 def _is_dense(weight: Tensor) -> bool:
-    """Whether ``weight`` holds what is copied into it. A subclass of its own ways may keep it in another form; that of
-    a DTensor is the same."""
+    """Whether a copy into ``weight`` is kept as it is. A tensor subclass may convert it; a DTensor does not."""
     kind: Any = type(weight)
     function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
     plain = kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and function in _PLAIN_FUNCTIONS
@@ -88,21 +87,21 @@ def dense_4bit(base: Any) -> Tensor:
 
     find_lost_state(base)
     state = base.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):  # by an inference on a CPU: so packed it has no dense form
+    if getattr(state, "packing_format_for_cpu", False):  # packed by a CPU inference; cannot be dequantized so
         base.weight.data, base.weight.quant_state = unpacked(base.weight.data, state)
     return dequantize_bnb_weight(base.weight, state=base.weight.quant_state)
 
 
 def base_weight(base: Any, backend) -> Tensor:
-    """The weight of a base layer, laid out as the layer has it: its own tensor, or a dense copy of a quantized one."""
+    """The weight of a base layer in its own layout: the tensor itself, or a dense copy of a quantized one."""
     if backend is None:
         return base.weight.data
     return dense_4bit(base) if is_4bit(base) else backend.get_base_weight(base)
 
 
 def compute_as(base: Any, x: Tensor):
-    """x, and the context, in which a 4-bit layer multiplies: its compute_dtype. A float32 x is not cast here: the op
-    casts it under autocast and saves it as it came."""
+    """x and the context for a product in a 4-bit layer's compute_dtype. A float32 x is not cast here: the op casts it
+    under autocast, and saves it uncast."""
     dtype = base.compute_dtype or x.dtype
     if x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
         return x, torch.autocast(x.device.type, dtype)

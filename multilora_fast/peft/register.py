@@ -10,7 +10,7 @@ NAME = "MULTILORA"
 
 
 def peft_type() -> PeftType:
-    """PeftType.MULTILORA, added where PEFT has no such member: its registry and transformers ask for a true one."""
+    """PeftType.MULTILORA. It is added as a true member, which PEFT's registry and transformers ask for."""
     if NAME not in PeftType.__members__:
         member: Any = str.__new__(PeftType, NAME)
         member._name_ = member._value_ = NAME

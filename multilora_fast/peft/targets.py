@@ -1,4 +1,4 @@
-"""What a MultiLoRA adapter leaves out or refuses where PEFT's LoRA goes another way."""
+"""Which modules a MultiLoRA adapter leaves out or refuses, where PEFT's LoRA differs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.peft.experts import is_experts, projections
 
-# As checkpoints name the projections that transformers keeps as one parameter for all experts.
+# Names in checkpoints of the projections that transformers keeps as one parameter for all experts.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-# Their kernels read the weights of these layers and not their outputs, so PEFT refuses them for LoRA.
+# Mamba's kernels read the weights of these layers and not their outputs, so PEFT refuses them for LoRA.
 _MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 _MAMBA_LAYERS = ("out_proj", "conv1d")
 
 
 class Bypassed(ValueError):
-    """A module that its model never calls, so that no adapter on it would learn."""
+    """The model never calls this module, so no adapter on it would learn."""
 
 
 def is_all_linear(config: Any) -> bool:
@@ -29,13 +29,13 @@ def is_all_linear(config: Any) -> bool:
 
 
 def unmatched(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those of ``names`` that no module's name ends in."""
+    """The ``names`` that are the end of no module's name."""
     modules = [f".{name}" for name, _ in model.named_modules()]
     return sorted(name for name in names if not any(module.endswith(f".{name}") for module in modules))
 
 
 def linear_kinds(model: nn.Module) -> str:
-    """What the names of the linear layers end in, in their order."""
+    """The last parts of the linear layers' names, in order."""
     linear = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
     return ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linear))
 
@@ -46,8 +46,7 @@ def in_attention(module: nn.Module) -> bool:
 
 
 def choose_all_linear(config: Any, model: nn.Module) -> None:
-    """Name in ``config.target_modules`` the layers that "all-linear" stands for, with a warning of those that can learn
-    nothing there."""
+    """Replace "all-linear" in ``config.target_modules`` by names; warn of layers left out that would not learn."""
     _maybe_include_all_linear_layers(config, model)
     linear = config.target_modules
     unused = sorted(name for name in linear if in_attention(model.get_submodule(name)))
@@ -61,7 +60,7 @@ def choose_all_linear(config: Any, model: nn.Module) -> None:
 
 
 def check_mamba(model: nn.Module, name: str) -> None:
-    """Raise Bypassed if the module called ``name`` is one that Mamba's kernels pass by."""
+    """Raise Bypassed if ``name`` is a module that Mamba's kernels bypass."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _MAMBA and name in _MAMBA_LAYERS:
         raise Bypassed(
@@ -71,16 +70,16 @@ def check_mamba(model: nn.Module, name: str) -> None:
 
 
 def choose_parameters(wanted: Collection[str], model: nn.Module) -> dict[str, tuple[str, str, str]]:
-    """The parameters of ``model`` whose names are in ``wanted`` or end in one of them: by their full names the path of
-    the module, the parameter's own name, and the name that was given.
+    """The parameters of ``model`` whose names are in ``wanted`` or end in one of them: by full name, the module's path,
+    the parameter's own name, and the wanted name.
 
     Raises:
-        ValueError: one that is neither a projection of experts that transformers runs by a grouped product, nor the
-            weight of a linear layer.
+        ValueError: a match that is neither a projection of experts that transformers can run by a grouped product, nor
+            the weight of a linear layer.
     """
     found = {}
     for path, module in model.named_modules():
-        path = path.removesuffix(".base_layer")  # of what another adapter is on already
+        path = path.removesuffix(".base_layer")  # wrapped by another adapter
         for name, _ in module.named_parameters(recurse=False):
             key = f"{path}.{name}"
             target = next((one for one in sorted(wanted) if key == one or key.endswith(f".{one}")), None)
@@ -96,18 +95,18 @@ def choose_parameters(wanted: Collection[str], model: nn.Module) -> dict[str, tu
     return found
 
 
-def check_experts(model: Any, experts: Any, path: str) -> None:
-    """Raise a ValueError for experts that are spread over devices."""
-    if getattr(experts, "_is_expert_parallel", False) or (getattr(model, "_tp_size", None) or 1) > 1:
+def check_parallel(model: Any, module: Any) -> None:
+    """Raise a ValueError for a ``module`` of ``model`` whose weights are spread over devices."""
+    if getattr(module, "_is_expert_parallel", False) or (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(
-            f"MultiLoRA on experts, here {path}, does not support expert or tensor parallelism: load the model without "
-            "a tp_plan and without enable_expert_parallel."
+            "MultiLoRA does not support expert or tensor parallelism: load the model without a tp_plan and without "
+            "enable_expert_parallel."
         )
 
 
 def warn_of_experts(config: Any, model: nn.Module, adapted: Collection[str], *, everything: bool) -> None:
-    """Warn of experts and routers that ``target_modules`` names, or ``everything`` stands for, and that are not
-    ``adapted``: LoRA may adapt these parameters, MultiLoRA does where target_parameters names them."""
+    """Warn of experts and routers that ``target_modules`` (or ``everything``, all-linear) covers and that are not
+    ``adapted``. LoRA may adapt these parameters; MultiLoRA does only if target_parameters names them."""
     left = {}
     for path, module in model.named_modules():
         kind, path = type(module).__name__.lower(), path.removesuffix(".base_layer")

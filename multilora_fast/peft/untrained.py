@@ -1,4 +1,4 @@
-"""Adapters that nobody trained yet, for trainers that go on from one: :func:`init_adapter`."""
+"""Untrained adapters for trainers that continue from one: :func:`init_adapter`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from multilora_fast.adapters.files import CONFIG, WEIGHTS
 from multilora_fast.files import atomic_dir, check_new_folder
 from multilora_fast.models import pretrained
 from multilora_fast.peft.config import MultiLoraConfig
+from multilora_fast.peft.precision import DTYPES
 from multilora_fast.peft.targets import is_all_linear, linear_kinds, unmatched
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -37,29 +37,29 @@ def init_adapter(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, int]:
-    """Write an untrained adapter for ``model`` into the new directory ``out``; of the model only its config is read.
+    """Write an untrained adapter for ``model`` into the new directory ``out``. Only the model's config is read.
 
-    ``PeftModel.from_pretrained(base, out, is_trainable=True)`` then is, to the bit, what ``get_peft_model(base,
-    config)`` makes right after ``torch.manual_seed(seed)``.
+    ``PeftModel.from_pretrained(base, out, is_trainable=True)`` then is, to the bit, ``get_peft_model(base, config)``
+    right after ``torch.manual_seed(seed)``.
 
     Args:
-        model: directory or hub id of a transformers model. The class that its config names gives the names of modules,
-            where it is in transformers, and that of the task otherwise.
+        model: directory or hub id of a transformers model. Module names are those of the class that its config names,
+            if transformers has it, else those of the task's auto class.
         config: ``task_type`` None stands for CAUSAL_LM.
-        dtype: the base's as it is loaded for training, "float32", "bfloat16" or "float16". PEFT draws the branches in
-            it, and keeps them in float32. None is that of the model's config, as transformers loads it, and float32 for
-            a quantized model.
+        dtype: of the base when it is loaded for training: "float32", "bfloat16" or "float16". PEFT draws the branches
+            in it and keeps them in float32. None stands for the dtype of the model's config, and for float32 if the
+            model is quantized.
         overwrite: allow an ``out`` that is not empty. An adapter in it is replaced; other files stay.
 
-    Returns: how many "modules" are adapted, and their "parameters".
+    Returns: the number of adapted "modules" and of their "parameters".
 
     Raises:
         ValueError: a model whose config cannot be found or whose code is not in transformers, a filled ``out``,
-            targets that match no module, or what is made of the base's weights: modules_to_save, biases, new heads.
+            targets that match no module, or an adapter with copies of base weights: modules_to_save, biases, new heads.
     """
     check_new_folder("out", out, overwrite)
     folder = Path(out)
-    if dtype is not None and dtype not in _DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}.")
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
         raise ValueError(f"seed must be an integer from 0 to 2^64 - 1, not {seed!r}.")
@@ -73,7 +73,7 @@ def init_adapter(
         raise ValueError(
             f'bias must be "none", not {config.bias!r}: biases start from the base\'s, which are not read.'
         )
-    base = _without_weights(os.fspath(model), config.task_type, None if dtype is None else _DTYPES[dtype])
+    base = _without_weights(os.fspath(model), config.task_type, None if dtype is None else DTYPES[dtype])
     _check_targets(base, config)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
@@ -87,7 +87,7 @@ def init_adapter(
 
 
 def _without_weights(name: str, task: str, dtype: torch.dtype | None) -> Any:
-    """The model with weights of the right shapes and dtype that take no memory: each is one number, repeated."""
+    """The model with weights of the right shapes and dtype that take no memory: each is one expanded number."""
     config = pretrained(AutoConfig, name, "model")
     if dtype is None:
         quantized = getattr(config, "quantization_config", None) is not None
@@ -100,7 +100,7 @@ def _without_weights(name: str, task: str, dtype: torch.dtype | None) -> Any:
                 base = own._from_config(config, dtype=dtype)  # a model of images and text, say
             else:
                 base = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-        except Exception as error:  # each model has its own
+        except Exception as error:  # each model class raises its own
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise ValueError(
                 f"model {name} is a {type(config).__name__}, of which no {task} is made: {reason}"
