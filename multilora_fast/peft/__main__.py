@@ -1,7 +1,7 @@
-"""``python -m multilora_fast.peft PROGRAM ARGUMENTS…`` runs a Python program with MultiLoRA known to PEFT.
+"""``python -m multilora_fast.peft PROGRAM ARGUMENTS…`` runs a Python program with MultiLoRA registered in PEFT.
 
-PROGRAM is a file, ``-m MODULE`` as for Python itself, or the name of a console script such as ``llamafactory-cli``.
-Processes that it starts know the method too: they find ``startup/`` on PYTHONPATH.
+PROGRAM is a file, ``-m MODULE``, or a console script such as ``llamafactory-cli``. Processes that it starts register
+MultiLoRA too, through ``startup/`` on PYTHONPATH.
 """
 
 import os
@@ -9,7 +9,6 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType, TracebackType
 from typing import NoReturn
 
 STARTUP = str(Path(__file__).parents[1] / "startup")
@@ -27,31 +26,18 @@ def main() -> None:
     given = os.environ.get("PYTHONPATH")
     others = [path for path in given.split(os.pathsep) if path != STARTUP] if given else []
     os.environ["PYTHONPATH"] = os.pathsep.join([STARTUP, *others])
-    hook = sys.excepthook
-    sys.excepthook = lambda kind, error, trace: hook(kind, error.with_traceback(_own(trace)), _own(trace))
+    sys.argv = words[1:] if as_module else words
     if as_module:
-        sys.argv = words[1:]
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         return
-    program = words[0] if os.path.isfile(words[0]) else _script(words[0])
-    sys.argv = [program, *words[1:]]
+    program = os.path.abspath(words[0] if os.path.isfile(words[0]) else _script(words[0]))
     if not getattr(sys.flags, "safe_path", False):
         sys.path[0] = os.path.dirname(os.path.realpath(program))
-    _run_file(os.path.abspath(program))
-
-
-def _run_file(path: str) -> None:
-    """As runpy.run_path, which would take sys.argv[0] for ``__file__`` and give the module up before the exit."""
-    main = ModuleType("__main__")
-    main.__file__ = path
-    with open(path, "rb") as file:
-        code = compile(file.read(), path, "exec", dont_inherit=True)
-    sys.modules["__main__"] = main
-    exec(code, main.__dict__)
+    runpy.run_path(program, run_name="__main__")
 
 
 def _script(name: str) -> str:
-    """The console script ``name``, of this Python if it has one."""
+    """The path of the console script ``name``, of this Python if it has one."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         _fail(f"multilora_fast.peft: {name} is no file, and no command of that name is installed.")
@@ -59,13 +45,6 @@ def _script(name: str) -> str:
         if not (file.read(2) == b"#!" and b"python" in file.readline() + file.readline()):
             _fail(f"multilora_fast.peft: {found} is no Python program.")
     return found
-
-
-def _own(trace: TracebackType | None) -> TracebackType | None:
-    """The part of a traceback that is the program's."""
-    while trace is not None and trace.tb_frame.f_code.co_filename in (__file__, runpy.__file__, "<frozen runpy>"):
-        trace = trace.tb_next
-    return trace
 
 
 def _fail(message: str) -> NoReturn:
