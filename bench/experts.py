@@ -143,7 +143,7 @@ def memory(name: str, size: Size, n: int, dtype: torch.dtype, tokens: int) -> tu
         with saved_bytes(given) as saved, AliveBytes([]):
             layer(x)
         total = saved.total
-        saved.storages.clear()
+        saved.clear()
         alive = AliveBytes([*given, x, dy])
         with alive:
             layer(x).backward(dy)

@@ -45,7 +45,7 @@ _command("Show versions, device, backend and kernel settings.", "info", "info --
 _command(
     "Estimate the memory of a training step, by method.",
     "plan MODEL --batch 4 --seq-len 2048",
-    "plan MODEL --gpu H100 --quantization 4bit --json",
+    "plan MODEL --gpu-memory 80GB --quantization 4bit --json",
 )(plan.plan)
 _command(
     "Fine-tune a model on tasks in JSONL files.",

@@ -13,7 +13,7 @@ from multilora_fast.files import atomic_file, check_file, check_plot
 
 
 def plan(
-    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM, of which only the config is read.")],
+    model: Annotated[str, typer.Argument(help="Directory or hub id of a causal LM. Only its config is read.")],
     batch: Annotated[int, typer.Option(help="Rows per forward, on each GPU.")] = 4,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
     lora_num: Annotated[int, typer.Option(help="Parallel branches per layer, n.")] = 3,
@@ -21,15 +21,18 @@ def plan(
     lora_dropout: Annotated[float, typer.Option(help="Dropout before the branches.")] = 0.0,
     scaling: Annotated[str, typer.Option(help="A branch's learned scale: vector or scalar.")] = "vector",
     target_modules: Annotated[
-        str, typer.Option(help="Names of the linear layers to adapt, with commas, or all-linear.")
+        str, typer.Option(help="Comma-separated names of linear layers to adapt, or all-linear.")
     ] = "all-linear",
-    exclude_modules: Annotated[str | None, typer.Option(help="Layers to leave alone.", show_default="none")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the base: float32, bfloat16 or float16.")] = "bfloat16",
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated names of layers not to adapt.", show_default="none")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of the base: float32, bfloat16 or float16.")] = "bfloat16",
     adapter_dtype: Annotated[
-        str | None, typer.Option(help="Of the adapters.", show_default="float32, as PEFT has it")
+        str | None, typer.Option(help="Dtype of the adapters.", show_default="float32, PEFT's default")
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(help="4bit for a base in bitsandbytes' NF4, or 8bit.", show_default="none")
+        str | None,
+        typer.Option(help="Quantization of the base: 4bit (bitsandbytes' NF4) or 8bit.", show_default="none"),
     ] = None,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute activations instead of keeping them.")
@@ -37,15 +40,12 @@ def plan(
     gradient_accumulation: Annotated[int, typer.Option(help="Forwards and backwards per optimizer step.")] = 1,
     fsdp: Annotated[
         int | None,
-        typer.Option(help="GPUs that share the model under FSDP2; sizes are one GPU's.", show_default="none"),
+        typer.Option(help="Number of GPUs that shard the model under FSDP2; sizes are one GPU's.", show_default="none"),
     ] = None,
-    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, adafactor or sgd.")] = "adamw",
-    device: Annotated[str, typer.Option(help="cuda or cpu, where operations keep different tensors.")] = "cuda",
-    gpu: Annotated[
-        str | None, typer.Option(help="Find the largest batch for a GPU, e.g. H100.", show_default="none")
-    ] = None,
+    optimizer: Annotated[str, typer.Option(help="Optimizer: adamw, adamw_8bit, adafactor or sgd.")] = "adamw",
+    device: Annotated[str, typer.Option(help="cuda or cpu, whose operations keep different tensors.")] = "cuda",
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Find it for a size of memory, e.g. 24GiB.", show_default="none")
+        str | None, typer.Option(help="Find the largest batch for this memory, e.g. 24GiB.", show_default="none")
     ] = None,
     plot: Annotated[
         str | None, typer.Option(help="Write a bar chart of the peaks, e.g. plan.png.", show_default="none")
@@ -53,14 +53,12 @@ def plan(
     output: Annotated[str | None, typer.Option(help="Write the plan as JSON.", show_default="none")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document, sizes in bytes.")] = False,
 ) -> None:
-    """Say what a training step will hold, by full fine-tuning, LoRA, the naive loop and this library."""
-    if gpu is not None and gpu_memory is not None:
-        raise ValueError("--gpu and --gpu-memory both say how much memory there is: give one of them.")
+    """Estimate the memory of a training step by full fine-tuning, LoRA, the naive loop and this library."""
     if plot is not None:
         check_plot("--plot", plot)
     if output is not None:
         check_file("--output", output)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels for CPUs that it did not find
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing CPU kernels
     from transformers.utils import logging as transformers_logging
 
     from multilora_fast.memory.plan import plan_memory
@@ -69,7 +67,7 @@ def plan(
     names, excluded = (
         [name.strip() for name in text.split(",") if name.strip()] for text in (target_modules, exclude_modules or "")
     )
-    warnings.simplefilter("ignore")  # the plan's notes say what there is to say
+    warnings.simplefilter("ignore")  # the plan's notes repeat its warnings
     found = plan_memory(
         model,
         batch=batch,
@@ -84,7 +82,7 @@ def plan(
         optimizer=optimizer,
         adapter_dtype=adapter_dtype,
         device=device,
-        device_memory=gpu if gpu is not None else gpu_memory,
+        device_memory=gpu_memory,
         scaling=scaling,
         exclude_modules=excluded or None,
         gradient_accumulation=gradient_accumulation,

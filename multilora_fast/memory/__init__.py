@@ -1,4 +1,4 @@
-"""What a training step holds: measured, and planned before it is run."""
+"""The memory of a training step: measured, and planned before it is run."""
 
 from multilora_fast.memory.measure import peak_bytes, saved_bytes
 

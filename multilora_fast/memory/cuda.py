@@ -1,7 +1,7 @@
-"""What operations on a CUDA GPU keep and make that the same on a CPU do not, in shapes and dtypes alone.
+"""The shapes and dtypes of what CUDA operations save and allocate, where they differ from the CPU's.
 
-The operations are patched by name: a mode for functions is off while backward recomputes a checkpointed layer, and a
-CPU build of torch has no kernels that fake tensors on "cuda" could be sent to.
+The operations are patched by name. A TorchFunctionMode is off while backward recomputes a checkpointed layer, and a CPU
+build of torch dispatches no fake tensors on "cuda".
 """
 
 import math
@@ -19,10 +19,17 @@ from multilora_fast.ops.backends import load, load_grouped
 
 @contextmanager
 def cuda_operations():
-    """Inside, dropout keeps its mask in one byte per element, where a CPU keeps it in x's dtype, and attention holds
-    what PyTorch's FlashAttention-2 or, in float32 and with a mask, memory-efficient attention holds."""
+    """Inside, dropout saves a mask of one byte per element (a CPU saves it in x's dtype), and attention saves and
+    allocates what FlashAttention-2 does, or memory-efficient attention in float32 or with a mask."""
     with patch.object(F, "dropout", _dropout), patch.object(F, "scaled_dot_product_attention", _attention):
         yield
+
+
+def cublas_workspaces() -> int:
+    """Bytes that PyTorch allocates for cuBLAS and cuBLASLt on this machine's GPU if it is a Hopper: 32 MiB each. 0 on
+    other machines, where they were not measured."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return 2 * 32 * 2**20 if hopper else 0
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -40,7 +47,7 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     grouped = key.shape[-3] != query.shape[-3]
-    if grouped and (attn_mask is not None or query.dtype == torch.float32):  # which FlashAttention-2 alone knows
+    if grouped and (attn_mask is not None or query.dtype == torch.float32):  # only FlashAttention-2 groups queries
         return torch.ops.aten._scaled_dot_product_attention_math(
             query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa
         )[0]
@@ -50,9 +57,9 @@ def _attention(
 
 
 class FlashAttention(torch.autograd.Function):
-    """The tensors of FlashAttention-2's forward and backward on a GPU, not their values.
+    """The tensors of FlashAttention-2's forward and backward on a GPU, without values.
 
-    From (batch, heads, T, head_dim) to the same, laid out as (batch, T, heads, head_dim).
+    (batch, heads, T, head_dim) in and out; the output is laid out as (batch, T, heads, head_dim).
     """
 
     @staticmethod
@@ -67,7 +74,7 @@ class FlashAttention(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, *_ = ctx.saved_tensors
         sums = torch.empty_like(query, dtype=torch.float32)
-        # With fewer heads of keys than of queries, each query head writes a dk and dv of its own, which are then added.
+        # With grouped queries, each query head writes its own dk and dv, which are then added.
         own = [t.new_empty(*query.shape[:-1], t.shape[-1]) for t in (key, value) if t.shape[-3] != query.shape[-3]]
         gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         del sums, own
@@ -76,8 +83,8 @@ class FlashAttention(torch.autograd.Function):
 
 @contextmanager
 def kernels():
-    """Inside, the ops hold what their Triton kernels hold of dropout: for one forward, and for one backward, a mask of
-    a bit per element."""
+    """Inside, the ops allocate what their Triton kernels do for dropout: a mask of one bit per element within a forward
+    and within a backward."""
     products, experts = _packing(load("torch")), _packing(load_grouped("torch"))
     with (
         patch.object(equations, "load", lambda name: products),
@@ -87,7 +94,7 @@ def kernels():
 
 
 def _packing(products: Any) -> Any:
-    """``products`` of torch, whose mask is the packed one and takes no part."""
+    """torch's ``products``, whose ``draw`` allocates a packed mask that the others ignore."""
     return type(products)(**{name: _without_mask(f) for name, f in products._asdict().items()} | {"draw": _draw})
 
 

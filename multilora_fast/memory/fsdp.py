@@ -1,4 +1,4 @@
-"""One rank of several under FSDP2, without the others: fully_shard over a process group that sends nothing."""
+"""The first rank under FSDP2 without the others: fully_shard over torch's fake process group."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import distributed as dist
 
 @contextmanager
 def world(ranks: int | None) -> Iterator[None]:
-    """Inside, this process is the first of ``ranks``, which holds the most where a tensor cannot be divided evenly.
+    """Inside, this process is the first of ``ranks``. It holds the most where a tensor does not divide evenly.
 
     Raises:
         ValueError: the process is already one of several.
@@ -39,5 +39,5 @@ def shard(model: Any, layers: Iterable[nn.Module], mesh: Any) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``."""
+    """This rank's shard of ``tensor``."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

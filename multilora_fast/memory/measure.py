@@ -1,4 +1,4 @@
-"""What a training step holds: the bytes saved for its backward pass, and the bytes alive over its time."""
+"""Measure a training step: the bytes saved for backward, and the bytes alive over time."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-@dataclass
-class SavedBytes:
-    """Storages that autograd keeps, each counted once; ``total`` in bytes."""
-
-    storages: dict[int, torch.UntypedStorage] = field(default_factory=dict)
+class SavedBytes(dict[int, torch.UntypedStorage]):
+    """The storages that autograd saved, each once; ``total`` in bytes."""
 
     @property
     def total(self) -> int:
-        return sum(storage.nbytes() for storage in self.storages.values())
+        return sum(storage.nbytes() for storage in self.values())
 
 
 @contextmanager
 def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
-    """Count what the forwards inside the block save for backward, by storage, without those of ``exclude``.
+    """Count the storages that forwards inside the block save for backward, except those of ``exclude``.
 
-    Pass ``model.parameters()`` (and buffers) as ``exclude``. Works on any device, meta included. The storages stay
-    alive as long as the yielded object does.
+    Pass ``model.parameters()`` (and buffers) as ``exclude``. Works on any device, meta included. The storages live as
+    long as the yielded object.
     """
     known = {tensor.untyped_storage()._cdata for tensor in exclude}
     saved = SavedBytes()
@@ -43,7 +39,7 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            saved.storages[storage._cdata] = storage
+            saved[storage._cdata] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -51,9 +47,9 @@ def saved_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[SavedBytes]:
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes of tensors alive at once during ``step()`` beyond those alive before it.
+    """The most bytes of tensors alive at once during ``step()``, beyond those alive before it.
 
-    CUDA: the caching allocator's own peak. CPU: :func:`timeline`'s.
+    On CUDA this is the caching allocator's peak, on a CPU the peak of :func:`timeline`.
     """
     if device.type != "cuda":
         return max((live for _, live in timeline(step)), default=0)
@@ -67,11 +63,11 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
 
 def timeline(step: Callable[[], object]) -> list[tuple[float, int]]:
     """(milliseconds since the first, bytes alive beyond those alive before) at every allocation and release of
-    ``step()``, as torch.profiler records them of torch's allocators.
+    ``step()``, recorded by torch.profiler.
 
-    Buffers that a matrix library allocates by itself are not seen there.
+    Buffers that a matrix library allocates by itself are not recorded.
     """
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler announces itself on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler from writing to stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     with tempfile.TemporaryDirectory() as folder:
@@ -87,14 +83,13 @@ def timeline(step: Callable[[], object]) -> list[tuple[float, int]]:
 
 
 class AliveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made inside the block while they are alive: ``live`` now, of which ``kinds`` by kind,
-    and by phase the ``peaks`` with their kinds ``at_peak``.
+    """Counts the bytes of tensors made inside the block while they are alive: ``live`` now, ``kinds`` of them by kind,
+    and by phase their ``peaks``, split by kind in ``at_peak``.
 
-    The caller names the ``phase``, the ``kind`` of what is made, and in ``exclude`` the tensors from before that are
-    not to be counted. A storage counts once; what a kernel allocates for itself is not seen, but ``on_cpu`` the
-    copies in the common dtype that arithmetic on a CPU makes of its operands. gloo also holds what it gathered last,
-    until its next collective. For use under torch's FakeTensorMode,
-    where nothing is allocated: a tensor that is asked there for its value, which is not, says 1.
+    The caller sets ``phase`` and ``kind``, and passes tensors that exist already as ``exclude``. Each storage counts
+    once. Buffers inside a kernel are not counted. ``on_cpu`` adds the copies in the common dtype that CPU arithmetic
+    makes of its operands, and the last gathered tensor, which gloo keeps until its next collective. For use under
+    FakeTensorMode: a tensor that is asked for its value answers 1.
     """
 
     def __init__(self, exclude: Iterable[Tensor], *, on_cpu: bool = False):
@@ -104,15 +99,13 @@ class AliveBytes(TorchDispatchMode):
         self.kinds: Counter[str] = Counter()
         self.peaks: Counter[str] = Counter()
         self.at_peak: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self._known = {tensor.untyped_storage()._cdata for tensor in exclude}
-        self._counted: dict[int, tuple[int, str]] = {}  # size and kind
+        self._counted = {tensor.untyped_storage()._cdata: (0, "") for tensor in exclude}  # size and kind
 
     def __enter__(self):
         resize = torch.UntypedStorage.resize_
 
         def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             kind = self._counted.get(storage._cdata, (0, ""))[1]
-            self._known.add(storage._cdata)
             self._add(storage._cdata, size - storage.nbytes(), kind)
             return resize(storage, size)
 
@@ -129,7 +122,7 @@ class AliveBytes(TorchDispatchMode):
             return 1
         if func is torch.ops.aten.add.Tensor and not kwargs and _accumulates(*args):
             func = torch.ops.aten.add_.Tensor
-        if func is torch.ops.aten._grouped_mm.default:  # whose fake knows bfloat16 alone
+        if func is torch.ops.aten._grouped_mm.default:  # its fake takes bfloat16 only
             result: Any = _grouped_product(*args, **(kwargs or {}))
         else:
             result = func(*args, **(kwargs or {}))
@@ -145,8 +138,7 @@ class AliveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key not in self._known:
-            self._known.add(key)
+        if key not in self._counted:
             self._add(key, storage.nbytes(), self.kind)
             weakref.finalize(storage, self._release, key).atexit = False
 
@@ -156,14 +148,13 @@ class AliveBytes(TorchDispatchMode):
         self._counted[key] = self._counted.get(key, (0, ""))[0] + size, kind
 
     def _release(self, key: int) -> None:
-        self._known.discard(key)
         size, kind = self._counted.pop(key)
         self.live -= size
         self.kinds[kind] -= size
 
 
 def _accumulates(a: Tensor, b: Any) -> bool:
-    """Whether autograd adds a second gradient to a first that it alone holds. Where no mode is on, it adds in place."""
+    """Whether autograd adds a second gradient to a first that it alone holds, which without a mode it does in place."""
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(b, Tensor):
         return False
     shared = torch._C._storage_Use_Count(a.untyped_storage()._cdata) > 2  # a's and Python's
@@ -175,7 +166,7 @@ _ARITHMETIC |= {torch.ops.aten.add_, torch.ops.aten.sub_, torch.ops.aten.mul_, t
 
 
 def _cast_bytes(func, args: tuple) -> int:
-    """Of the operands that are not in the common dtype, copies that are."""
+    """Bytes of the copies in the common dtype of operands that have another."""
     operands = [t for t in args if isinstance(t, Tensor) and t.ndim]
     if func.overloadpacket not in _ARITHMETIC or len(operands) < 2:
         return 0
@@ -184,7 +175,7 @@ def _cast_bytes(func, args: tuple) -> int:
 
 
 def _grouped_product(a: Tensor, b: Tensor, offs: Tensor, bias: Tensor | None = None, out_dtype=None) -> Tensor:
-    """The tensor that torch's grouped product of ``a`` and ``b`` makes: a product per group, or of each its rows."""
+    """The output of torch's grouped product: one product per group if both are 2-D, else the rows of all groups."""
     shape = (*a.shape[:-1], b.shape[-1])
     groups = offs.shape[:1] if a.ndim == b.ndim == 2 else ()
     return a.new_empty(*groups, *shape, dtype=out_dtype or a.dtype)

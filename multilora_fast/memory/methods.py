@@ -1,4 +1,4 @@
-"""One causal LM by each way to train it: whole, with PEFT's LoRA, with the loop over branches, and with ours."""
+"""Adapt a causal LM by each method: full fine-tuning, PEFT's LoRA, the reference loop, and ours."""
 
 import re
 from collections import Counter
@@ -16,7 +16,7 @@ FULL, LORA, REFERENCE, OURS = METHODS = ("full fine-tuning", "PEFT LoRA", "refer
 
 
 class CannotAdapt(ValueError):
-    """A method that cannot adapt the modules that were asked for, and why."""
+    """The method cannot adapt the modules; the message says why."""
 
 
 def adapt(
@@ -31,17 +31,17 @@ def adapt(
     loop: type[MultiLoRALinear] = MultiLoRALinear,
     **options: Any,
 ) -> Any:
-    """``model`` as ``method``, one of METHODS, trains it, adapted in place; FULL leaves it as it is.
+    """Adapt ``model`` in place as ``method``, one of METHODS, trains it. FULL leaves it as it is.
 
-    All methods adapt the same modules, those that OURS takes by ``targets`` and ``options``, further fields of
-    MultiLoraConfig. Adapters are in the dtype of the layers they adapt, of total rank lora_num·r and multiplied by
-    lora_alpha / r, of which None makes 1. ``loop`` is the class of the loop's layers.
+    All methods adapt the modules that OURS adapts for ``targets`` and ``options`` (further fields of MultiLoraConfig).
+    Adapters have the dtype of their layers, the total rank lora_num·r, and the factor lora_alpha / r (1 for None).
+    ``loop`` is the class of the loop's layers.
 
     Raises:
         CannotAdapt: modules that their model never calls, or that PEFT's LoRA cannot adapt without others.
         ValueError: targets that match nothing, or that are no linear layers.
     """
-    from peft import get_peft_model  # heavy, and many want the names alone
+    from peft import get_peft_model  # imported lazily: most importers need only the names above
 
     from multilora_fast.peft import MultiLoraConfig
     from multilora_fast.peft.targets import Bypassed
@@ -62,27 +62,26 @@ def adapt(
 
 
 def _layers(adapted: Any) -> dict[str, Any]:
-    """The layers of ours in a PEFT model, by their names in the base model; of experts, by their parameters' names."""
-    from multilora_fast.peft.layer import MultiLoraLayer
+    """The MultiLoRA layers of a PEFT model by their names in the base model; of experts, by their parameters' names."""
+    from multilora_fast.peft.layer import named_layers
 
-    modules = adapted.get_base_model().named_modules()
-    return {name: layer for name, layer in modules if isinstance(layer, MultiLoraLayer)}
+    return dict(named_layers(adapted.get_base_model()))
 
 
 def _lora_layers(adapted: Any) -> set[str]:
-    """The same names of the layers of PEFT's LoRA."""
+    """The same names for the layers of PEFT's LoRA."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     names = set()
     for name, layer in adapted.get_base_model().named_modules():
         if isinstance(layer, BaseTunerLayer):
-            parameter: Any = getattr(layer, "parameter_name", None)  # of the experts, whose wrappers are nested
+            parameter: Any = getattr(layer, "parameter_name", None)  # PEFT nests the wrappers of one experts module
             names.add(name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}")
     return names
 
 
 def _as_lora(model: Any, example: Any, options: dict[str, Any]) -> Any:
-    """``model`` with PEFT's LoRA on the modules that are adapted in ``example``, each of the same total rank."""
+    """``model`` with PEFT's LoRA on the modules adapted in ``example``, at equal total ranks."""
     from peft import LoraConfig, get_peft_model
 
     ranks, alphas, experts = {}, {}, []
@@ -107,25 +106,22 @@ def _as_lora(model: Any, example: Any, options: dict[str, Any]) -> Any:
     try:
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise CannotAdapt(_reason(config, set(experts), str(error))) from error
-    found = _lora_layers(adapted)
-    if found != set(ranks):
-        others = ", ".join(sorted(found ^ set(ranks))[:2])
-        raise CannotAdapt(
-            _reason(config, set(experts), f"{others} would be adapted by one of {LORA} and {OURS} alone.")
-        )
+        raise CannotAdapt(_reason(config, experts, str(error))) from error
+    others = ", ".join(sorted(_lora_layers(adapted) ^ set(ranks))[:2])
+    if others:
+        raise CannotAdapt(_reason(config, experts, f"{others} would be adapted by one of {LORA} and {OURS} alone."))
     return adapted
 
 
-# What says which modules are adapted, and with which rank.
+# The options that choose modules and ranks.
 _CHOICES = {
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern",
 }  # fmt: skip
 
 
-def _reason(config: Any, asked: set[str], otherwise: str) -> str:
-    rewritten = set(getattr(config, "target_parameters", None) or ()) - asked
+def _reason(config: Any, experts: list[str], otherwise: str) -> str:
+    rewritten = set(getattr(config, "target_parameters", None) or ()) - set(experts)
     if not rewritten:
         return otherwise
     return (
@@ -135,7 +131,7 @@ def _reason(config: Any, asked: set[str], otherwise: str) -> str:
 
 
 def _as_loops(adapted: Any, loop: type[MultiLoRALinear], config: Any) -> nn.Module:
-    """The model under PEFT's wrapper, with a loop in place of every layer of ours."""
+    """The base model with a loop in place of every MultiLoRA layer."""
     model = adapted.get_base_model()
     for name, layer in _layers(adapted).items():
         (branches,) = layer.multilora_branches.values()
@@ -155,7 +151,7 @@ def _as_loops(adapted: Any, loop: type[MultiLoRALinear], config: Any) -> nn.Modu
 
 
 def _as_linear(base: Any) -> nn.Linear:
-    """``base``, or the nn.Linear of the same function where it is a Conv1D or a subclass, which the loop cannot be."""
+    """``base``, or a plain nn.Linear with its weight and bias for a Conv1D or a subclass, which the loop refuses."""
     if type(base) is nn.Linear or type(base.weight) is not nn.Parameter:
         return base
     weight = base.weight if isinstance(base, nn.Linear) else nn.Parameter(base.weight.t(), requires_grad=False)
@@ -166,7 +162,7 @@ def _as_linear(base: Any) -> nn.Linear:
 
 
 def draw_scales(model: nn.Module) -> None:
-    """Give every branch a scale as after training: from zero ones no gradient reaches A and B."""
+    """Draw every scale, as if trained: no gradient reaches A and B through zero scales."""
     for name, parameter in model.named_parameters():
         if name.endswith("lora_scaling"):
             nn.init.normal_(parameter, std=0.1)
@@ -182,10 +178,9 @@ def add_branches(
     lora_dropout: float = 0.0,
     dtype: torch.dtype | None = None,
 ) -> list[str]:
-    """Freeze ``model`` and put a :class:`MultiLoRALinear` in place of each target; its branches alone train.
+    """Freeze ``model`` and replace each target by a :class:`MultiLoRALinear`, without PEFT.
 
-    For a model without PEFT. ``dtype`` is the branches' own (None: that of the layer they adapt). Returns the names of
-    the replaced layers.
+    ``dtype`` is the branches' (None: that of their layer). Returns the names of the replaced layers.
 
     Raises:
         ValueError: a target that names no nn.Linear of this model.

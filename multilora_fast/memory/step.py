@@ -1,5 +1,5 @@
-"""What one training step holds, counted on a model without storage: the real modules, forward and backward, run under
-torch's FakeTensorMode, where a tensor has a shape, a dtype and the size of a storage, but no bytes."""
+"""Count what one training step holds. The real modules run forward and backward under torch's FakeTensorMode, where
+tensors have shapes, dtypes and storage sizes, but no bytes."""
 
 import copy
 import logging
@@ -54,12 +54,11 @@ def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
 
     Raises:
         CannotCount: it cannot be built.
-        CannotAdapt: the method cannot adapt its modules.
-        ValueError: targets that match nothing.
+        CannotAdapt, ValueError: as :func:`adapt`.
     """
     with _quiet(), torch.device("meta"):
         with explained(config, "of which no model can be built"):
-            model = causal_lm(config, s.dtype)
+            model = _causal_lm(config, s.dtype)
             model.config.use_cache = False
             if s.checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -68,18 +67,18 @@ def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
         ).train()
 
 
-def causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """A model of ``config`` with the attention that transformers chooses for it, or its own where it asks for eager,
-    and with its choice of experts, where they are not batched_mm's."""
+def _causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    """A model with transformers' default attention and experts, unless ``config`` asks for eager attention or
+    batched_mm experts."""
     config = copy.deepcopy(config)
-    if config._attn_implementation != "eager":  # the choice of another machine, or of packages that may not be here
+    if config._attn_implementation != "eager":  # chosen on another machine, or needs packages that may be missing
         config._attn_implementation_internal = None
     if getattr(config.get_text_config(), "_experts_implementation", None) != "batched_mm":
         config._experts_implementation = None
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-# What the code of a model raises where its config contradicts itself, or where it asks a tensor for its values.
+# Raised by a model's code if its config contradicts itself, or if it reads the values of a tensor.
 OF_MODELS = (RuntimeError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError, ImportError)
 UNCOUNTED = "whose step cannot be counted without its values"
 
@@ -90,7 +89,7 @@ class CannotCount(ValueError):
 
 @contextmanager
 def explained(config: PreTrainedConfig, what: str) -> Iterator[None]:
-    """Turns what a model raises inside into a CannotCount that names it, and says ``what`` cannot be done."""
+    """Turn an error of the model's code into a CannotCount that names the model and ``what`` cannot be done."""
     try:
         yield
     except OF_MODELS as error:
@@ -100,8 +99,7 @@ def explained(config: PreTrainedConfig, what: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet():
-    """Without the warnings of libraries about each other, and of scales in half precision, which nobody trains here,
-    and without the tracebacks that torch logs of errors that :func:`explained` explains."""
+    """Silence warnings that do not matter here, and the tracebacks that torch logs of errors of :func:`explained`."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     with warnings.catch_warnings(), patch.object(log, "disabled", True):
         warnings.simplefilter("ignore", FutureWarning)
@@ -127,9 +125,9 @@ class Step:
                 fsdp.shard(self.model, self.layers, mesh)
 
     def _quantized(self) -> tuple[dict[str, int], int]:
-        """Bytes of the packed weights by name, and of the largest as a dense one, which is there while it is used.
+        """Bytes of the packed weights by name, and of the largest dense one, which is alive while it is used.
 
-        A quantized base is counted as a dense one, but for these: bitsandbytes' layers save what nn.Linear saves.
+        Everything else counts as in a dense base: bitsandbytes' layers save what nn.Linear saves.
         """
         if self.settings.quantization is None:
             return {}, 0
@@ -144,7 +142,7 @@ class Step:
         return packed, max((w.nbytes for w in weights.values()), default=0)
 
     def _fake(self, trainable: torch.dtype) -> None:
-        """Give every parameter and buffer a fake of itself on the CPU, a shared one once."""
+        """Replace every parameter and buffer by a fake one on the CPU; tied ones stay tied."""
         made: dict[Tensor, Any] = {}
         for module in self.model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -155,46 +153,47 @@ class Step:
                     tensors[name] = old if old is None else made[old]
 
     def fixed(self) -> dict[str, int]:
-        """Bytes of the base's weights, which full fine-tuning trains, and of the adapter."""
-        parameters = {name: (p, fsdp.local(p).nbytes) for name, p in self.model.named_parameters()}
-        adapter = 0
-        if not all(p.requires_grad for p, _ in parameters.values()):
-            adapter = sum(size for p, size in parameters.values() if p.requires_grad)
-        weights = sum(self.packed.get(name, size) for name, (_, size) in parameters.items()) - adapter
-        return {"weights": weights + sum(b.nbytes for b in self.model.buffers()), "adapter": adapter}
+        """Bytes of the base's weights, the adapter and cuBLAS's workspaces."""
+        sizes = {name: self.packed.get(name, fsdp.local(p).nbytes) for name, p in self.model.named_parameters()}
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        adapter = sum(sizes[name] for name in trained) if len(trained) < len(sizes) else 0
+        return {
+            "weights": sum(sizes.values()) - adapter + sum(b.nbytes for b in self.model.buffers()),
+            "adapter": adapter,
+            "workspace": cuda.cublas_workspaces() if self.settings.device == "cuda" else 0,
+        }
 
     def count(self, batch: int) -> dict[str, int]:
-        """Bytes by kind; under a name of PHASES the most that is alive in it, and under "PHASE: gradients" and
-        "PHASE: activations" how much of that they are."""
+        """Bytes by kind; under a name of PHASES the most alive in that phase, and under "PHASE: gradients" and
+        "PHASE: activations" their parts of it."""
         s, found = self.settings, self.fixed()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         held = [fsdp.local(t) for t in (*self.model.parameters(), *self.model.buffers())]
         with self.mode, self._as_run(), explained(self.config, UNCOUNTED), _quiet():
             ids = torch.zeros(batch, s.seq_len, dtype=torch.long)
-            if s.fsdp is not None:  # a first step makes the storages that it gathers weights into, and keeps
+            if s.fsdp is not None:  # the first step allocates the storages for gathered weights, and keeps them
                 with AliveBytes(held):
                     self.model(input_ids=ids, labels=ids).loss.backward()
-                _forget(trainable)
+                self.model.zero_grad()
             alive = AliveBytes([*held, ids], on_cpu=s.device == "cpu")
             handles = self._watch(alive, trainable)
-            try:
-                with alive:
-                    for last in self._backwards():
-                        if s.fsdp is not None:
-                            self.model.set_requires_gradient_sync(last)
-                        found = self._forward_and_backward(ids, alive) | found
-                    found["gradients"] = alive.kinds["gradients"]
-                    own = trainable if s.fsdp is None else _shards(trainable)
-                    alive.phase = STEP
-                    optimizer = self._optimizer(own)
-                    if optimizer is not None:
-                        optimizer.step()
-            finally:
-                for handle in handles:
-                    handle.remove()
+            with alive:
+                # More backwards repeat the last but one. Until the last, the Trainer keeps FSDP2's gradients whole.
+                for left in reversed(range(min(s.gradient_accumulation, 2 if s.fsdp is None else 3))):
+                    if s.fsdp is not None:
+                        self.model.set_requires_gradient_sync(left == 0)
+                    found = self._forward_and_backward(ids, alive) | found
+                found["gradients"] = alive.kinds["gradients"]
+                own = trainable if s.fsdp is None else _shards(trainable)
+                alive.phase = STEP
+                optimizer = self._optimizer(own)
+                if optimizer is not None:
+                    optimizer.step()
+            for handle in handles:
+                handle.remove()
             found["optimizer"] = self._state(optimizer, own)
-            _forget(trainable)
-        always = found["weights"] + found["adapter"]
+            self.model.zero_grad()
+        always = found["weights"] + found["adapter"] + found["workspace"]
         for phase in (FORWARD, TOP, REST):
             found[phase] = always + found["optimizer"] + self.dense + alive.peaks[phase]
         formula = found["optimizer"] if optimizer is None else 0
@@ -203,15 +202,8 @@ class Step:
         kinds = ("gradients", "activations")
         return found | {f"{phase}: {kind}": alive.at_peak[phase][kind] for phase in PHASES for kind in kinds}
 
-    def _backwards(self) -> list[bool]:
-        """Whether each backward that is counted is the last one, before which the Trainer keeps FSDP2's gradients
-        whole on every GPU. What is left out is as the one before it."""
-        apart = 2 if self.settings.fsdp is None else 3
-        few = min(self.settings.gradient_accumulation, apart)
-        return [False] * (few - 1) + [True]
-
     def _forward_and_backward(self, ids: Tensor, alive: AliveBytes) -> dict[str, int]:
-        """A forward and its backward; returns what is kept in between."""
+        """Run both; returns the bytes kept in between."""
         before = alive.live
         alive.phase, alive.kind = FORWARD, "activations"
         loss = self.model(input_ids=ids, labels=ids).loss
@@ -223,7 +215,8 @@ class Step:
 
     @contextmanager
     def _as_run(self) -> Iterator[None]:
-        """Fake tensors are neither those of a graph being traced, nor on a GPU where they stand for its tensors."""
+        """Fake tensors count as traced ones for transformers, and are on the CPU. Undo the first, and the second where
+        they stand for a GPU's tensors."""
         with ExitStack() as stack:
             stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: False))
             if self.settings.device == "cuda":
@@ -233,7 +226,7 @@ class Step:
 
     def _optimizer(self, trainable: list[nn.Parameter]) -> torch.optim.Optimizer | None:
         cls: Any = OPTIMIZERS[self.settings.optimizer]
-        # The Trainer's default on a GPU; torch's own default there copies all second moments at once.
+        # Fused is the Trainer's default on a GPU. Torch's default there copies all second moments at once.
         options = {"fused": True} if cls is torch.optim.AdamW and self.settings.device == "cuda" else {"foreach": False}
         return cls and cls(trainable, lr=1e-4, **options)
 
@@ -244,7 +237,7 @@ class Step:
         return sum(2 * (p.numel() + p.numel() // 64) if p.numel() >= 4096 else 8 * p.numel() for p in trainable)
 
     def _watch(self, alive: AliveBytes, trainable: list[nn.Parameter]) -> list:
-        """Hooks that note where the logits begin, where the last layer's backward is done, and each gradient."""
+        """Register hooks that note the start of the logits, the end of the last layer's backward, and each gradient."""
 
         def logits(*_):
             alive.kind = ""
@@ -271,13 +264,8 @@ class Step:
         ]
 
 
-def _forget(trainable: list[nn.Parameter]) -> None:
-    for p in trainable:
-        p.grad = None
-
-
 def _shards(trainable: list[nn.Parameter]) -> list[nn.Parameter]:
-    """What this rank's optimizer works on."""
+    """The local shards, which this rank's optimizer steps."""
     own = [nn.Parameter(fsdp.local(p.detach())) for p in trainable]
     for shard, p in zip(own, trainable, strict=True):
         shard.grad = None if p.grad is None else fsdp.local(p.grad)

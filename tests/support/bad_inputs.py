@@ -223,6 +223,7 @@ COMMANDS = starmap(Row, [
     ("plan: unknown optimizer", "plan ./base --optimizer adam", "optimizer"),
     ("plan: unknown device", "plan ./base --device tpu", "device"),
     ("plan: a size without its unit", "plan ./base --gpu-memory 24", "24"),
+    ("plan: a name for a size", "plan ./base --gpu-memory H100", "H100"),
     ("plan: a plot of no kind", "plan ./base --plot plan", "--plot"),
     ("plan: an empty plot", "plan ./base --plot ''", "--plot"),
     ("plan: empty JSON", "plan ./base --output ''", "--output"),
