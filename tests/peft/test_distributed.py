@@ -1,18 +1,16 @@
 """Data-parallel and sharded training on two gloo processes: the gradients and losses of one process."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_worker import BATCH, CASES, WORLD, gradients, model, stepped, work
+from processes import FORKS, finished
 from safetensors.torch import load_file
 from tiny import llama
-from tiny_training import make_tokenizer
+from tiny_training import CHATS, PROMPTS, make_tokenizer, write
 
 from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.run import run
@@ -35,7 +33,10 @@ def found(tmp_path_factory) -> list[dict]:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("needs torch.distributed with gloo")
     folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, (str(folder),), nprocs=WORLD)
+    processes = [FORKS.Process(target=work, args=(rank, str(folder))) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    assert [finished(process) for process in processes] == [0] * WORLD
     return [torch.load(folder / f"found-{rank}.pt") for rank in range(WORLD)]
 
 
@@ -83,36 +84,32 @@ def test_restore_float32_says_when_it_comes_too_late(found):
 
 
 def test_train_under_accelerate_with_fsdp2_is_train_in_one_process(tmp_path):
-    """The README's command, with accelerate taking the CPUs for GPUs."""
+    """The command of docs/training.md, with accelerate taking the CPUs for GPUs."""
     pytest.importorskip("accelerate", reason="needs accelerate")
+    from fsdp_on_cpu import launch
+
     llama().save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    for task, answer in (("sky", "blue"), ("grass", "green")):
-        rows = ({"prompt": f"the {task} is w{i} ?", "completion": answer} for i in range(20))
-        (tmp_path / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = (tmp_path / "sky.jsonl", tmp_path / "grass.jsonl")
+    files = write(tmp_path / "sky.jsonl", PROMPTS), write(tmp_path / "grass.jsonl", CHATS)
+    words = ["train", *files, "--model", tmp_path / "model", "--output", tmp_path / "two"]
+    words += ["--batch-size", 2, "--max-steps", 4, "--save-steps", 2, "--lora-num", 1, "--r", 4]
+    words += ["--learning-rate", 3e-2, "--eval-fraction", 0.2, "--dtype", "float32", "--gradient-checkpointing"]
+    processes = launch(str(ROOT / "examples/fsdp2.yaml"), WORLD, words, tmp_path / "said")
+    codes = [finished(process) for process in processes]
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in range(WORLD)]
+    assert codes == [0] * WORLD, said
+    for text in said:  # the model itself, its embeddings, two decoder layers, and the norm and head together
+        assert "5 modules sharded in 2 processes" in text
+    assert "".join(said).count("sky: 16 rows to train on, 4 held out") == 1
 
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "examples/fsdp2.yaml"]
-    train = ["tests/support/fsdp_on_cpu.py", "train", *files, "--model", tmp_path / "model"]
-    train += ["--output", tmp_path / "two"]
-    options = ["--batch-size", 2, "--max-steps", 8, "--save-steps", 4, "--lora-num", 1, "--r", 4]
-    options += ["--learning-rate", 3e-2, "--eval-fraction", 0.2, "--dtype", "float32", "--gradient-checkpointing"]
-    words = map(str, [*launch, "--num_processes", WORLD, *train, *options])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(list(words), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    for rank in range(WORLD):  # the model itself, its embeddings, two decoder layers, and the norm and head together
-        assert f"process {rank} of 2: 5 modules sharded" in ended.stdout
-    assert ended.stdout.count("sky: 16 rows to train on, 4 held out") == 1
-
-    sizes = {"batch_size": 4, "max_steps": 8, "save_steps": 4, "lora_num": 1, "r": 4}
+    sizes = {"batch_size": 4, "max_steps": 4, "save_steps": 2, "lora_num": 1, "r": 4}
     one = run(TrainSettings(str(tmp_path / "model"), tmp_path / "one", files, dtype="float32", learning_rate=3e-2,
                        eval_fraction=0.2, **sizes))  # fmt: skip
     log = json.loads((tmp_path / "two/trainer_state.json").read_text())["log_history"]
     for mine, wanted in zip(log, one.state.log_history, strict=True):
         same = [key for key in wanted if key == "loss" or re.fullmatch(r"eval_.+_(loss|accuracy)", key)]
         assert all(mine[key] == pytest.approx(wanted[key], rel=1e-4) for key in same)
-    for path in ("", "checkpoint-4", "checkpoint-8"):
+    for path in ("", "checkpoint-2"):
         ours, theirs = (load_file(tmp_path / name / path / "adapter_model.safetensors") for name in ("two", "one"))
         assert ours.keys() == theirs.keys()
         errors = [((ours[name] - t).norm() / t.norm()).item() for name, t in theirs.items()]

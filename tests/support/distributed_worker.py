@@ -1,4 +1,4 @@
-"""What each of two gloo processes does in test_distributed.py, which starts :func:`work` once for all of its tests."""
+"""The work of each of two gloo processes in test_distributed.py, which starts them once for all of its tests."""
 
 import torch
 from peft import PeftModel

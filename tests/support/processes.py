@@ -40,10 +40,15 @@ def finished(process) -> int:
     return process.exitcode
 
 
-def pair(settings: TrainSettings) -> list:
-    """Two processes that train together over gloo."""
+def group(count: int) -> list[dict[str, str]]:
+    """The environments of ``count`` processes that find each other."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    return [start(settings, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+
+
+def pair(settings: TrainSettings) -> list:
+    """Two processes that train together over gloo."""
+    return [start(settings, **one, ACCELERATE_USE_CPU="true") for one in group(2)]
