@@ -7,8 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny_moe import FAMILIES, OTHERS, logits, moe
 from typer.testing import CliRunner
 
 from multilora_fast import MultiLoraConfig, cli, export_lora, from_loras, singular_values
@@ -16,40 +15,8 @@ from multilora_fast.adapters import load_adapter, save_adapter
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
 from multilora_fast.peft.experts import MultiLoraProjection
 
-SIZES = {
-    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "num_experts_per_tok": 2,
-}  # fmt: skip
-FAMILIES = {  # E is not R, 2I is not H
-    "qwen3_moe": {"moe_intermediate_size": 24, "intermediate_size": 48, "num_experts": 5, "norm_topk_prob": True},
-    "mixtral": {"intermediate_size": 48, "num_local_experts": 4},
-    "gpt_oss": {"intermediate_size": 48, "num_local_experts": 4},
-    "olmoe": {"intermediate_size": 24, "num_experts": 5},
-}
-OTHERS = {  # PEFT leaves a LoRA's target_modules as they are; no gate
-    "qwen2_moe": {**FAMILIES["qwen3_moe"], "shared_expert_intermediate_size": 16},
-    "nemotron_h": {
-        "moe_intermediate_size": 24, "intermediate_size": 48, "n_routed_experts": 5, "n_groups": 1,
-        "layer_types": ["moe", "attention"], "layers_block_type": ["moe", "attention"], "mamba_num_heads": 4,
-        "mamba_head_dim": 16, "ssm_state_size": 8,
-    },
-}  # fmt: skip
 PROJECTIONS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]
 LAYOUTS = ["peft", "per-expert"]
-IDS = torch.randint(3, 64, (2, 17), generator=torch.Generator().manual_seed(3))
-
-
-def moe(family="qwen3_moe"):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**SIZES, **(FAMILIES | OTHERS)[family]})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.1)
-    return model
 
 
 def adapted(family="qwen3_moe", **options):
@@ -60,11 +27,6 @@ def adapted(family="qwen3_moe", **options):
         "init_weights": False, **options,
     }  # fmt: skip
     return get_peft_model(moe(family), MultiLoraConfig(**options)).eval()
-
-
-@torch.no_grad()
-def logits(model):
-    return model(input_ids=IDS).logits
 
 
 def reloaded(path, family="qwen3_moe", strict=True):

@@ -79,10 +79,10 @@ def test_weighted_adapter_errors():
     model = two_adapters()
     add = model.base_model.add_weighted_adapter
     for arguments, message in [
-        ((["ghost"], [1.0], "sum"), "adapters must name adapters of this model"),
-        ((["other"], [1.0, 2.0], "sum"), "weights must hold one number per adapter"),
-        ((["other"], [1.0], "default"), "adapter_name must be new"),
-        ((["other"], [1.0], "sum", "svd"), 'combination_type must be "cat"'),
+        ((["ghost"], [1.0], "sum"), "adapters must"),
+        ((["other"], [1.0, 2.0], "sum"), "weights must"),
+        ((["other"], [1.0], "default"), "adapter_name must"),
+        ((["other"], [1.0], "sum", "svd"), "combination_type must"),
     ]:
         with pytest.raises(ValueError, match=message):
             add(*arguments)
@@ -91,8 +91,7 @@ def test_weighted_adapter_errors():
 # Merging
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("safe_merge", [False, True])
+@pytest.mark.parametrize(("make", "safe_merge"), [(llama, False), (gpt2, True)])
 def test_merge_and_unmerge(make, safe_merge):
     model = get_peft_model(make(), config(target_modules="all-linear"))
     expected = logits(model)

@@ -1,13 +1,11 @@
 """MULTILORA adapters as files, in PEFT and in transformers."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
 from tiny import assert_differ, branches, config, gpt2, layers, llama, logits
 from torch import nn
@@ -18,30 +16,22 @@ from multilora_fast.adapters import load_adapter, save_adapter
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
 from multilora_fast.peft import MultiLoraConfig
 
-ROOT = Path(__file__).parents[2]
 
-
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("make", "low_cpu_mem_usage"), [(llama, False), (gpt2, True)])
 def test_reload_gives_the_same_logits(make, low_cpu_mem_usage, tmp_path):
     options = config(target_modules="all-linear", rank_pattern={"q_proj|c_fc": 6}, lora_num_pattern={"c_fc": 2})
     model = get_peft_model(make(), options)
     expected = logits(model)
     assert_differ(expected, logits(make()))
     model.save_pretrained(tmp_path)
-    assert {key.rpartition(".")[2] for key in load_file(tmp_path / WEIGHTS)} == {"lora_A", "lora_B", "lora_scaling"}
+    keys = load_file(tmp_path / WEIGHTS).keys()
+    assert {key.rpartition(".")[2] for key in keys} == {"lora_A", "lora_B", "lora_scaling"}
+    assert make is gpt2 or Q in keys
     again = PeftModel.from_pretrained(make(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits(again), expected)
     assert not any(p.requires_grad for p in again.parameters())
     trainable = PeftModel.from_pretrained(make(), tmp_path, is_trainable=True)
     assert all(p.requires_grad == ("multilora" in name) for name, p in trainable.named_parameters())
-
-
-def test_key_names(tmp_path):
-    get_peft_model(llama(), config(target_modules=["q_proj"])).save_pretrained(tmp_path)
-    assert "base_model.model.model.layers.0.self_attn.q_proj.multilora_branches.lora_scaling" in load_file(
-        tmp_path / WEIGHTS
-    )
 
 
 def test_transformers_and_auto_classes_load_it(tmp_path):
@@ -54,7 +44,6 @@ def test_transformers_and_auto_classes_load_it(tmp_path):
     plain = llama()
     plain.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(logits(plain), expected)
-    assert isinstance(PeftConfig.from_pretrained(tmp_path / "adapter"), MultiLoraConfig)
 
 
 def test_an_inference_load_on_a_bfloat16_base_is_frozen(tmp_path):
@@ -112,19 +101,12 @@ def test_modules_to_save(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
 
 
-def test_without_the_library_imported_peft_says_so(tmp_path):
+def test_without_the_library_imported_peft_says_so(tmp_path, monkeypatch):
     get_peft_model(llama(), config()).save_pretrained(tmp_path)
-    code = f"""
-from peft import PeftConfig
-try:
-    PeftConfig.from_pretrained({str(tmp_path)!r})
-except KeyError as error:
-    print(error)
-import multilora_fast.peft
-print(type(PeftConfig.from_pretrained({str(tmp_path)!r})).__name__)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["'MULTILORA'", "MultiLoraConfig"]
+    assert isinstance(PeftConfig.from_pretrained(tmp_path), MultiLoraConfig)
+    monkeypatch.delitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.MULTILORA)
+    with pytest.raises(KeyError, match="MULTILORA"):
+        PeftConfig.from_pretrained(tmp_path)
 
 
 def edit_tensors(change):

@@ -98,32 +98,22 @@ def test_targets_that_match_nothing():
         get_peft_model(llama(), config(lora_num_pattern={"keys": 2, "q_proj": 2}))
 
 
-WRONG = [
-    ({"r": 0}, "r must be an integer of at least 1, not 0."),
-    ({"lora_num": 1.5}, "lora_num must be an integer of at least 1, not 1.5."),
-    ({"rank_pattern": {"q": 0}}, "r must be an integer of at least 1, not 0."),
-    ({"lora_num_pattern": {"q": -1}}, "lora_num must be an integer of at least 1, not -1."),
-    ({"lora_dropout": 1}, "lora_dropout must be a probability in [0, 1), not 1."),
-    ({"scaling": "matrix"}, 'scaling must be "vector" or "scalar", not \'matrix\'.'),
-    ({"lora_alpha": "8"}, "lora_alpha must be a number or None, not '8'."),
-    ({"bias": "some"}, 'bias must be "none", "all" or "lora_only", not \'some\'.'),
-    ({"layers_pattern": "h"}, "layers_pattern needs layers_to_transform."),
-    (
-        {"target_modules": ".*q", "layers_to_transform": [0]},
-        "layers_to_transform cannot be used when target_modules is a regular expression.",
-    ),
-]
-
-
-@pytest.mark.parametrize(("wrong", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_config_errors(wrong, message):
-    with pytest.raises(ValueError) as error:
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"lora_num_pattern": {"q": -1}}, "lora_num"),
+        ({"lora_dropout": 1}, "lora_dropout"),
+        ({"layers_pattern": "h"}, "layers_pattern"),
+        ({"target_modules": ".*q", "layers_to_transform": [0]}, "layers_to_transform"),
+    ],
+)
+def test_config_errors(wrong, name):
+    with pytest.raises(ValueError, match=name):
         MultiLoraConfig(**wrong)
-    assert str(error.value) == message
 
 
 def test_modules_that_cannot_be_adapted():
-    with pytest.raises(ValueError, match=r"embed_tokens is a Embedding, which is not supported"):
+    with pytest.raises(ValueError, match="embed_tokens is a Embedding"):
         get_peft_model(llama(), config(target_modules=["embed_tokens"]))
     attention = nn.ModuleDict({"mha": nn.MultiheadAttention(8, 2)})
     with pytest.raises(ValueError, match=r"mha\.out_proj belongs to an nn\.MultiheadAttention"):
@@ -210,29 +200,18 @@ def test_autocast_and_two_adapters_have_gradients():
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_gives_the_same_gradients(use_reentrant):
+def test_checkpointing_gives_the_same_gradients():
     gradients = []
-    for checkpointing in (False, True):
+    for use_reentrant in (None, False, True):
         model = get_peft_model(llama(), config(lora_dropout=0.1)).train()
-        if checkpointing:
+        if use_reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         torch.manual_seed(1)
         model(IDS, labels=IDS, use_cache=False).loss.backward()
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_compiled_whole():
-    model = get_peft_model(nn.ModuleDict({"lin": nn.Linear(16, 16)}), config(target_modules=["lin"], lora_dropout=0.0))
-    layer = model.base_model.model["lin"]
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x = torch.randn(4, 16, requires_grad=True)
-    torch.testing.assert_close(compiled(x), layer(x))
-    compiled(x).sum().backward()
-    assert x.grad.any()
+    for a, b, c in zip(*gradients, strict=True):
+        torch.testing.assert_close([b, c], [a, a])
 
 
 def test_deepcopy_and_pickle_of_the_config():

@@ -107,8 +107,7 @@ def test_4bit_training_after_an_evaluation_on_a_cpu():
     assert_rule(op, case)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("bits", "low_cpu_mem_usage"), [(4, True), (8, False), (8, True)])
 def test_reload_and_two_adapters(bits, low_cpu_mem_usage, tmp_path):
     model = get_peft_model(quantized_llama(bits), config())
     expected = logits(model)

@@ -4,6 +4,7 @@ with those of torchao, HQQ and quanto where they are installed (`make trainers` 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from steps import Loop
 from tiny import IDS, assert_differ, config, layers, llama, logits
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -99,29 +100,14 @@ def each(kinds: dict):
     return pytest.mark.parametrize("base", kinds.values(), ids=kinds.keys(), indirect=True)
 
 
-class Loop(nn.Module):
-    """The branches one after the other, on a base layer of any kind."""
-
-    def __init__(self, base: nn.Module, branches: nn.Module):
-        super().__init__()
-        self.base, self.factor = base, branches.scaling_factor
-        for name, p in branches.named_parameters():
-            self.register_parameter(name, nn.Parameter(p.detach().clone()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        for A, B, scaling in zip(self.lora_A, self.lora_B, self.lora_scaling, strict=True):
-            y = y + self.factor * scaling * (x @ A.t() @ B.t())
-        return y
-
-
-def results(layer, branches):
-    """The output, and the gradients of x and the branches."""
+def results(layer, module):
+    """The output of ``module``, and the gradients of x and the branches."""
     torch.manual_seed(0)
     x, dy = torch.randn(2, 9, layer.in_features, requires_grad=True), torch.randn(2, 9, layer.out_features)
-    y = branches(x)
+    module.zero_grad()
+    y = module(x)
     y.backward(dy)
-    return [y, x.grad, *(p.grad for p in branches.parameters() if p.requires_grad)]
+    return [y, x.grad, *(p.grad for p in module.parameters() if p.requires_grad)]
 
 
 @each(UNWRITABLE | WRITABLE)
@@ -132,10 +118,8 @@ def test_trains_as_loops_on_the_same_base(base):
         assert torch.equal(logits(model), plain)
     model.train()(IDS, labels=IDS).loss.backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
-    model.zero_grad()
     for layer in layers(model).values():
-        wanted = results(layer, Loop(layer.get_base_layer(), layer.multilora_branches["default"]))
-        for ours, theirs in zip(results(layer, layer), wanted, strict=True):
+        for ours, theirs in zip(results(layer, layer), results(layer, Loop(layer)), strict=True):
             assert (ours - theirs).norm() <= 1e-6 * theirs.norm()
 
 

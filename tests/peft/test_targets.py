@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import config, llama
+from tiny_moe import moe
 from torch import nn
 from transformers import (
     FalconH1Config,
@@ -16,8 +17,6 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
@@ -28,12 +27,6 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 def siglip() -> SiglipVisionModel:
     torch.manual_seed(0)
     return SiglipVisionModel(SiglipVisionConfig(**SMALL, image_size=16, patch_size=8))
-
-
-def moe(**options) -> Qwen3MoeForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8, **SMALL, **options}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, num_key_value_heads=2, **sizes))
 
 
 def expert_parameters(model, *names: str) -> int:
@@ -89,8 +82,10 @@ STATE_SPACES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("make", STATE_SPACES)
-@pytest.mark.parametrize("targets", [["in_proj", "out_proj"], ["in_proj", "conv1d"], "all-linear"])
+@pytest.mark.parametrize(
+    ("make", "targets"),
+    zip(STATE_SPACES, (["in_proj", "out_proj"], ["in_proj", "conv1d"], "all-linear", "all-linear"), strict=True),
+)
 def test_what_mamba_kernels_pass_by_is_refused_as_for_lora(make, targets):
     for options in (LoraConfig(target_modules=targets), config(target_modules=targets)):
         with pytest.raises(ValueError, match="is incompatible with Mamba-based models"):
@@ -107,14 +102,13 @@ def test_out_proj_elsewhere_is_adapted():
 
 
 @pytest.mark.parametrize(
-    ("targets", "parameters"),
+    ("targets", "parameters", "dense"),
     [
-        ("all-linear", ("experts.gate_up_proj", "experts.down_proj", "gate.weight")),
-        (["q_proj", "gate_proj", "up_proj", "down_proj"], ("experts.gate_up_proj", "experts.down_proj")),
-        (r".*\.(q_proj|down_proj)", ("experts.gate_up_proj", "experts.down_proj")),
+        ("all-linear", ("experts.gate_up_proj", "experts.down_proj", "gate.weight"), [0]),
+        (["q_proj", "gate_proj", "up_proj", "down_proj"], ("experts.gate_up_proj", "experts.down_proj"), []),
+        (r".*\.(q_proj|down_proj)", ("experts.gate_up_proj", "experts.down_proj"), [0]),
     ],
 )
-@pytest.mark.parametrize("dense", [[], [0]])
 def test_experts_that_are_left_out_are_counted(targets, parameters, dense):
     count = expert_parameters(moe(mlp_only_layers=dense), *parameters)
     found = warned(

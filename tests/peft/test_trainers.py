@@ -7,14 +7,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from tiny import IDS, branches, layers, llama
+from tiny_moe import moe
 from tiny_training import ROWS, adapted, arguments, config, losses, make_tokenizer, trained, twin
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from multilora_fast.adapters.branches import NAMES
 from multilora_fast.peft import restore_float32
 from multilora_fast.peft.precision import warn_of_half_scales
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +32,7 @@ def assert_agree(ours: torch.Tensor, reference: torch.Tensor, rtol: float) -> No
     torch.testing.assert_close(ours, reference, rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("base", "bf16", "rtol"), [("float32", False, 1e-4), ("float32", True, 1e-2), ("bfloat16", True, 1e-2)]
-)
+@pytest.mark.parametrize(("base", "bf16", "rtol"), [("float32", False, 1e-4), ("bfloat16", True, 1e-2)])
 def test_trainer(base, bf16, rtol, tmp_path):
     model = adapted(llama(getattr(torch, base)))
     reference = trained(twin(model), tmp_path, bf16=bf16)
@@ -56,34 +52,30 @@ def test_trainer_resumes_to_the_same_losses(tmp_path):
         assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in NAMES)
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_trainer_with_gradient_checkpointing(use_reentrant, tmp_path):
+def test_trainer_with_gradient_checkpointing(tmp_path):
     plain = trained(adapted(lora_dropout=0.2), tmp_path)
-    checkpointed = trained(
-        adapted(lora_dropout=0.2),
-        tmp_path,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
-    )
-    assert_agree(checkpointed, plain, 1e-6)
+    for use_reentrant in (False, True):
+        options = {"gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+        checkpointed = trained(adapted(lora_dropout=0.2), tmp_path, gradient_checkpointing=True, **options)
+        assert_agree(checkpointed, plain, 1e-6)
 
 
-def one_layer():
-    model = llama()
+def one_layer(dtype=torch.float32):
+    model = llama(dtype)
     del model.model.layers[1]
     model.config.num_hidden_layers = 1
     return model
 
 
-@needs_compiler
 def test_trainer_with_torch_compile(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # TrainingArguments sets it, for later tests too
     model = adapted(one_layer())
     reference = trained(twin(model, one_layer()), tmp_path)
-    assert_agree(trained(model, tmp_path, torch_compile=True), reference, 1e-4)
+    compiled = trained(model, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    assert_agree(compiled, reference, 1e-4)
 
 
-@needs_compiler
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
 def test_a_layer_compiles_in_one_graph():
     (layer, *_) = layers(adapted(init_weights=False)).values()
     x = torch.randn(2, 12, 32, requires_grad=True)
@@ -97,6 +89,7 @@ def test_a_layer_compiles_in_one_graph():
 
 def accelerated(model) -> torch.Tensor:
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    accelerate.state.AcceleratorState._reset_state(True)  # in which an earlier test may have left torch.compile on
     accelerator = accelerate.Accelerator(cpu=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
@@ -172,7 +165,7 @@ def test_the_first_training_forward_warns_of_half_scales_once(on_4_bits, tmp_pat
 
 
 def test_what_does_not_warn():
-    half = get_peft_model(llama(torch.bfloat16), config(), autocast_adapter_dtype=False)
+    half = get_peft_model(one_layer(torch.bfloat16), config(), autocast_adapter_dtype=False)
     frozen = get_peft_model(llama(torch.bfloat16), config(), autocast_adapter_dtype=False).train()
     frozen.requires_grad_(False)
     with warnings.catch_warnings():
@@ -215,13 +208,8 @@ def test_masters_of_deepspeed_are_not_warned_of(mark):
 
 
 def test_half_scales_on_experts_are_warned_of_and_restored():
-    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "head_dim": 8, "vocab_size": 64}
-    base = Qwen3MoeForCausalLM(Qwen3MoeConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, **sizes))
-    model = get_peft_model(
-        base.bfloat16(),
-        config(target_modules=[], target_parameters=["experts.down_proj"]),
-        autocast_adapter_dtype=False,
-    )
+    options = config(target_modules=[], target_parameters=["experts.down_proj"])
+    model = get_peft_model(moe(num_hidden_layers=1).bfloat16(), options, autocast_adapter_dtype=False)
     with pytest.warns(UserWarning, match="lora_scaling is trained in bfloat16"):
         warn_of_half_scales(model)
     assert restore_float32(model) == 3
