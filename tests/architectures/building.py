@@ -1,4 +1,4 @@
-"""What every architecture of the table is: a tiny model from its config, inputs, targets, and what may differ."""
+"""A row of the table of architectures: a tiny model from its config, inputs, targets, and what may differ."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -20,9 +20,9 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 class Architecture:
     """``build`` makes the model in float32, the same at every call, and ``inputs`` the arguments of its forward.
 
-    ``targets`` and ``exclude`` go to both methods' configs. Of the modules and parameters that LoRA adapts there,
-    ``left_out`` says in one sentence why we adapt those fewer that end in its keys, and ``more`` why we adapt others.
-    ``unlike`` says, by the name of a check, why it cannot be asked of this architecture: for LoRA fails too.
+    ``targets`` and ``exclude`` go to both methods' configs. ``left_out`` maps ends of names that LoRA adapts and we do
+    not to the reason; ``more`` is the reason why we adapt others. ``unlike`` maps checks that LoRA fails too to the
+    reason.
     """
 
     name: str
@@ -40,25 +40,25 @@ class Architecture:
         return hasattr(self.build(), "generate")
 
 
-def tiny(
-    model_type: str,
-    *,
-    auto: Any = AutoModelForCausalLM,
-    options: Mapping | None = None,
-    **config,
-) -> Callable[[], nn.Module]:
-    """A builder of the model of this type: of its config's class, through transformers' auto class."""
+OWN = ("exclude", "left_out", "more", "unlike", "targets")
+
+
+def architecture(
+    model_type: str, family: str, inputs: Callable[[], dict[str, Any]], *, auto: Any = AutoModel, name="", **options
+) -> Architecture:
+    """The model of this type, of its config's class, through transformers' auto class."""
+    own = {key: options.pop(key) for key in OWN if key in options}
 
     def build() -> nn.Module:
-        made = undropped(AutoConfig.for_model(model_type, **config))
+        made = undropped(AutoConfig.for_model(model_type, **options))
         torch.manual_seed(0)
-        return spread(auto.from_config(made, experts_implementation="eager", **(options or {})))
+        return spread(auto.from_config(made, experts_implementation="eager"))
 
-    return build
+    return Architecture(name or model_type, family, build, inputs, **own)
 
 
 def undropped(config: Any) -> Any:
-    """The config, and those in it, with every probability of dropping something at zero."""
+    """The config and those in it, with every dropout probability at zero."""
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_diff_dict"):
             undropped(value)
@@ -69,7 +69,7 @@ def undropped(config: Any) -> Any:
 
 @torch.no_grad()
 def spread(model: nn.Module) -> nn.Module:
-    """``model`` with weights at which its output depends on its input, in evaluation."""
+    """``model`` in evaluation, with weights large enough for its output to depend on its input."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)) and module.weight.ndim == 2:
             module.weight.normal_(0, 0.6 * module.weight.shape[1] ** -0.5)
@@ -93,22 +93,17 @@ def sequences() -> dict[str, Tensor]:
 
 
 def wave(*shape: int) -> Tensor:
-    """Numbers between -1 and 1 that look random, of this shape."""
+    """Numbers between -1 and 1 that look random."""
     count = torch.Size(shape).numel()
     return torch.sin(torch.arange(count, dtype=torch.float32) * 1.7 + torch.arange(count) % 11).view(shape)
 
 
 def decoder(model_type: str, *, small: Mapping = SMALL, **options) -> Architecture:
-    own = {name: options.pop(name) for name in ("exclude", "left_out", "more", "unlike", "targets") if name in options}
-    name = options.pop("name", model_type)
-    build = tiny(model_type, **{**small, **TOKENS, **options})
-    return Architecture(name, "decoder", build, no_cache, **own)
+    return architecture(model_type, "decoder", no_cache, auto=AutoModelForCausalLM, **{**small, **TOKENS, **options})
 
 
 def encoder(model_type: str, *, small: Mapping = SMALL, inputs=text, **options) -> Architecture:
-    own = {name: options.pop(name) for name in ("exclude", "left_out", "more", "unlike", "targets") if name in options}
-    build = tiny(model_type, auto=options.pop("auto", AutoModel), **{**small, **options})
-    return Architecture(model_type, "encoder", build, inputs, **own)
+    return architecture(model_type, "encoder", inputs, **{**small, **options})
 
 
 def of_family(family: str, *architectures: Architecture) -> tuple[Architecture, ...]:

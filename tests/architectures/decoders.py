@@ -4,11 +4,11 @@ from building import SMALL, Architecture, decoder, of_family
 
 GROUPED = {"num_key_value_heads": 2}
 EXPERTS = {
-    "gate_up_proj": "experts are one parameter and no linear layer",
-    "down_proj": "experts are one parameter and no linear layer",
-    "gate.weight": "a router is no linear layer",
+    "gate_up_proj": "experts are one parameter, not a linear layer",
+    "down_proj": "experts are one parameter, not a linear layer",
+    "gate.weight": "a router is not a linear layer",
 }
-DENSE = "PEFT takes gate_proj, up_proj and down_proj for the experts', so that LoRA leaves linear layers out"
+DENSE = "PEFT takes gate_proj, up_proj and down_proj for experts, so LoRA leaves out these linear layers"
 MIXTURE = {**GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "left_out": EXPERTS}
 LATENT = {
     "q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,

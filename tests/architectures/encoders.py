@@ -1,8 +1,9 @@
 """Encoders, and models of an encoder and a decoder."""
 
+from functools import partial
 from typing import Any
 
-from building import SMALL, TOKENS, Architecture, encoder, sequences, text, tiny
+from building import SMALL, TOKENS, Architecture, architecture, encoder, sequences, text
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 SHORT = {**SMALL, "max_position_embeddings": 32}
@@ -41,11 +42,7 @@ ENCODERS: tuple[Architecture, ...] = (
 )  # fmt: skip
 
 
-def seq2seq(model_type: str, **config) -> Architecture:
-    return Architecture(
-        model_type, "encoder-decoder", tiny(model_type, auto=AutoModelForSeq2SeqLM, **config), sequences
-    )
-
+seq2seq = partial(architecture, family="encoder-decoder", inputs=sequences, auto=AutoModelForSeq2SeqLM)
 
 ENCODER_DECODERS = (
     seq2seq("t5", **T5),

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from building import IDS, SMALL, TOKENS, Architecture, spread, tiny, wave
+from building import IDS, SMALL, TOKENS, Architecture, architecture, spread, wave
 from torch import nn
 from transformers import (
     AutoModel,
@@ -25,11 +25,8 @@ def pixels(size: int = 16) -> dict[str, Any]:
     return {"pixel_values": wave(2, 3, size, size)}
 
 
-def image(
-    model_type: str, inputs=pixels, *, auto: Any = AutoModel, left_out=None, unlike=None, **config
-) -> Architecture:
-    build = tiny(model_type, auto=auto, **config)
-    return Architecture(model_type, "vision", build, inputs, left_out=left_out or {}, unlike=unlike or {})
+def image(model_type: str, inputs=pixels, **options) -> Architecture:
+    return architecture(model_type, "vision", inputs, **options)
 
 
 IMAGES = (
@@ -61,8 +58,8 @@ def sound() -> dict[str, Any]:
     return {"input_values": wave(2, 400)}
 
 
-def audio(model_type: str, inputs=sound, *, auto: Any = AutoModelForCTC, unlike=None, **config) -> Architecture:
-    return Architecture(model_type, "audio", tiny(model_type, auto=auto, **config), inputs, unlike=unlike or {})
+def audio(model_type: str, inputs=sound, *, auto: Any = AutoModelForCTC, **options) -> Architecture:
+    return architecture(model_type, "audio", inputs, auto=auto, **options)
 
 
 SOUNDS = (
@@ -98,19 +95,7 @@ def qwen_inputs() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def seen(
-    name: str,
-    inputs,
-    model_type: str | None = None,
-    *,
-    auto: Any = AutoModelForImageTextToText,
-    left_out=None,
-    **config,
-) -> Architecture:
-    build = tiny(model_type or name, auto=auto, **config)
-    return Architecture(name, "vision-language", build, inputs, left_out=left_out or {})
-
-
+seen = partial(architecture, family="vision-language", auto=AutoModelForImageTextToText)
 LLAVA_TEXT = {**WORDS, "model_type": "llama"}
 QWEN = {
     "text_config": {**WORDS, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1,
@@ -119,21 +104,21 @@ QWEN = {
 }  # fmt: skip
 
 SEEN = (
-    seen("llava", partial(looked_at, 16), vision_config={**VISION, "model_type": "clip_vision_model"},
+    seen("llava", inputs=partial(looked_at, 16), vision_config={**VISION, "model_type": "clip_vision_model"},
         text_config=LLAVA_TEXT, image_token_index=60, image_seq_length=16, vision_feature_layer=-1),
-    seen("paligemma", lambda: looked_at(16, token_type_ids=torch.zeros(2, 28, dtype=torch.long)),
+    seen("paligemma", inputs=lambda: looked_at(16, token_type_ids=torch.zeros(2, 28, dtype=torch.long)),
         vision_config={**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}, text_config={**WORDS,
         "model_type": "gemma", "head_dim": 8}, image_token_index=60, projection_dim=32),
-    seen("qwen2_vl", qwen_inputs, **QWEN, vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32,
+    seen("qwen2_vl", inputs=qwen_inputs, **QWEN, vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32,
         "num_heads": 4, "mlp_ratio": 2, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}),
-    seen("qwen2_5_vl", qwen_inputs, **QWEN, vision_config={"depth": 2, "hidden_size": 32, "out_hidden_size": 32,
+    seen("qwen2_5_vl", inputs=qwen_inputs, **QWEN, vision_config={"depth": 2, "hidden_size": 32, "out_hidden_size": 32,
         "num_heads": 4, "intermediate_size": 48, "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
         "window_size": 16, "fullatt_block_indexes": [1]}),
-    seen("idefics3", lambda: {**looked_at(4), "pixel_values": wave(2, 1, 3, 16, 16)}, vision_config=VISION,
+    seen("idefics3", inputs=lambda: {**looked_at(4), "pixel_values": wave(2, 1, 3, 16, 16)}, vision_config=VISION,
         text_config=LLAVA_TEXT, image_token_id=60, scale_factor=2),
-    seen("clip", lambda: {"input_ids": IDS, **pixels()}, auto=AutoModel, text_config={**SMALL,
+    seen("clip", inputs=lambda: {"input_ids": IDS, **pixels()}, auto=AutoModel, text_config={**SMALL,
         "max_position_embeddings": 32, **TOKENS}, vision_config=VISION, projection_dim=16),
-    seen("siglip", lambda: {"input_ids": IDS, **pixels()}, auto=AutoModel, text_config={**SMALL,
+    seen("siglip", inputs=lambda: {"input_ids": IDS, **pixels()}, auto=AutoModel, text_config={**SMALL,
         "max_position_embeddings": 32, **TOKENS, "projection_size": 32}, vision_config=VISION, left_out=POOLED),
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ from report import Cell, write
 from steps import lora
 
 ALL = os.environ.get("ARCHITECTURES") == "all"
-FEW = ("llama", "gpt2", "qwen3_moe", "mamba", "deberta-v2", "t5", "siglip_vision_model")
+FEW = ("llama", "qwen3_moe", "mamba", "t5", "siglip_vision_model")
 CHOSEN = [of for of in ARCHITECTURES if ALL or of.name in FEW]
 
 

@@ -1,4 +1,4 @@
-"""Short trainings by other people's frameworks: the same lines with LoraConfig and with MultiLoraConfig."""
+"""Short trainings by other frameworks: the same lines with LoraConfig and with MultiLoraConfig."""
 
 import os
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny import ATTENTION, IDS, llama
-from tiny_training import CHATS, PROMPTS, ROWS, arguments, logged, make_tokenizer
+from tiny_training import PROMPTS, arguments, logged, make_tokenizer
 from torch import nn
-from transformers import BertConfig, BertModel, BertTokenizer, Trainer, TrainingArguments
+from transformers import BertConfig, BertModel, BertTokenizer
 
 from multilora_fast import MultiLoraConfig
 
@@ -48,25 +48,6 @@ def assert_moved(model: nn.Module) -> None:
     assert all(p.requires_grad and p.any() and torch.isfinite(p).all() for p in scales)  # all start at zero
 
 
-def test_trainer_compiled(adapter, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
-    model = get_peft_model(llama(), adapter(target_modules=ATTENTION))
-    options = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
-    trainer = Trainer(model=model, args=TrainingArguments(**options), train_dataset=ROWS)
-    trainer.train()
-    assert_learned(logged(trainer), model)
-
-
-def test_sft(adapter, tmp_path):
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    trainer = trl.SFTTrainer(
-        llama(), args=trl.SFTConfig(**arguments(tmp_path, bf16=False)), processing_class=make_tokenizer(),
-        train_dataset=datasets.Dataset.from_list(CHATS), peft_config=adapter(target_modules=ATTENTION),
-    )  # fmt: skip
-    trainer.train()
-    assert_learned(logged(trainer), trainer.model)
-
-
 def test_dpo(adapter, tmp_path):
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     rows = [{"prompt": row["prompt"], "chosen": " blue", "rejected": " red"} for row in PROMPTS]
@@ -93,22 +74,6 @@ def test_grpo(adapter, tmp_path):
     trainer.train()
     assert torch.isfinite(logged(trainer)).all()
     assert_moved(trainer.model)
-
-
-def test_accelerate(adapter):
-    accelerate = pytest.importorskip("accelerate")
-    accelerator = accelerate.Accelerator(cpu=True)
-    model = get_peft_model(llama(), adapter(target_modules=ATTENTION)).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    losses = []
-    for _ in range(6):
-        loss = model(input_ids=IDS, labels=IDS).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert_learned(losses, accelerator.unwrap_model(model))
 
 
 def test_lightning(adapter, tmp_path):
