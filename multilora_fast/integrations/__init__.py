@@ -1,4 +1,4 @@
-"""Hooks for other people's trainers, each in a file that nothing imports but its trainer (docs/trainers.md)."""
+"""Plugins for trainers, each in a file that only its trainer imports (docs/trainers.md)."""
 
 from dataclasses import MISSING, fields
 from typing import Any
@@ -9,10 +9,10 @@ from multilora_fast.peft import MultiLoraConfig
 
 
 def as_multilora(lora: LoraConfig, **options: Any) -> MultiLoraConfig:
-    """The MultiLoraConfig of what a trainer asks of LoRA, where r is that of a branch, with further ``options``.
+    """The MultiLoraConfig of a trainer's LoraConfig, whose r is that of a branch, with further ``options``.
 
     Raises:
-        ValueError: a field that LoRA alone has is not at its default.
+        ValueError: a field that only LoRA has is not at its default, or an option that MultiLoraConfig does not have.
     """
     ours = {field.name for field in fields(MultiLoraConfig)} - {"peft_type"}
     unknown = sorted(set(options) - ours)

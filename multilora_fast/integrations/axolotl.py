@@ -1,7 +1,7 @@
 """axolotl: ``plugins: [multilora_fast.integrations.axolotl.MultiLoraPlugin]`` and ``adapter: multilora``.
 
-``lora_r`` is the rank of a branch, the other ``lora_`` options mean what they mean for LoRA, and what MultiLoraConfig
-has beside them goes into a block: ``multilora: {lora_num: 3}``.
+``lora_r`` is the rank of a branch. The other ``lora_`` options mean the same as for LoRA. Further fields of
+MultiLoraConfig go into a block: ``multilora: {lora_num: 3}``.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class MultiLoraPlugin(BasePlugin):
         return [AdapterCapabilities(name=NAME, lora_like=True)]
 
     def register(self, cfg) -> None:
-        """Raise ValueError for what axolotl would do wrong in silence under an adapter that it does not know."""
+        """Raise ValueError for options that axolotl would silently ignore for an unknown adapter."""
         if cfg.get("adapter") != NAME:
             return
         if cfg.get("load_in_4bit") or cfg.get("load_in_8bit"):

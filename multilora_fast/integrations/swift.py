@@ -1,7 +1,7 @@
 """ms-swift: ``--external_plugins FILE --tuner_type multilora``, where FILE imports this module.
 
-``--lora_rank`` is the rank of a branch, the other ``--lora_`` options mean what they mean for LoRA, and what
-MultiLoraConfig has beside them is JSON in the environment: ``MULTILORA='{"lora_num": 3}'``.
+``--lora_rank`` is the rank of a branch. The other ``--lora_`` options mean the same as for LoRA. Further fields of
+MultiLoraConfig are JSON in the environment: ``MULTILORA='{"lora_num": 3}'``.
 """
 
 import json

@@ -1,5 +1,5 @@
-"""What Python imports first in the processes of ``python -m multilora_fast.peft``, which puts this folder on its path:
-MultiLoRA becomes known to PEFT as soon as PEFT is imported. A sitecustomize that others have runs as before."""
+"""Registers MultiLoRA as soon as PEFT is imported. Python imports this module at its start in the processes of
+``python -m multilora_fast.peft``, which puts this folder on PYTHONPATH. It runs the sitecustomize that it shadows."""
 
 import sys
 from importlib.machinery import PathFinder
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class _Registering:
-    """Finds PEFT where it is, and has its import followed by that of multilora_fast.peft."""
+    """Imports multilora_fast.peft after PEFT."""
 
     @classmethod
     def find_spec(cls, name: str, path=None, target=None):
