@@ -50,32 +50,27 @@ class StepSettings:
 
 
 def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
-    """The causal LM as ``method`` trains it, on the meta device.
+    """The causal LM as ``method`` trains it, on the meta device. Attention and experts are transformers' defaults,
+    unless ``config`` asks for eager attention or batched_mm experts.
 
     Raises:
         CannotCount: it cannot be built.
         CannotAdapt, ValueError: as :func:`adapt`.
     """
+    config = copy.deepcopy(config)
+    if config._attn_implementation != "eager":  # chosen on another machine, or needs packages that may be missing
+        config._attn_implementation_internal = None
+    if getattr(config.get_text_config(), "_experts_implementation", None) != "batched_mm":
+        config._experts_implementation = None
     with _quiet(), torch.device("meta"):
         with explained(config, "of which no model can be built"):
-            model = _causal_lm(config, s.dtype)
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=s.dtype)
             model.config.use_cache = False
             if s.checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
         return adapt(
             model, method, s.target_modules, r=s.r, lora_num=s.lora_num, lora_dropout=s.lora_dropout, **s.options
         ).train()
-
-
-def _causal_lm(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    """A model with transformers' default attention and experts, unless ``config`` asks for eager attention or
-    batched_mm experts."""
-    config = copy.deepcopy(config)
-    if config._attn_implementation != "eager":  # chosen on another machine, or needs packages that may be missing
-        config._attn_implementation_internal = None
-    if getattr(config.get_text_config(), "_experts_implementation", None) != "batched_mm":
-        config._experts_implementation = None
-    return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 # Raised by a model's code if its config contradicts itself, or if it reads the values of a tensor.
@@ -186,8 +181,11 @@ class Step:
                 found["gradients"] = alive.kinds["gradients"]
                 own = trainable if s.fsdp is None else _shards(trainable)
                 alive.phase = STEP
-                optimizer = self._optimizer(own)
-                if optimizer is not None:
+                cls: Any = OPTIMIZERS[s.optimizer]
+                # Fused is the Trainer's default on a GPU. Torch's default there copies all second moments at once.
+                fused = cls is torch.optim.AdamW and s.device == "cuda"
+                optimizer = cls and cls(own, lr=1e-4, **({"fused": True} if fused else {"foreach": False}))
+                if optimizer:
                     optimizer.step()
             for handle in handles:
                 handle.remove()
@@ -223,12 +221,6 @@ class Step:
                 stack.enter_context(cuda.cuda_operations())
                 stack.enter_context(cuda.kernels())
             yield
-
-    def _optimizer(self, trainable: list[nn.Parameter]) -> torch.optim.Optimizer | None:
-        cls: Any = OPTIMIZERS[self.settings.optimizer]
-        # Fused is the Trainer's default on a GPU. Torch's default there copies all second moments at once.
-        options = {"fused": True} if cls is torch.optim.AdamW and self.settings.device == "cuda" else {"foreach": False}
-        return cls and cls(trainable, lr=1e-4, **options)
 
     def _state(self, optimizer: torch.optim.Optimizer | None, trainable: list[nn.Parameter]) -> int:
         if optimizer is not None:

@@ -92,9 +92,6 @@ class MultiLoraConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        self._check()
-
-    def _check(self) -> None:
         check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
         check_config(vars(self))
         check_save_inputs(self.save_inputs)

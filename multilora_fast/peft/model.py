@@ -248,12 +248,10 @@ class MultiLoraModel(BaseTuner):
             raise ValueError("adapters with modules_to_save or trained biases cannot be summed.")
         parts = {}
         for path, layer in named_layers(self.model):
-            here = [(layer.multilora_branches[a], w) for a, w in zip(adapters, weights, strict=True)
+            here = [(Branches.of(layer.multilora_branches[a]), w) for a, w in zip(adapters, weights, strict=True)
                     if a in layer.multilora_branches]  # fmt: skip
             if here:
-                branches = [Branches.of(module) for module, _ in here]
-                scaled = [b._replace(lora_scaling=b.lora_scaling * w) for b, (_, w) in zip(branches, here, strict=True)]
-                parts[path] = stack(scaled)
+                parts[path] = stack([b._replace(scaling_factor=b.scaling_factor * w) for b, w in here])
         everything = [name for name, _ in self.model.named_modules()]
         scalar = all(branches.lora_scaling.shape[-1] == 1 for branches in parts.values())
         experts = {path for path, branches in parts.items() if branches.experts is not None}

@@ -117,9 +117,10 @@ def _check_targets(base: nn.Module, config: MultiLoraConfig) -> None:
     wanted = config.target_modules
     if wanted is None or is_all_linear(config):
         return
-    nothing = [] if isinstance(wanted, str) else unmatched(base, wanted)
-    if not nothing and not any(check_target_module_exists(config, name) for name, _ in base.named_modules()):
-        nothing = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    names = [wanted] if isinstance(wanted, str) else sorted(wanted)
+    nothing = [] if isinstance(wanted, str) else unmatched(base, names)
+    if not any(check_target_module_exists(config, name) for name, _ in base.named_modules()):
+        nothing = nothing or names
     if nothing:
         raise ValueError(
             f"target_modules {', '.join(nothing)} match nothing: the linear layers end in {linear_kinds(base)}."
