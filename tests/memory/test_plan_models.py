@@ -185,11 +185,13 @@ def test_gradients_add_up(only):
 
 def test_a_rank_of_fsdp_holds_its_shard(only):
     only(FULL, OURS)
-    one, half = (plan_memory(llama(1), adapter_dtype="bfloat16", **SMALL, **o) for o in ({}, {"fsdp": 2}))
+    each = {}, {"fsdp": 2}, {"fsdp": 2, "gradient_accumulation": 2}
+    one, half, accumulated = (plan_memory(llama(1), adapter_dtype="bfloat16", **SMALL, **options) for options in each)
     for method in (FULL, OURS):
         for kind in ("weights", "adapter", "gradients", "optimizer"):
             whole = getattr(one[method], kind)
             assert whole / 2 <= getattr(half[method], kind) <= 0.7 * whole  # of three branches the first holds two
+    assert accumulated[FULL].peak > half[FULL].peak + half[FULL].gradients  # which stay whole until the last backward
     assert not dist.is_initialized()
     with pytest.raises(ValueError, match="give one of fsdp and quantization"):
         plan_memory(llama(), fsdp=2, quantization="4bit", **SMALL)
