@@ -18,8 +18,6 @@ import multilora_fast
 from multilora_fast import export_lora, from_loras, singular_values
 from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
-from multilora_fast.cli.adapters import _compare
-from multilora_fast.models import load_model
 from multilora_fast.training.config import TrainSettings
 from multilora_fast.training.run import run
 
@@ -52,14 +50,19 @@ READERS = {
 }
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin", "adapter_model.pt"])
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("reader", "name"),
+    [
+        *((reader, "adapter_model.bin") for reader in READERS),
+        ("load_adapter", "adapter_model.pt"),
+        ("export_lora", WEIGHTS),
+    ],
+)
 def test_pickled_weights_are_refused_unread(reader, name):
     get_peft_model(llama(), config()).save_pretrained("adapter")
     Path("adapter", WEIGHTS).unlink()
     Path("adapter", name).write_bytes(pickle.dumps(Bomb()))
-    wanted = "is no readable" if name == WEIGHTS else f"{name} is pickled, which could run code"
-    with pytest.raises(ValueError, match=wanted):
+    with pytest.raises(ValueError, match="is no readable" if name == WEIGHTS else f"{name} is pickled"):
         READERS[reader]()
     assert not Path("out").exists()
 
@@ -105,38 +108,21 @@ def test_an_adapters_config_names_no_code(monkeypatch):
     Path("ran").unlink()
 
 
-def base(**config_fields) -> None:
-    """A model and its data in ``base``, with code that its config asks for."""
+def base() -> None:
+    """A model, its data, and code that its config asks for."""
     llama().save_pretrained("base")
     make_tokenizer().save_pretrained("base")
     Path("base/bomb.py").write_text("open('ran', 'w')\nclass Model: pass\nConfig = Tokenizer = Model\n")
     classes = {"AutoConfig": "bomb.Config", "AutoModelForCausalLM": "bomb.Model", "AutoTokenizer": "bomb.Tokenizer"}
     for name in ("config.json", "tokenizer_config.json"):
         text = json.loads(Path("base", name).read_text())
-        Path("base", name).write_text(json.dumps(text | {"auto_map": classes} | config_fields))
+        Path("base", name).write_text(json.dumps(text | {"auto_map": classes}))
     write(Path("rows.jsonl"), PROMPTS)
-    get_peft_model(llama(), config()).save_pretrained("adapter")
 
 
 def settings(**options) -> TrainSettings:
     small = {"r": 2, "dtype": "float32", "max_steps": 2, "save_steps": 1, "eval_fraction": 0.0, **options}
     return TrainSettings("./base", Path("out"), (Path("rows.jsonl"),), **small)
-
-
-@pytest.mark.parametrize(
-    "load",
-    [
-        lambda: run(settings()),
-        lambda: _compare("base", Path("adapter"), "adapter"),
-        lambda: load_model("./base", torch.float32, torch.device("cpu")),
-    ],
-    ids=["train", "export", "demo and spectrum"],
-)
-def test_a_base_model_brings_no_code(load):
-    base(model_type="bomb")
-    with pytest.raises(ValueError, match=r"base (could not|cannot) be loaded"):
-        load()
-    assert not Path("out").exists()
 
 
 def test_a_checkpoint_brings_no_code():
@@ -165,7 +151,7 @@ def test_rows_are_data():
     rows = [{**row, "task": "../../ran", "!!python/object/apply:open": ["ran", "w"]} for row in PROMPTS]
     write(Path("rows.jsonl"), rows)
     run(settings(eval_fraction=0.2))
-    assert {path.name for path in Path().iterdir()} == {"base", "rows.jsonl", "adapter", "out"}
+    assert {path.name for path in Path().iterdir()} == {"base", "rows.jsonl", "out"}
 
 
 # Launch plans, whose source test_plan.py holds to a few forms, and the program that a user asks to run.

@@ -87,6 +87,10 @@ def merge(
         numbers = [1.0] * len(lora_dirs) if weights is None else [float(word) for word in weights.split(",")]
     except ValueError:
         raise ValueError(f"weights must be numbers with commas between them, not {weights!r}.") from None
+    if len(numbers) != len(lora_dirs):
+        raise ValueError(
+            f"--weights must hold one number per adapter, {len(lora_dirs)}, with commas between them, not {weights!r}."
+        )
     from_loras(lora_dirs, output, weights=numbers, overwrite=overwrite)
     if as_json:
         print(json.dumps({"output": str(output), "adapters": list(map(str, lora_dirs)), "weights": numbers}, indent=1))

@@ -73,7 +73,7 @@ def loads(tmp_path_factory):
 def test_peft_reloads_the_same_model(family, layout, tmp_path):
     model = adapted(family)
     if layout == "per-expert" and family in ("gpt_oss", "nemotron_h"):
-        with pytest.raises(ValueError, match=f"does not exist for the model type '{family}', whose checkpoints do not"):
+        with pytest.raises(ValueError, match=f"layout=\"per-expert\" .*'{family}'"):
             export_lora(model, tmp_path / "out", layout=layout)
         assert not (tmp_path / "out").exists()
         return
@@ -159,11 +159,11 @@ def test_what_servers_read_in_the_files(tmp_path):
     assert configs[0]["alpha_pattern"] == configs[0]["rank_pattern"]
     assert configs[1]["target_modules"][-3:] == ["w1", "w2", "w3"]
     lines = [str(report).splitlines() for report in reports]
-    assert lines[0][0] == "LoRA of rank 12 on 4 modules: serve it with --max-lora-rank 16"
-    assert "experts: rank 6, layout peft, for PEFT and vLLM for models whose experts it keeps as 3-D" in lines[0][1]
-    assert "experts: rank 6, layout per-expert, for PEFT and vLLM for models whose experts it keeps one" in lines[1][1]
-    assert lines[0][2] == "SGLang, which takes one rank for all layers, cannot serve it"
-    assert lines[0][3] == f"{reports[0].padding / 2**20:.3g} MiB of it are zeros"
+    assert "--max-lora-rank 16" in lines[0][0]
+    assert "rank 6, layout peft" in lines[0][1]
+    assert "rank 6, layout per-expert" in lines[1][1]
+    assert "SGLang" in lines[0][2]
+    assert f"{reports[0].padding / 2**20:.3g} MiB" in lines[0][3]
 
 
 def test_the_highest_rank_is_what_vllm_needs(tmp_path):
@@ -192,22 +192,19 @@ def test_the_command_compares_and_says_which_layout(dtype, tmp_path):
 
 def test_refusals(tmp_path):
     model = adapted(target_parameters=["experts.down_proj"])
-    with pytest.raises(ValueError, match='layout must be "peft" or "per-expert", not \'3d\''):
+    with pytest.raises(ValueError, match="layout"):
         export_lora(model, tmp_path / "out", layout="3d")
     model.save_pretrained(tmp_path / "source")
     path = tmp_path / "source" / CONFIG
     saved = json.loads(path.read_text()) | {"base_model_type": None, "base_model_name_or_path": None}
     path.write_text(json.dumps(saved))
-    for layout, what in (
-        ("peft", r"whether the experts \S+layers.0.mlp.experts have a gate"),
-        ("per-expert", "whether"),
-    ):
-        with pytest.raises(ValueError, match=f"does not say of what type its base model is, and so not {what}"):
+    for layout in LAYOUTS:
+        with pytest.raises(ValueError, match=r"whether the experts \S+layers\.0\.mlp\.experts .*base_model_type"):
             export_lora(tmp_path / "source", tmp_path / "out", layout=layout)
     adapted().save_pretrained(tmp_path / "both")
     path = tmp_path / "both" / CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_type": None}))
-    with pytest.raises(ValueError, match="and so not what checkpoints call the experts"):
+    with pytest.raises(ValueError, match="what checkpoints call the experts"):
         export_lora(tmp_path / "both", tmp_path / "out", layout="per-expert")
     assert not (tmp_path / "out").exists()
     export_lora(tmp_path / "both", tmp_path / "out")  # which needs no type
@@ -279,9 +276,9 @@ def test_the_spectrum_of_an_adapter_and_of_its_export_per_expert(tmp_path):
 def test_plain_modules_refuse_experts(tmp_path):
     model = adapted()
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"adapts experts, \S+: load it with peft.PeftModel.from_pretrained"):
+    with pytest.raises(ValueError, match="adapts experts"):
         load_adapter(moe(), tmp_path)
-    with pytest.raises(ValueError, match="model holds no MultiLoRA layer to save"):
+    with pytest.raises(ValueError, match="model holds no"):
         save_adapter(model, tmp_path / "out")
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import IDS, assert_differ, assert_same_logits, config, llama, logits
+from tiny import assert_differ, assert_same_logits, config, llama, logits
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -66,14 +66,12 @@ def loads(tmp_path_factory):
         pytest.skip(f"PEFT cannot load its own LoRA on a MoE model: {error}")
 
 
-@pytest.mark.parametrize("what", KINDS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "what"), [*((kind, "all") for kind in MODELS), *(("deepseek_v3", what) for what in KINDS if what != "all")]
+)
 def test_plain_peft_loads_the_same_model(kind, what, tmp_path):
     base = moe(kind)
     names = chosen(base, what)
-    if not names:
-        assert (kind, what) == ("qwen3_moe", "shared expert")
-        return
     plain = logits(base)
     model = get_peft_model(base, config(r=2, lora_num=2, target_modules=names))
     expected = logits(model)
@@ -144,11 +142,3 @@ def test_names_of_mixtral_and_of_unknown_models():
     assert lora_targets(names, "minimax")["target_parameters"] == ["layers.0.w1.weight"]
     assert lora_targets(names, "glm4_moe")["target_parameters"] == ["layers.1.down_proj.weight"]
     assert lora_targets(names, "llama")["target_parameters"] is None
-
-
-def test_it_can_be_trained_on():
-    """The branches of a MoE's shared expert and dense layer are ordinary ones."""
-    base = moe("deepseek_v3")
-    model = get_peft_model(base, config(target_modules=chosen(base, "all")))
-    model(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
