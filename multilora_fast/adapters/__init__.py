@@ -1,4 +1,4 @@
-"""Adapters as files."""
+"""Adapter files."""
 
 from multilora_fast.adapters.files import load_adapter, save_adapter
 
