@@ -33,8 +33,9 @@ def missing_half(modules: Mapping[str, Factors], model_type: str | None) -> dict
         (E, R, K), N = A.shape, B.shape[1]
         if projection == DOWN and not {f"{path}.{GATE_UP}", f"{path}.{UP}"} & set(modules):
             if model_type is None:
-                raise _unknown_type(f"whether the experts {path} have a gate")
-            gated = not _has_no_gate(model_type)
+                raise unknown_type(f"whether the experts {path} have a gate")
+            targets = [target for one in _conversions(model_type) for target in one.target_patterns]
+            gated = not any(target.endswith(f"experts.{UP}") for target in targets)
             other = f"{path}.{GATE_UP if gated else UP}"
             missing[other] = A.new_zeros(E, R, N), B.new_zeros(E, 2 * K if gated else K, R)
         elif projection != DOWN and f"{path}.{DOWN}" not in modules:
@@ -54,11 +55,7 @@ def as_parameters(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def as_experts(modules: Mapping[str, Factors], model_type: str | None) -> dict[str, Tensor]:
-    """The tensors of the layout "per-expert", by name.
-
-    Raises:
-        ValueError: see :func:`checkpoint_names`.
-    """
+    """The tensors of the layout "per-expert", by name. Errors are those of :func:`checkpoint_names`."""
     tensors = {}
     for name, (A, B) in modules.items():
         path, _, projection = name.rpartition(".")
@@ -80,7 +77,7 @@ def checkpoint_names(path: str, model_type: str | None) -> tuple[str, dict[str, 
     from transformers.core_model_loading import PrefixChange, WeightRenaming
 
     if model_type is None:
-        raise _unknown_type(f"what checkpoints call the experts {path}")
+        raise unknown_type(f"what checkpoints call the experts {path}")
     mapping = _conversions(model_type)
     back = [one.reverse_transform() for one in reversed(mapping) if isinstance(one, WeightRenaming)]
     experts = _renamed(f"{path}.", [one for one in back if not isinstance(one, PrefixChange)]).removesuffix(".")
@@ -104,12 +101,7 @@ def is_stacked(name: str, model_type: str | None) -> bool:
     return not _renamed(f"{name}.weight", _conversions(model_type)).endswith(".weight")
 
 
-def _has_no_gate(model_type: str | None) -> bool:
-    targets = (target for conversion in _conversions(model_type) for target in conversion.target_patterns)
-    return any(target.endswith(f"experts.{UP}") for target in targets)
-
-
-def _unknown_type(what: str) -> ValueError:
+def unknown_type(what: str) -> ValueError:
     return ValueError(
         f"the adapter does not say of what type its base model is, and so not {what}: export it from the model, or "
         "write the model's model_type as base_model_type into its adapter_config.json."

@@ -109,11 +109,14 @@ def export_lora(
     rank = max(A.shape[-2] for A, _ in (linear or experts).values())
     ranks = {name: A.shape[-2] for name, (A, _) in (experts | zeros).items()}
     lay_out = as_parameters if layout == "peft" else partial(as_experts, model_type=kind)
-    written = {f"{name}.{which}.weight": t for name, pair in linear.items() for which, t in _padded(pair, rank).items()}
-    added = sum(t.nbytes for t in written.values()) - sum(A.nbytes + B.nbytes for A, B in linear.values())
-    written |= lay_out(experts)
+    padded, padding = {}, 0
+    for name, (A, B) in linear.items():
+        missing = rank - len(A)
+        padded[f"{name}.lora_A.weight"] = functional.pad(A, (0, 0, 0, missing))
+        padded[f"{name}.lora_B.weight"] = functional.pad(B, (0, missing))
+        padding += missing * (A[0].nbytes + B[:, 0].nbytes)
     empty = lay_out(zeros)
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in (whole | written | empty).items()}
+    tensors = {f"{PREFIX}{name}": t for name, t in (whole | padded | lay_out(experts) | empty).items()}
     described = _lora_config(config, rank) | lora_targets(linear, kind)
     if ranks:
         described = expert_targets(described, ranks, layout, kind)
@@ -125,7 +128,7 @@ def export_lora(
         next((r for r in VLLM_RANKS if r >= highest), None),
         layout if ranks else None,
         max(ranks.values(), default=None),
-        added + sum(t.nbytes for t in empty.values()),
+        padding + sum(t.nbytes for t in empty.values()),
     )
 
 
@@ -142,12 +145,11 @@ def _from_model(model: Any, adapter_name: str | None) -> Adapter:
     if not modules:
         wanted = "" if adapter_name is None else f" called {adapter_name!r}"
         raise ValueError(f"model holds no MultiLoRA adapter{wanted} to export.")
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     layers = (module for module in model.modules() if CONTAINER in module._modules)
     name = adapter_name or next((name for layer in layers for name in layer.active_adapters), None)
     peft_config = (getattr(model, "peft_config", None) or {}).get(name)
     config = {field: getattr(peft_config, field) for field in FIELDS} if peft_config else {}
-    config["base_model_type"] = model_type(base)
+    config["base_model_type"] = model_type(model)
     if any(getattr(module, "fan_in_fan_out", False) for module in modules.values()):
         config["fan_in_fan_out"] = True
     whole = _kept_whole(model, name) if peft_config else {}
@@ -173,12 +175,6 @@ def rounded(B: Tensor, branches: Branches) -> Tensor:
     stored = B.to(torch.promote_types(branches.lora_B.dtype, branches.lora_scaling.dtype))
     off = (stored.to(B.dtype) - B).norm()
     return stored if off <= torch.finfo(stored.dtype).eps * B.norm() else B
-
-
-def _padded(factors: Factors, rank: int) -> dict[str, Tensor]:
-    A, B = factors
-    missing = rank - len(A)
-    return {"lora_A": functional.pad(A, (0, 0, 0, missing)), "lora_B": functional.pad(B, (0, missing))}
 
 
 def _lora_config(config: dict, rank: int) -> dict:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from multilora_fast.adapters.experts import checkpoint_names
+from multilora_fast.adapters.experts import checkpoint_names, unknown_type
 
 
 def lora_targets(names: Iterable[str], model_type: str | None) -> dict[str, list[str] | None]:
@@ -22,11 +22,7 @@ def lora_targets(names: Iterable[str], model_type: str | None) -> dict[str, list
     names = sorted(names)
     expert = next((name for name in names if "expert" in name), None)
     if model_type is None and expert is not None:
-        raise ValueError(
-            f"the adapter does not say of what type its base model is, and on some PEFT takes {expert} for a parameter "
-            "of the experts: export it from the model, or write the model's model_type as base_model_type into its "
-            "adapter_config.json."
-        )
+        raise unknown_type(f"whether PEFT takes {expert} for a parameter of the experts")
     moved = {end for end in {name.rpartition(".")[2] for name in names} if is_rewritten(end, model_type)}
     parameters = [f"{name}.weight" for name in names if name.rpartition(".")[2] in moved]
     modules = [name for name in names if name.rpartition(".")[2] not in moved]
