@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from bad_files import edit_config, edit_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import assert_differ, assert_same_logits, config, gpt2, llama, logits
 from torch import nn
 
@@ -16,8 +19,7 @@ from multilora_fast.adapters.files import CONFIG, WEIGHTS
 MIXED = {"rank_pattern": {"q_proj|c_attn": 6}, "lora_num_pattern": {"v_proj|c_fc": 1}, "alpha_pattern": {"k_proj": 9}}
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-@pytest.mark.parametrize("scaling", ["vector", "scalar"])
+@pytest.mark.parametrize(("make", "scaling"), [(llama, "vector"), (gpt2, "scalar")])
 def test_from_a_directory_and_from_a_model(make, scaling, tmp_path):
     model = get_peft_model(make(), config(target_modules="all-linear", scaling=scaling, **MIXED))
     expected = logits(model)
@@ -104,40 +106,32 @@ def test_from_a_model_that_transformers_loaded(tmp_path):
 # Errors
 
 
-def edit_config(**new):
-    return lambda path: (path / CONFIG).write_text(json.dumps(json.loads((path / CONFIG).read_text()) | new))
-
-
-def add_a_bias(path):
-    tensors = load_file(path / WEIGHTS)
-    save_file({**tensors, "base_model.model.model.layers.0.self_attn.q_proj.bias": torch.zeros(2)}, path / WEIGHTS)
-
-
-REFUSED = {
-    "modules_to_save": (edit_config(modules_to_save=["lm_head"]), "modules_to_save"),
-    "bias": (edit_config(bias="all"), "bias='all'"),
-    "a bias tensor": (add_a_bias, r"q_proj\.bias"),
-    "other shapes": (edit_config(lora_num=2), r"lora_A of shape \(3, 4, 32\) for \S+, which needs \(2, 4, 32\)"),
-    "nothing there": (lambda p: (p / CONFIG).unlink(), "source"),
-}
-
-
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals_leave_the_destination_alone(case, tmp_path):
-    get_peft_model(llama(), config(target_modules=["q_proj"])).save_pretrained(tmp_path / "source")
-    export_lora(tmp_path / "source", tmp_path / "out")
-    before = contents(tmp_path / "out")
-    damage, message = REFUSED[case]
-    damage(tmp_path / "source")
+Q_BIAS = "base_model.model.model.layers.0.self_attn.q_proj.bias"
+REFUSED = {
+    "modules_to_save": edit_config("source", modules_to_save=["lm_head"]),
+    "bias='all'": edit_config("source", bias="all"),
+    "q_proj.bias": edit_tensors("source", lambda tensors: tensors.update({Q_BIAS: torch.zeros(2)})),
+    "lora_A of shape (3, 4, 32)": edit_config("source", lora_num=2),
+    "source": lambda: Path("source", CONFIG).unlink(),
+}
+
+
+@pytest.mark.parametrize("named", REFUSED)
+def test_refusals_leave_the_destination_alone(named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    get_peft_model(llama(), config(target_modules=["q_proj"])).save_pretrained("source")
+    export_lora("source", "out")
+    before = contents(Path("out"))
+    REFUSED[named]()
     for out in ("out", "new"):
-        with pytest.raises(ValueError, match=message):
-            export_lora(tmp_path / "source", tmp_path / out, overwrite=True)
-    assert contents(tmp_path / "out") == before
-    assert not (tmp_path / "new").exists()
+        with pytest.raises(ValueError, match=re.escape(named)):
+            export_lora("source", out, overwrite=True)
+    assert contents(Path("out")) == before
+    assert not Path("new").exists()
 
 
 def test_models_that_cannot_be_exported(tmp_path):

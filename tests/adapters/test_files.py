@@ -1,10 +1,12 @@
 """Adapters as files."""
 
 import json
+import re
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from bad_files import cut, edit_config, edit_tensors, without
+from safetensors.torch import load_file
 from torch import nn
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear, fuse
@@ -91,55 +93,35 @@ def test_a_failed_save_leaves_the_good_file(tmp_path, monkeypatch):
     assert json.loads((tmp_path / CONFIG).read_text())["rank_pattern"]
 
 
-def truncate(path):
-    (path / WEIGHTS).write_bytes((path / WEIGHTS).read_bytes()[:-10])
-
-
-def edit_config(**new):
-    def edit(path):
-        config = json.loads((path / CONFIG).read_text()) | new
-        (path / CONFIG).write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-
-    return edit
-
-
-def edit_tensors(change):
-    def edit(path):
-        tensors = load_file(path / WEIGHTS)
-        change(tensors)
-        save_file(tensors, path / WEIGHTS)
-
-    return edit
-
-
 Q = "base_model.model.attention.q.multilora_branches.lora_A"
-DAMAGE = {
-    "no config": (lambda path: (path / CONFIG).unlink(), str),
-    "no weights": (lambda path: (path / WEIGHTS).unlink(), str),
-    "cut short": (truncate, str),
-    "another method": (edit_config(peft_type="LORA"), CONFIG),
-    "no r": (edit_config(r=None), "lacks r"),
-    "other shapes": (edit_config(r=3), "holds lora_A of shape (3, 2, 8) for attention."),
-    "half of it": (edit_tensors(lambda t: t.pop(Q)), "lora_A of attention.q"),
-    "a foreign tensor": (edit_tensors(lambda t: t.update(other=torch.zeros(1))), "holds other"),
-    "no such module": (
-        edit_tensors(lambda t: t.update({k.replace(".q.", ".o."): t.pop(k) for k in list(t) if ".q." in k})),
-        "attention.o",
-    ),
-    "no linear module": (
-        edit_tensors(lambda t: t.update({k.replace(".q.", "."): t.pop(k) for k in list(t) if ".q." in k})),
-        "attention, which is a ModuleDict",
-    ),
+
+
+def moved(to: str):
+    """The tensors of q, under another module's name."""
+    return edit_tensors(".", lambda t: t.update({k.replace(".q.", to): t.pop(k) for k in list(t) if ".q." in k}))
+
+
+DAMAGE = {  # and what the message names
+    "no config": (without(CONFIG), "adapter_config.json"),
+    "no weights": (without(WEIGHTS), "adapter_model.safetensors"),
+    "cut short": (cut(WEIGHTS), "is no readable"),
+    "another method": (edit_config(".", peft_type="LORA"), CONFIG),
+    "no r": (edit_config(".", r=None), "lacks r"),
+    "other shapes": (edit_config(".", r=3), "holds lora_A of shape (3, 2, 8) for attention."),
+    "half of it": (edit_tensors(".", lambda t: t.pop(Q)), "lora_A of attention.q"),
+    "a foreign tensor": (edit_tensors(".", lambda t: t.update(other=torch.zeros(1))), "holds other"),
+    "no such module": (moved(".o."), "attention.o"),
+    "no linear module": (moved("."), "attention, which is a ModuleDict"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-def test_bad_files_are_named_and_the_model_stays(case, tmp_path):
-    save_adapter(adapted(), tmp_path)
+def test_bad_files_are_named_and_the_model_stays(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_adapter(adapted(), ".")
     damage, named = DAMAGE[case]
-    damage(tmp_path)
+    damage()
     model = base()
-    with pytest.raises(ValueError) as error:
-        load_adapter(model, tmp_path)
-    assert (str(tmp_path) if named is str else named) in str(error.value)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        load_adapter(model, ".")
     assert all(type(m) in (nn.Linear, nn.ModuleDict) for m in model.modules())

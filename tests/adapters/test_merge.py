@@ -1,21 +1,21 @@
 """Existing LoRA adapters as the branches of one MultiLoRA adapter."""
 
-import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import typer
+from bad_files import cut, edit_config, edit_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from tiny import ATTENTION, IDS, assert_differ, assert_same_logits, gpt2, llama, logits
 from torch import nn
 from typer.testing import CliRunner
 
 from multilora_fast import from_loras
 from multilora_fast.adapters import load_adapter
-from multilora_fast.adapters.files import CONFIG, WEIGHTS
+from multilora_fast.adapters.files import WEIGHTS
 from multilora_fast.cli.adapters import merge
 
 KINDS = {
@@ -128,23 +128,10 @@ def test_only_on_request_is_an_adapter_overwritten(loras, tmp_path):
         from_loras(loras, loras[0], overwrite=True)
 
 
-def edit_config(**new):
-    return lambda path: (path / CONFIG).write_text(json.dumps(json.loads((path / CONFIG).read_text()) | new))
-
-
-def edit_tensors(change):
-    def edit(path):
-        tensors = load_file(path / WEIGHTS)
-        change(tensors)
-        save_file(tensors, path / WEIGHTS)
-
-    return edit
-
-
 Q = "base_model.model.model.layers.0.self_attn.q_proj."
-REFUSED = {
+REFUSED = {  # what the message names
     **{
-        f"{field}={value}": (edit_config(**{field: value}), f"{field}=")
+        f"{field}={value!r}": edit_config("plain", **{field: value})
         for field, value in {
             "use_dora": True, "use_qalora": True, "use_bdlora": True, "lora_bias": True, "bias": "lora_only",
             "modules_to_save": ["lm_head"], "target_parameters": ["experts.up"], "trainable_token_indices": [1],
@@ -153,36 +140,32 @@ REFUSED = {
         }.items()
     },
     **{
-        init: (edit_config(init_lora_weights=init), f"init_lora_weights='{init}'")
+        f"init_lora_weights={init!r}": edit_config("plain", init_lora_weights=init)
         for init in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica")
     },
-    "another method": (edit_config(peft_type="IA3"), "IA3"),
-    "an embedding": (
-        edit_tensors(lambda t: t.update({Q + "lora_embedding_A": t.pop(Q + "lora_A.weight")})), "lora_embedding_A"
-    ),
-    "half a pair": (edit_tensors(lambda t: t.pop(Q + "lora_B.weight")), "lora_A of .*q_proj"),
-    "other rank": (edit_config(r=7), "r=7"),
-    "cut short": (lambda p: (p / WEIGHTS).write_bytes((p / WEIGHTS).read_bytes()[:99]), "plain"),
-    "nothing there": (lambda p: (p / WEIGHTS).unlink(), "plain"),
-    "other model": (
-        edit_tensors(lambda t: t.update({Q + "lora_A.weight": torch.zeros(4, 9)})),
-        r"q_proj maps 9 to 32 features in \S+plain, but 32 to 32 in \S+rslora",
+    "IA3": edit_config("plain", peft_type="IA3"),
+    "lora_embedding_A": edit_tensors("plain", lambda t: t.update({Q + "lora_embedding_A": t.pop(Q + "lora_A.weight")})),
+    "lora_A of": edit_tensors("plain", lambda t: t.pop(Q + "lora_B.weight")),
+    "r=7": edit_config("plain", r=7),
+    "plain is no readable": cut(f"plain/{WEIGHTS}"),
+    "q_proj maps 9 to 32 features in plain, but 32 to 32 in rslora": edit_tensors(
+        "plain", lambda t: t.update({Q + "lora_A.weight": torch.zeros(4, 9)})
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals_write_nothing(case, loras, tmp_path):
-    damage, message = REFUSED[case]
-    damage(loras[0])
-    with pytest.raises(ValueError, match=message):
-        from_loras(loras, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("named", REFUSED)
+def test_refusals_write_nothing(named, loras, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    REFUSED[named]()
+    with pytest.raises(ValueError, match=re.escape(named)):
+        from_loras(list(KINDS), "out")
+    assert not Path("out").exists()
 
 
 def test_loras_of_different_bases_are_merged_with_a_warning(loras, tmp_path):
-    edit_config(base_model_name_or_path="one")(loras[0])
-    edit_config(base_model_name_or_path="two")(loras[1])
+    edit_config(loras[0], base_model_name_or_path="one")()
+    edit_config(loras[1], base_model_name_or_path="two")()
     with pytest.warns(UserWarning, match="different base models: one, two"):
         from_loras(loras, tmp_path / "out")
 

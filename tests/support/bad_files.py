@@ -36,7 +36,7 @@ def prepare(root: Path) -> None:
     run(TrainSettings(str(root / "base"), root / "run", (root / "sky.jsonl",), max_steps=2, save_steps=1, **options))
 
 
-def edit_config(folder: str, **new):
+def edit_config(folder: str | Path, **new):
     """Fields of the config; None takes one out."""
 
     def edit():
