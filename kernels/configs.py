@@ -1,43 +1,36 @@
-"""Which tile each kernel runs: data by kernel, tokens, rank, dtype and architecture.
+"""Tile configurations by kernel, tokens, rank, dtype and architecture.
 
-Nothing here needs a GPU. `TUNED_CONFIGS` holds the default, small enough for any GPU and right in the interpreter, and
-what an architecture does better with; `bench.tune` prints rows to paste here.
+`TUNED_CONFIGS` has a default that fits every GPU and the interpreter, and rows that are better on one architecture.
+`bench.tune` prints rows to paste here.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import torch
 import triton
 from triton import knobs
 
 RANK_CLASSES = (64, 96, 128, 160, 288, 320, 512)  # 288 is three layers of rank 96, 320 two of 160
-# Tokens up to which a size class reaches, by the count it is tuned at; more are "8192".
+# The most tokens of each size class, which is named by the tokens it is tuned at; more are "8192".
 SIZE_CLASSES = {"decode": 64, "512": 1024, "2048": 4096}
 SIZES = (*SIZE_CLASSES, "8192")
-DECODE_TOKENS = SIZE_CLASSES["decode"]
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """A tile of BLOCK_M tokens by BLOCK_D features, of which a processor runs `programs` at once.
+    """A tile, its compiler options, and how a kernel splits its work."""
 
-    min_steps is the least number of tiles a split of the summed axis gets, None where it is never split. pack builds
-    c·s⊙w once in the dtype of the product, by a launch of its own, where a tile is read often (shrink) or takes too
-    many registers to scale (expand). two_tiles lets a rank run as two tiles where that pads less than one. columns, a
-    power of two, is the most of the rank that one program holds: a larger rank runs in chunks (shrink, reduce) or in
-    slices (expand).
-    """
-
-    BLOCK_M: int
-    BLOCK_D: int
+    BLOCK_M: int  # tokens
+    BLOCK_D: int  # features
     num_warps: int
     num_stages: int
-    min_steps: int | None = 4
-    pack: bool = False
-    two_tiles: bool = True
-    columns: int = 256
-    programs: int = 1
+    min_steps: int | None = 4  # least tiles in a split of the summed axis; None: no split
+    pack: bool = False  # scale the weight in a launch of its own, where a tile is read often or has too many registers
+    two_tiles: bool = True  # run a rank as two tiles where that pads less than one
+    columns: int = 256  # most of the rank in one program, a power of two; more runs in chunks, or in slices (expand)
+    programs: int = 1  # that a processor runs at once
 
 
 def cdiv(a: int, b: int) -> int:
@@ -58,8 +51,8 @@ def dtype_class(dtype: torch.dtype) -> str:
     return "half" if dtype in (torch.float16, torch.bfloat16) else "float"
 
 
-# (kernel and use, size class, dtype class, architecture, rank class). The default fits any GPU; an architecture has
-# rows where it was measured (sm_90) or where its compiler needs another tile.
+# (kernel and use, size class, dtype class, architecture, rank class). An architecture has rows where it was measured
+# (sm_90) or where its compiler needs another tile.
 DEFAULT = "default"
 TUNED_CONFIGS = {
     ("shrink", "decode", "half", DEFAULT, 512): KernelConfig(64, 32, 8, 2, two_tiles=False),
@@ -110,19 +103,17 @@ TUNED_CONFIGS = {
 def find_row(
     kernel: str, M: int, R: int, dtype: torch.dtype, arch: str, add: bool = False, dropout: bool = False
 ) -> tuple:
-    """The key in TUNED_CONFIGS for a kernel over M tokens at rank R, `add` being expand's y += and not y =.
+    """The key in TUNED_CONFIGS for a kernel over M tokens at rank R; `add` is expand's y += instead of y =.
 
-    A missing row is served by the next wider rank, then without the use, by the default, and by the next size.
+    A missing row falls back to the next wider rank, then to the row without use, the default, and the next size.
     """
-    kind = dtype_class(dtype)
-    for size in SIZES[SIZES.index(size_class(M)) :]:
-        for architecture in (arch, DEFAULT):
-            for use in (kernel + " add" * add + " dropout" * dropout, kernel):
-                for rank in RANK_CLASSES:
-                    key = (use, size, kind, architecture, rank)
-                    if rank >= rank_class(R) and key in TUNED_CONFIGS:
-                        return key
-    raise AssertionError(f"configs.TUNED_CONFIGS has no default for {kernel}, {kind}")
+    sizes, ranks = SIZES[SIZES.index(size_class(M)) :], RANK_CLASSES[RANK_CLASSES.index(rank_class(R)) :]
+    uses = (kernel + " add" * add + " dropout" * dropout, kernel)
+    for size, architecture, use, rank in product(sizes, (arch, DEFAULT), uses, ranks):
+        key = (use, size, dtype_class(dtype), architecture, rank)
+        if key in TUNED_CONFIGS:
+            return key
+    raise AssertionError(f"configs.TUNED_CONFIGS has no default for {kernel}, {dtype}")
 
 
 @lru_cache(1024)
@@ -141,7 +132,7 @@ def _device(index: int) -> tuple[str, int]:
 
 
 def device_of(x: torch.Tensor) -> tuple[str, int]:
-    """(architecture, multiprocessors) of the device `x` is on; the interpreter counts as four."""
+    """(architecture, multiprocessors) of the device of `x`; the interpreter counts as four."""
     if x.is_cuda:
         return _device(x.get_device())
     return ("interpreter" if knobs.runtime.interpret else "cpu"), 4
@@ -149,9 +140,9 @@ def device_of(x: torch.Tensor) -> tuple[str, int]:
 
 @lru_cache(1024)
 def rank_tiles(R: int, config: KernelConfig) -> tuple[int, int]:
-    """R columns as a tile of a power of two and, where that pads less, a second one: 96 = 64 + 32, 160 = 128 + 32.
+    """R columns as one tile of a power of two, or two where that pads less: 96 = 64 + 32, 160 = 128 + 32.
 
-    A second tile of 0 columns is none. More columns than the configuration holds run as equal chunks of such tiles.
+    A second tile of 0 columns is none. More columns than the configuration holds run in equal chunks of such tiles.
     """
     R = cdiv(R, cdiv(R, config.columns))
     whole = max(16, triton.next_power_of_2(R))
@@ -162,7 +153,7 @@ def rank_tiles(R: int, config: KernelConfig) -> tuple[int, int]:
 
 
 def slice_tiles(R: int, config: KernelConfig, itemsize: int) -> tuple[int, int]:
-    """The tiles of a rank in expand: all of it, or where the configuration holds less, a slice of 32 columns (16 of
+    """The tiles of a rank in expand: all of it, or where the configuration holds less, slices of 32 columns (16 of
     more than two bytes)."""
     first, second = rank_tiles(R, config)
     return (first, second) if first + second >= R else (min(config.columns, 16 if itemsize > 2 else 32), 0)
@@ -170,7 +161,7 @@ def slice_tiles(R: int, config: KernelConfig, itemsize: int) -> tuple[int, int]:
 
 @lru_cache(1024)
 def split_k(tiles: int, steps: int, programs: int, min_steps: int | None) -> tuple[int, int]:
-    """Split-K: (parts, steps per part) of a sum of `steps` tiles, `tiles` programs a part, to run `programs`."""
+    """Split-K of a sum of `steps` tiles into (parts, steps per part), so that `tiles` · parts is near `programs`."""
     if min_steps is None:
         return 1, steps
     parts = max(1, programs // max(1, tiles))
@@ -180,18 +171,17 @@ def split_k(tiles: int, steps: int, programs: int, min_steps: int | None) -> tup
     return max(1, cdiv(steps, per_part)), per_part
 
 
-# The joint kernel, `product`: the tile of every architecture with a copy engine, and where it was measured to be faster
-# than `expand` and the library's product. It wins for a layer whose features are near a row's (within half as much
-# again), of no wider rank and with no fewer tokens; what no row covers stays with the library. The rows are from an
-# H100, bf16, and from a kernel that read the rank outside its pipeline: 4096 → 4096 at rank 160, 11008 → 4096 at rank
-# 96, both forward, and 4096 → 11008 forward at 2048 tokens lost there.
+# The tile of the joint kernel, `product`, on every architecture with TMA.
 PRODUCT_TILES = {
     "interpreter": KernelConfig(32, 64, 4, 2),
     "sm_90": KernelConfig(128, 256, 8, 3),
     "sm_100": KernelConfig(128, 256, 8, 3),
     "sm_120": KernelConfig(128, 128, 8, 3),
 }
-# (architecture, direction): [(in_features, out_features, rank, tokens)]
+# Where the joint kernel is faster than `expand` and cuBLAS: (architecture, direction): [(in_features, out_features,
+# rank, tokens)]. A row covers layers whose features are within half as much again, of no wider rank, with no fewer
+# tokens. The rows are from an H100, bf16, and an older kernel that read the rank outside its pipeline; 4096 → 4096 at
+# rank 160 and 11008 → 4096 at rank 96, both forward, and 4096 → 11008 forward at 2048 tokens lost there.
 PRODUCT_WINS = {
     ("sm_90", "forward"): [(4096, 4096, 96, 1024), (4096, 11008, 96, 8192)],
     ("sm_90", "backward"): [
@@ -201,8 +191,8 @@ PRODUCT_WINS = {
 
 
 def product_tile(arch: str) -> KernelConfig | None:
-    """The joint kernel's tile; None where the architecture has no copy engine. A machine without a GPU, which can only
-    compile it, is given the H100's."""
+    """The joint kernel's tile, None on an architecture without TMA. A machine without a GPU, which can only compile it,
+    gets the H100's."""
     return PRODUCT_TILES.get("sm_90" if arch == "cpu" else arch)
 
 
@@ -210,8 +200,8 @@ def product_tile(arch: str) -> KernelConfig | None:
 def product_config(
     direction: str, M: int, K: int, N: int, R: int, dtype: torch.dtype, arch: str
 ) -> KernelConfig | None:
-    """The joint kernel's tile where it is the faster way for a layer of K in_features and N out_features, `direction`
-    being "forward" or "backward"; None where the library's product is, or where nobody measured."""
+    """The joint kernel's tile where PRODUCT_WINS calls it faster for a layer of K in_features and N out_features;
+    `direction` is "forward" or "backward"."""
     if dtype_class(dtype) != "half":
         return None
     for k, n, rank, tokens in PRODUCT_WINS.get((arch, direction), ()):

@@ -1,11 +1,9 @@
 """One dropout mask for all branches, drawn as bits from a seed once per forward and once per backward, and not kept.
 
-Element (m, k) of an (M, K) input belongs to Philox 4×32-7 counter m·⌈K/8⌉ + k//8; the four 32-bit words of that counter
+Element (m, k) of an (M, K) input belongs to Philox 4×32-7 counter m·⌈K/8⌉ + k//8. The four 32-bit words of that counter
 are eight 16-bit words, the low half first, and element k takes word k mod 8. It is kept when its word is at least
-T = round(65536·p), so the keep probability is exactly (65536 − T)/65536 and its inverse is applied to the sums. The
-mask depends on the seed, the element and K alone. Bit k mod 32 of word k // 32 of row m says whether it is kept.
-
-Bytes: M·⌈K/32⌉·4 written, and read once by each kernel that drops.
+T = round(65536·p), so the keep probability is exactly (65536 − T)/65536, and the sums are multiplied by its inverse.
+The mask depends on the seed, the element and K alone. Bit k mod 32 of word k // 32 of row m is 1 where it is kept.
 """
 
 import torch
@@ -15,7 +13,7 @@ import triton.language as tl
 from .configs import cdiv
 from .launch import launch, small_options
 
-ROUNDS = 7  # of Philox: the fewest that pass BigCrush (Salmon et al., 2011)
+ROUNDS = tl.constexpr(7)  # of Philox: the fewest that pass BigCrush (Salmon et al., 2011)
 
 
 def drop_threshold(p: float) -> int:
@@ -25,20 +23,17 @@ def drop_threshold(p: float) -> int:
     return min(round(65536 * p), 65535)
 
 
-def check_bits(bits: torch.Tensor | None, M: int, K: int) -> bool:
-    """Whether there is a mask. Raises ValueError when it is not one that `draw` gives for an (M, K) input."""
-    if bits is None:
-        return False
-    if bits.dtype != torch.int32 or bits.shape != (M, cdiv(K, 32)) or not bits.is_contiguous():
-        raise ValueError(
-            f"bits has shape {tuple(bits.shape)}, dtype {bits.dtype}, wanted {(M, cdiv(K, 32))}, int32, contiguous."
-        )
-    return True
+def mask_arguments(bits: torch.Tensor | None, p: float, M: int, K: int) -> dict:
+    """The arguments for an optional mask, int32 (M, ⌈K/32⌉). Raises ValueError when it is another or for a wrong p."""
+    threshold, wanted = drop_threshold(p), (M, cdiv(K, 32))
+    if bits is not None and (bits.dtype != torch.int32 or bits.shape != wanted or not bits.is_contiguous()):
+        raise ValueError(f"bits has shape {tuple(bits.shape)}, dtype {bits.dtype}, wanted {wanted}, int32, contiguous.")
+    return {"bits_ptr": bits, "stride_bits": 0 if bits is None else wanted[1], "threshold": threshold}
 
 
 @triton.jit
 def unpack(words, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Words (BLOCK_M, BLOCK_K/32) as a boolean tile (BLOCK_M, BLOCK_K)."""
+    """Words [BLOCK_M, BLOCK_K/32] as a boolean tile [BLOCK_M, BLOCK_K]."""
     # A shift a pair, and masks that are constants: 32 masks would stay in registers, and the LLVM of Triton 3.6 would
     # gather the tests of a whole tile in one vector of bits, which takes two to three instructions more an element.
     pairs = words[:, :, None] >> (2 * tl.arange(0, 16))[None, None, :]
@@ -47,21 +42,34 @@ def unpack(words, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(bits_ptr, offs_m, start_k, M, stride_bits, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """keep (BLOCK_M, BLOCK_K) for rows offs_m and BLOCK_K columns from start_k, both multiples of 32.
+def keep_tile(mask, rows, start_k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Whether elements are kept [BLOCK_M, BLOCK_K], in `rows` of the mask and columns from start_k, a multiple of 32.
 
-    A row has stride_bits words; what lies beyond them, or beyond M rows, is dropped.
+    `mask` is (bits_ptr, stride_bits, M, threshold). What lies beyond its M rows of stride_bits words is dropped.
     """
+    bits_ptr, stride_bits, M, _ = mask
     offs_w = start_k // 32 + tl.arange(0, BLOCK_K // 32)
-    mask = (offs_m < M)[:, None] & (offs_w < stride_bits)[None, :]
-    ptrs = bits_ptr + offs_m.to(tl.int64)[:, None] * stride_bits + offs_w[None, :]
-    return unpack(tl.load(ptrs, mask=mask, other=0), BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K / 32]
+    inside = (rows < M)[:, None] & (offs_w < stride_bits)[None, :]
+    ptrs = bits_ptr + rows.to(tl.int64)[:, None] * stride_bits + offs_w[None, :]
+    return unpack(tl.load(ptrs, mask=inside, other=0), BLOCK_M, BLOCK_K)  # [BLOCK_M, BLOCK_K / 32]
 
 
 @triton.jit
-def keep_inverse(threshold, dtype: tl.constexpr):
-    """1/(1 − p) for the probability the threshold really has."""
-    return tl.full((), 65536, dtype) / (65536 - threshold).to(dtype)
+def drop_sum(acc, mask, rows, start_k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """keep/(1−p) ⊙ acc [BLOCK_M, BLOCK_K], or acc where there is no mask."""
+    if mask[0] is not None:
+        keep = keep_tile(mask, rows, start_k, BLOCK_M, BLOCK_K)
+        acc = tl.where(keep, acc * keep_inverse(mask, acc.dtype), 0.0)
+    return acc
+
+
+@triton.jit
+def keep_inverse(mask, dtype: tl.constexpr):
+    """1/(1−p) for the probability that the threshold stands for, 1 where there is no mask."""
+    inverse = tl.full((), 1, dtype)
+    if mask[0] is not None:
+        inverse = tl.full((), 65536, dtype) / (65536 - mask[3]).to(dtype)
+    return inverse
 
 
 @triton.jit
@@ -75,8 +83,8 @@ def keep_pair(word, bound, first: tl.constexpr):
 
 
 @triton.jit
-def keep_words(seed, offs_m, offs_w, K, threshold, ROUNDS: tl.constexpr):
-    """The mask (BLOCK_M, BLOCK_W) as 32-bit words, for rows offs_m and words offs_w of a row."""
+def keep_words(seed, offs_m, offs_w, K, threshold):
+    """Words offs_w of rows offs_m of the mask [BLOCK_M, BLOCK_W]."""
     counter = offs_m.to(tl.int64)[:, None] * tl.cdiv(K, 8) + 4 * offs_w[None, :]
     bound = threshold.to(tl.uint32) << 16
     words = (counter * 0).to(tl.uint32)
@@ -90,30 +98,32 @@ def keep_words(seed, offs_m, offs_w, K, threshold, ROUNDS: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "threshold"])
 def mask_kernel(
     seed_ptr,  # one int64
-    out_ptr,  # (M, ⌈K/32⌉) int32 when BITS, else (M, K)
-    M,
-    K,
-    threshold,
-    BITS: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    out_ptr,  # the mask [M, ⌈K/32⌉] int32 where BITS, else [M, K]
+    M,  # tokens
+    K,  # features
+    threshold,  # T
+    BITS: tl.constexpr,  # whether bits are wanted, or numbers
     BLOCK_M: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_W: tl.constexpr,  # words
 ):
+    """out[m, k] = philox(seed, m·⌈K/8⌉ + k//8)[k mod 8] ≥ T
+
+    Bytes: M·⌈K/32⌉·4 written as bits, which each kernel that drops reads once; M·K elements written as numbers.
+    """
     pid, row = tl.program_id(0), tl.cdiv(K, 32)
     num_w = tl.cdiv(row, BLOCK_W)
     offs_m = (pid // num_w).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = (offs_m < M)[:, None]
     start_w = (pid % num_w) * BLOCK_W
     offs_w = start_w + tl.arange(0, BLOCK_W)
-    words = keep_words(tl.load(seed_ptr), offs_m, offs_w, K, threshold, ROUNDS)  # [BLOCK_M, BLOCK_W]
-    mask_m = (offs_m < M)[:, None]
+    words = keep_words(tl.load(seed_ptr), offs_m, offs_w, K, threshold)  # [BLOCK_M, BLOCK_W]
     if BITS:
         tl.store(out_ptr + offs_m[:, None] * row + offs_w[None, :], words, mask=mask_m & (offs_w < row)[None, :])
     else:
         offs_k = start_w * 32 + tl.arange(0, BLOCK_W * 32)
-        keep = (
-            unpack(words, BLOCK_M, BLOCK_W * 32).to(tl.float32).to(out_ptr.dtype.element_ty)
-        )  # [BLOCK_M, BLOCK_W · 32]
-        tl.store(out_ptr + offs_m[:, None] * K + offs_k[None, :], keep, mask=mask_m & (offs_k < K)[None, :])
+        keep = unpack(words, BLOCK_M, BLOCK_W * 32).to(tl.float32)  # [BLOCK_M, 32 BLOCK_W]
+        ptrs = out_ptr + offs_m[:, None] * K + offs_k[None, :]
+        tl.store(ptrs, keep.to(out_ptr.dtype.element_ty), mask=mask_m & (offs_k < K)[None, :])
 
 
 def _mask(seed: torch.Tensor, out: torch.Tensor, M: int, K: int, threshold: int, bits: bool) -> torch.Tensor:
@@ -127,7 +137,7 @@ def _mask(seed: torch.Tensor, out: torch.Tensor, M: int, K: int, threshold: int,
     BLOCK_M = tile // BLOCK_W
     launch(
         seed, mask_kernel, (cdiv(M, BLOCK_M) * cdiv(words, BLOCK_W), 1),
-        seed_ptr=seed, out_ptr=out, M=M, K=K, threshold=threshold, BITS=bits, ROUNDS=ROUNDS,
+        seed_ptr=seed, out_ptr=out, M=M, K=K, threshold=threshold, BITS=bits,
         BLOCK_M=BLOCK_M, BLOCK_W=BLOCK_W, **small_options(),
     )  # fmt: skip
     return out

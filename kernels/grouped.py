@@ -1,9 +1,8 @@
-"""What the kernels of mixture-of-experts layers share: rows sorted by expert, and how a program finds its own.
+"""Shared by the kernels of mixture-of-experts layers: rows sorted by expert, and how a program finds its own.
 
 Row s of S belongs to expert e where offs[e−1] ≤ s < offs[e]; rows from offs[E−1] on belong to none. A tile of BLOCK_M
-rows never holds two experts' rows. A program counts the tiles of every expert from the E offsets, so nothing is read by
-the host and no map of tiles is made: the grid has one program for each tile that there can be, and those left over do
-nothing.
+rows never spans two experts. Each program finds its tile from the E offsets, so the host reads nothing and builds no
+map of tiles. The grid has a program for every tile that may exist, and those left over do nothing.
 """
 
 import torch
@@ -11,14 +10,16 @@ import triton
 import triton.language as tl
 
 from .configs import cdiv
-from .dropout import check_bits
-from .launch import strides
+from .dropout import mask_arguments
 
 
 @triton.jit
 def find_tile(offs_ptr, pid, S, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """(expert, first row, end of the expert's rows) of tile pid. Expert E stands for the rows of none; a tile that does
-    not exist has an expert beyond E and the end 0. BLOCK_E is more than E."""
+    """(expert, its rows [BLOCK_M], which of them exist) of tile pid.
+
+    Expert E stands for the rows of none. A tile that does not exist has an expert beyond E and no rows. BLOCK_E is more
+    than E.
+    """
     experts = tl.arange(0, BLOCK_E)
     starts = tl.load(offs_ptr + experts - 1, mask=(experts > 0) & (experts <= E), other=0)  # [BLOCK_E]
     ends = tl.load(offs_ptr + experts, mask=experts < E, other=0)  # [BLOCK_E]
@@ -27,13 +28,13 @@ def find_tile(offs_ptr, pid, S, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr)
     last = tl.cumsum(tiles, 0)
     e = tl.sum((last <= pid).to(tl.int32), 0)
     here = experts == e
-    start = tl.sum(tl.where(here, starts + (pid - last + tiles) * BLOCK_M, 0), 0)
-    return e, start, tl.sum(tl.where(here, ends, 0), 0)
+    offs_m = tl.sum(tl.where(here, starts + (pid - last + tiles) * BLOCK_M, 0), 0) + tl.arange(0, BLOCK_M)
+    return e, offs_m, offs_m < tl.sum(tl.where(here, ends, 0), 0)
 
 
 @triton.jit
 def find_rows(index_ptr, offs_m, mask_m):
-    """What index names for rows offs_m, or the rows themselves where there is no index, in int64."""
+    """index[offs_m], or offs_m where there is no index, in int64 [BLOCK_M]."""
     if index_ptr is None:
         rows = offs_m.to(tl.int64)
     else:
@@ -42,12 +43,12 @@ def find_rows(index_ptr, offs_m, mask_m):
 
 
 def most_tiles(S: int, E: int, block_m: int) -> int:
-    """Tiles that S rows of E experts and of none can fill: at most one of each of them is not full."""
+    """The most tiles that S rows of E experts and of none can take: each has at most one that is not full."""
     return cdiv(S, block_m) + min(E, S)
 
 
 def check_experts(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
-    """A weight is (E, n, r, D) and its scale, when there is one, is (E, n, D); both may have any strides."""
+    """Raise ValueError unless w is (E, n, r, D) and scale None or (E, n, D), of any strides."""
     if w.dim() != 4 or w.shape[3] != D or min(w.shape[:3]) < 1:
         raise ValueError(f"w has shape {tuple(w.shape)}, wanted (E, n, r, {D}) with E, n and r at least 1.")
     E, n, _, _ = w.shape
@@ -56,46 +57,30 @@ def check_experts(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
 
 
 def check_offsets(offs: torch.Tensor, E: int | None = None) -> int:
-    """The number of experts, one or more, that the offsets are of."""
-    wanted = (max(1, offs.numel()) if E is None else E,)
-    if offs.shape != wanted or offs.dtype != torch.int32 or not offs.is_contiguous():
-        raise ValueError(
-            f"offs has shape {tuple(offs.shape)} and dtype {offs.dtype}, wanted {wanted}, int32, contiguous."
-        )
-    return offs.numel()
+    """The number of experts, at least one. Raises ValueError unless offs is int32 (E,)."""
+    E = max(1, offs.numel()) if E is None else E
+    _check_vector("offs", offs, E, torch.int32)
+    return E
 
 
 def check_index(name: str, index: torch.Tensor | None, S: int) -> None:
-    """An index of rows, when there is one, is int64 (S,)."""
-    if index is not None and (index.shape != (S,) or index.dtype != torch.int64 or not index.is_contiguous()):
+    """Raise ValueError unless index is None or int64 (S,)."""
+    if index is not None:
+        _check_vector(name, index, S, torch.int64)
+
+
+def _check_vector(name: str, given: torch.Tensor, size: int, dtype: torch.dtype) -> None:
+    if given.shape != (size,) or given.dtype != dtype or not given.is_contiguous():
         raise ValueError(
-            f"{name} has shape {tuple(index.shape)} and dtype {index.dtype}, wanted {(S,)}, int64, contiguous."
+            f"{name} has shape {tuple(given.shape)} and dtype {given.dtype}, wanted {(size,)}, "
+            f"{str(dtype).removeprefix('torch.')}, contiguous."
         )
 
 
-def mask_arguments(bits: torch.Tensor | None, ids: torch.Tensor | None, S: int, D: int) -> dict:
-    """What a kernel is given of a mask, whose row ids[s] is that of row s: as many rows as there are in `bits`."""
+def grouped_mask(bits: torch.Tensor | None, p: float, ids: torch.Tensor | None, S: int, D: int) -> dict:
+    """The arguments for an optional mask, whose row ids[s], or without ids row s, is that of row s."""
     check_index("ids", ids, S)
-    rows = S if bits is None or ids is None or bits.dim() != 2 else bits.shape[0]
-    dropout = check_bits(bits, rows, D)
+    mask_rows = S if bits is None or ids is None or bits.dim() != 2 else bits.shape[0]
     return {
-        "ids_ptr": ids if dropout else None, "bits_ptr": bits, "mask_rows": rows,
-        "stride_bits": strides(bits, 2)[0], "DROPOUT": dropout,
+        **mask_arguments(bits, p, mask_rows, D), "ids_ptr": None if bits is None else ids, "mask_rows": mask_rows,
     }  # fmt: skip
-
-
-def weight_arguments(w: torch.Tensor | None, scale: torch.Tensor | None) -> dict:
-    """What a kernel is given of an optional weight and its scale."""
-    stride_we, stride_wi, stride_wj, stride_wd = strides(w, 4)
-    stride_se, stride_si, stride_sd = strides(scale, 3)
-    return {
-        "w_ptr": w, "scale_ptr": scale,
-        "stride_we": stride_we, "stride_wi": stride_wi, "stride_wj": stride_wj, "stride_wd": stride_wd,
-        "stride_se": stride_se, "stride_si": stride_si, "stride_sd": stride_sd, "HAS_SCALE": scale is not None,
-    }  # fmt: skip
-
-
-def as_one_branch(w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-    """Branches without a scale as one of rank n·r where their rows lie evenly apart, which takes no division."""
-    E, n, r, D = w.shape
-    return w.reshape(E, 1, n * r, D) if scale is None and w.stride(1) == r * w.stride(2) else w

@@ -1,13 +1,8 @@
 """reduce by experts: dÃ_e = dHᵀ x̂, and P = dyᵀ H with dB = c·s ⊙ P, ds = c·rowsum(B ⊙ P), over each expert's rows.
 
-    P[e, d, c] = Σ_{s of e} z[s, d] · h[s, c]        z = x̂, gathered by row, or dy
-
 One program sums all rows of one expert for BLOCK_D features and has P in registers then: the gradients are written from
 them, with no parts, no second pass and no atomics. A rank larger than its configuration holds runs in chunks, one after
 the other in the same program. An expert without rows gets zeros.
-
-Bytes: z read once a row and chunk, h ⌈D/BLOCK_D⌉ times, which L2 serves; B and s read once, the gradients written. Of a
-mask S·⌈D/32⌉·4 more.
 """
 
 import torch
@@ -15,53 +10,43 @@ import triton
 import triton.language as tl
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
-from .dropout import drop_threshold, keep_inverse, keep_tile
-from .grouped import check_experts, check_index, check_offsets, find_rows, mask_arguments, weight_arguments
-from .launch import TL_DTYPES, dot_dtype, launch, launch_options, sum_dtype
-from .reduce import check_branches, check_pair
+from .dropout import keep_inverse
+from .grouped import check_experts, check_index, check_offsets, find_rows, grouped_mask
+from .launch import launch, sum_dtype, tile_arguments
+from .pack import weight_arguments
+from .reduce import check_branches, check_pair, input_tile
+from .tiles import dot, head_tile
 
 
 @triton.jit
 def gradient_tile(
-    acc,  # (BLOCK_D, BLOCK_R), P
-    w_ptr,
-    scale_ptr,
-    dw_ptr,
-    ds_ptr,
-    carry,  # (BLOCK_D,), what earlier tiles gave to ds of the branch of column start_c
-    start_c,
-    offs_d,
-    D,
-    stride_wi,
-    stride_wj,
-    stride_wd,
-    stride_si,
-    stride_sd,
-    scaling: tl.constexpr,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    LORA_B: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Columns from start_c on of one expert's gradient: dA (R, D), or where LORA_B dB (n, D, r) and ds (n, D), of which
-    a branch is stored once its last column is there. Returns the carry of the next tile."""
+    acc,  # P [BLOCK_D, BLOCK_R]
+    carry,  # [BLOCK_D], what earlier tiles gave to ds of the branch of column start_c
+    dw_ptr, ds_ptr,
+    weight,  # as weight_tile takes it, but w None for lora_A
+    start_c, offs_d, D,
+    scaling: tl.constexpr, r: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Stores columns from start_c on of one expert's gradient: dB [n, D, r] and ds [n, D], or for lora_A dA [R, D].
+
+    A branch of ds is stored once its last column is there. Returns the carry of the next tile.
+    """
+    w_ptr, stride_wi, stride_wj, stride_wd, scale_ptr, stride_si, stride_sd = weight
     offs_c = start_c + tl.arange(0, BLOCK_R)
     mask_d, wide_d = offs_d < D, offs_d.to(tl.int64)
     mask = mask_d[:, None] & (offs_c < R)[None, :]
     i, j = (offs_c // r).to(tl.int64)[None, :], (offs_c % r).to(tl.int64)[None, :]
-    if LORA_B:
+    if w_ptr is not None:
         w_ptrs = w_ptr + i * stride_wi + j * stride_wj + wide_d[:, None] * stride_wd
-        product = tl.load(w_ptrs, mask=mask, other=0.0).to(ACC) * acc  # [BLOCK_D, BLOCK_R]
+        product = tl.load(w_ptrs, mask=mask, other=0.0).to(acc.dtype) * acc  # [BLOCK_D, BLOCK_R]
         for b in range(start_c // r, tl.cdiv(min(start_c + BLOCK_R, R), r)):
             ds = tl.sum(tl.where(i == b, product, 0.0), axis=1)
             carry = tl.where(b * r < start_c, ds + carry, ds)
             tl.store(ds_ptr + b * D + wide_d, scaling * carry, mask=mask_d & ((b + 1) * r <= start_c + BLOCK_R))
-        factor = tl.full((1, 1), scaling, ACC)
-        if HAS_SCALE:
+        factor = tl.full((1, 1), scaling, acc.dtype)
+        if scale_ptr is not None:
             s_ptrs = scale_ptr + i * stride_si + wide_d[:, None] * stride_sd
-            factor = scaling * tl.load(s_ptrs, mask=mask, other=0.0).to(ACC)  # [BLOCK_D, BLOCK_R]
+            factor = scaling * tl.load(s_ptrs, mask=mask, other=0.0).to(acc.dtype)  # [BLOCK_D, BLOCK_R]
         acc *= factor
         dw_ptrs = dw_ptr + (i * D + wide_d[:, None]) * r + j
     else:
@@ -72,108 +57,85 @@ def gradient_tile(
 
 @triton.jit(do_not_specialize=["mask_rows", "threshold"])
 def grouped_reduce_kernel(
-    z_ptr,  # (T, D)
-    h_ptr,  # (S, R)
-    w_ptr,  # lora_B as (E, n, r, D), any strides, or None where the gradient is lora_A's
-    scale_ptr,  # (E, n, D), any strides, or None
-    dw_ptr,  # (E, n, D, r), or (E, n, r, D) for lora_A
-    ds_ptr,  # (E, n, D), or None for lora_A
-    offs_ptr,  # (E,)
-    index_ptr,  # (S,), or None where T is S
-    ids_ptr,  # (S,), or None where row s of the mask is that of row s
-    bits_ptr,  # (mask_rows, ⌈D/32⌉) or None
-    D,
+    z_ptr, stride_zm,  # z [T, D], which is x or dy
+    h_ptr, stride_hm,  # H or dH [S, R]
+    w_ptr, stride_we, stride_wi, stride_wj, stride_wd,  # lora_B as w [E, n, r, D], or None for the gradient of lora_A
+    scale_ptr, stride_se, stride_si, stride_sd,  # scale [E, n, D], or None
+    dw_ptr,  # dB [E, n, D, r], or dA [E, n, r, D]
+    ds_ptr,  # ds [E, n, D], or None for lora_A
+    offs_ptr,  # ends of the experts' rows [E]
+    index_ptr,  # rows of z [S], or None where T is S
+    ids_ptr,  # rows of the mask [S], or None where they are 0 to S
+    bits_ptr, stride_bits,  # mask [mask_rows, ⌈D/32⌉], or None
     mask_rows,
-    threshold,
-    stride_zm,
-    stride_hm,
-    stride_we,
-    stride_wi,
-    stride_wj,
-    stride_wd,
-    stride_se,
-    stride_si,
-    stride_sd,
-    stride_bits,
-    scaling: tl.constexpr,
-    n: tl.constexpr,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    LORA_B: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
+    threshold,  # 65536·p
+    D,  # features
+    scaling: tl.constexpr,  # the constant factor c
+    n: tl.constexpr,  # branches
+    r: tl.constexpr,  # rank of a branch
+    R: tl.constexpr,  # n·r
+    DOT: tl.constexpr,  # dtype of the factors
+    ACC: tl.constexpr,  # dtype of the sums
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_R2: tl.constexpr,  # a second tile of the rank, or 0
-):
+):  # fmt: skip
+    """P[e, d, c] = Σ_{s of e} ẑ[index[s], d] · h[s, c],  dA = Pᵀ, or dB = c·s ⊙ P and ds = c·rowsum(B ⊙ P)
+
+    Bytes: z read once a row and chunk, h ⌈D/BLOCK_D⌉ times, which L2 serves; B and s read once, the gradients written.
+    A mask adds S·⌈D/32⌉·4.
+    """
+    mask = (bits_ptr, stride_bits, mask_rows, threshold)
     e = tl.program_id(1)
     start_m = tl.load(offs_ptr + e - 1, mask=e > 0, other=0)
     end_m = tl.load(offs_ptr + e)
     start_d = tl.program_id(0) * BLOCK_D
     offs_d = start_d + tl.arange(0, BLOCK_D)
-    mask_d = (offs_d < D)[:, None]
     wide_e = e.to(tl.int64)
     dw_ptr += wide_e * R * D
-    if LORA_B:
+    if w_ptr is not None:
         w_ptr += wide_e * stride_we
         ds_ptr += wide_e * n * D
-    if HAS_SCALE:
+    if scale_ptr is not None:
         scale_ptr += wide_e * stride_se
+    weight = (w_ptr, stride_wi, stride_wj, stride_wd, scale_ptr, stride_si, stride_sd)
     carry = tl.zeros((BLOCK_D,), ACC)
     for start_c in range(0, R, BLOCK_R + BLOCK_R2):
         offs_c = start_c + tl.arange(0, BLOCK_R)
-        mask_c = (offs_c < R)[None, :]
         acc = tl.zeros((BLOCK_D, BLOCK_R), ACC)
         if BLOCK_R2 > 0:
             offs_c2 = start_c + BLOCK_R + tl.arange(0, BLOCK_R2)
-            mask_c2 = (offs_c2 < R)[None, :]
             acc2 = tl.zeros((BLOCK_D, BLOCK_R2), ACC)
         for tile_m in range(start_m, end_m, BLOCK_M):
             offs_m = tile_m + tl.arange(0, BLOCK_M)
             mask_m = offs_m < end_m
             z_ptrs = z_ptr + offs_d[:, None] + find_rows(index_ptr, offs_m, mask_m)[None, :] * stride_zm
-            z = tl.load(z_ptrs, mask=mask_d & mask_m[None, :], other=0.0).to(DOT)  # [BLOCK_D, BLOCK_M]
-            if DROPOUT:
-                mask_m_rows = find_rows(ids_ptr, offs_m, mask_m)
-                keep = keep_tile(bits_ptr, mask_m_rows, start_d, mask_rows, stride_bits, BLOCK_M, BLOCK_D)
-                z = tl.where(tl.trans(keep), z, 0.0).to(DOT)  # [BLOCK_D, BLOCK_M]
             h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
-            h = tl.load(h_ptrs + offs_c[None, :], mask=mask_m[:, None] & mask_c, other=0.0).to(DOT)
-            acc = tl.dot(z, h, acc, input_precision="ieee", out_dtype=ACC)
+            z = input_tile(z_ptrs, offs_d < D, mask_m, mask, find_rows(ids_ptr, offs_m, mask_m), start_d, DOT)
+            acc = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c, R, DOT), acc)
             if BLOCK_R2 > 0:
-                h2 = tl.load(h_ptrs + offs_c2[None, :], mask=mask_m[:, None] & mask_c2, other=0.0).to(DOT)
-                acc2 = tl.dot(z, h2, acc2, input_precision="ieee", out_dtype=ACC)
-        if DROPOUT:
-            acc *= keep_inverse(threshold, ACC)
-        carry = gradient_tile(
-            acc, w_ptr, scale_ptr, dw_ptr, ds_ptr, carry, start_c, offs_d, D,
-            stride_wi, stride_wj, stride_wd, stride_si, stride_sd, scaling, r, R, HAS_SCALE, LORA_B, ACC, BLOCK_R,
-        )  # fmt: skip
+                acc2 = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c2, R, DOT), acc2)
+        inverse = keep_inverse(mask, ACC)
+        carry = gradient_tile(acc * inverse, carry, dw_ptr, ds_ptr, weight, start_c, offs_d, D, scaling, r, R, BLOCK_R)
         if BLOCK_R2 > 0:
-            if DROPOUT:
-                acc2 *= keep_inverse(threshold, ACC)
             carry = gradient_tile(
-                acc2, w_ptr, scale_ptr, dw_ptr, ds_ptr, carry, start_c + BLOCK_R, offs_d, D,
-                stride_wi, stride_wj, stride_wd, stride_si, stride_sd, scaling, r, R, HAS_SCALE, LORA_B, ACC, BLOCK_R2,
-            )  # fmt: skip
+                acc2 * inverse, carry, dw_ptr, ds_ptr, weight, start_c + BLOCK_R, offs_d, D, scaling, r, R, BLOCK_R2
+            )
 
 
-def _sum_rows(h, z, w, scale, scaling, dw, ds, offs, n, index, mask, p, config):
+def _sum_rows(h, z, w, scale, scaling, dw, ds, offs, n, index, mask, config) -> None:
     """The gradients into dw and ds; w and ds are None where it is lora_A's."""
+    if dw.numel() == 0 or dw.is_meta:
+        return
     R, D, E = h.shape[1], z.shape[1], offs.numel()
-    arch, _ = device_of(z)
-    config = config or pick("grouped_reduce", h.shape[0] // E, R, z.dtype, arch, dropout=mask["DROPOUT"])
-    block_r, block_r2 = rank_tiles(R, config)
+    arch, dropout = device_of(z)[0], mask["bits_ptr"] is not None
+    config = config or pick("grouped_reduce", h.shape[0] // E, R, z.dtype, arch, dropout=dropout)
     launch(
         z, grouped_reduce_kernel, (cdiv(D, config.BLOCK_D), E),
-        z_ptr=z, h_ptr=h, dw_ptr=dw, ds_ptr=ds, offs_ptr=offs, index_ptr=index, D=D, threshold=drop_threshold(p),
-        stride_zm=z.stride(0), stride_hm=h.stride(0), **weight_arguments(w, scale), **mask,
-        scaling=float(scaling), n=n, r=R // n, R=R, LORA_B=w is not None,
-        DOT=dot_dtype(z.dtype), ACC=TL_DTYPES[sum_dtype(z.dtype)], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
-        BLOCK_R=block_r, BLOCK_R2=block_r2, **launch_options(config),
+        z_ptr=z, stride_zm=z.stride(0), h_ptr=h, stride_hm=h.stride(0), **weight_arguments(w, scale, 4), dw_ptr=dw,
+        ds_ptr=ds, offs_ptr=offs, index_ptr=index, **mask, D=D, scaling=float(scaling), n=n, r=R // n, R=R,
+        **tile_arguments(z.dtype, config, rank_tiles(R, config)),
     )  # fmt: skip
 
 
@@ -199,11 +161,9 @@ def grouped_reduce(
     (S, R), D = h.shape, x.shape[1]
     check_branches(n, R)
     check_index("index", index, S)
-    mask, E = mask_arguments(bits, ids, S, D), check_offsets(offs)
-    drop_threshold(p)
+    mask, E = grouped_mask(bits, p, ids, S, D), check_offsets(offs)
     da = torch.empty((E, n, R // n, D), dtype=dtype, device=x.device)
-    if da.numel() > 0 and not da.is_meta:
-        _sum_rows(h, x, None, None, 1.0, da, None, offs, n, index, mask, p, config)
+    _sum_rows(h, x, None, None, 1.0, da, None, offs, n, index, mask, config)
     return da
 
 
@@ -228,7 +188,5 @@ def grouped_reduce_scaled(
     check_offsets(offs, E)
     db = torch.empty((E, n, N, r), dtype=w.dtype, device=dy.device)
     ds = torch.empty((E, n, N), dtype=sum_dtype(dy.dtype), device=dy.device)
-    if db.numel() > 0 and not db.is_meta:
-        mask = mask_arguments(None, None, *dy.shape)
-        _sum_rows(h, dy, w, scale, scaling, db, ds, offs, n, None, mask, 0.0, config)
+    _sum_rows(h, dy, w, scale, scaling, db, ds, offs, n, None, grouped_mask(None, 0.0, None, *dy.shape), config)
     return db, ds

@@ -1,12 +1,7 @@
 """shrink by experts: H = x̂ Ã_eᵀ forward, dH = dy B̃_e backward, for S rows sorted by expert.
 
-    H[s, i·r + j] = Σ_d x̂[index[s], d] · scaling · scale[e, i, d] · w[e, i, j, d]        e the expert of row s
-
 One program owns a tile of one expert's rows and as many of the R columns as its configuration holds. It gathers x by
 row, so no sorted copy is made, and scales the weight on the tile, so none is packed. Rows of no expert get zeros.
-
-Bytes: x read once a row, H written; the weight and scale of an expert read once by each of its tiles, which L2 serves.
-Of a mask S·⌈D/32⌉·4 more.
 """
 
 import torch
@@ -14,105 +9,58 @@ import triton
 import triton.language as tl
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
-from .dropout import drop_threshold, keep_inverse, keep_tile
-from .grouped import (
-    as_one_branch,
-    check_experts,
-    check_index,
-    check_offsets,
-    find_rows,
-    find_tile,
-    mask_arguments,
-    most_tiles,
-    weight_arguments,
-)
-from .launch import TL_DTYPES, dot_dtype, launch, launch_options, rows, sum_dtype
-from .pack import weight_tile
+from .grouped import check_experts, check_index, check_offsets, find_rows, find_tile, grouped_mask, most_tiles
+from .launch import launch, rows, tile_arguments
+from .pack import prepare_weight
+from .shrink import shrink_tile
 
 
 @triton.jit(do_not_specialize=["S", "E", "mask_rows", "threshold"])
 def grouped_shrink_kernel(
-    x_ptr,  # (T, D)
-    w_ptr,  # (E, n, r, D), any strides
-    scale_ptr,  # (E, n, D), any strides, or None
-    out_ptr,  # (S, R)
-    offs_ptr,  # (E,)
-    index_ptr,  # (S,), or None where T is S
-    ids_ptr,  # (S,), or None where row s of the mask is that of row s
-    bits_ptr,  # (mask_rows, ⌈D/32⌉) or None
-    S,
-    E,
-    D,
+    x_ptr, stride_xm,  # x [T, D]
+    w_ptr, stride_we, stride_wi, stride_wj, stride_wd,  # w [E, n, r, D]
+    scale_ptr, stride_se, stride_si, stride_sd,  # scale [E, n, D], or None
+    out_ptr,  # H [S, R]
+    offs_ptr,  # ends of the experts' rows [E]
+    index_ptr,  # rows of x [S], or None where T is S
+    ids_ptr,  # rows of the mask [S], or None where they are 0 to S
+    bits_ptr, stride_bits,  # mask [mask_rows, ⌈D/32⌉], or None
     mask_rows,
-    threshold,
-    stride_xm,
-    stride_we,
-    stride_wi,
-    stride_wj,
-    stride_wd,
-    stride_se,
-    stride_si,
-    stride_sd,
-    stride_bits,
-    scaling: tl.constexpr,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
+    threshold,  # 65536·p
+    S,  # rows
+    E,  # experts
+    D,  # features
+    scaling: tl.constexpr,  # the constant factor c
+    r: tl.constexpr,  # rank of a branch
+    R: tl.constexpr,  # n·r
+    DOT: tl.constexpr,  # dtype of the factors
+    ACC: tl.constexpr,  # dtype of the sums
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_R2: tl.constexpr,  # a second tile of the rank, or 0
-    BLOCK_E: tl.constexpr,
-):
+    BLOCK_E: tl.constexpr,  # more than E
+):  # fmt: skip
+    """H[s, i·r + j] = Σ_d x̂[index[s], d] · scaling · scale[e, i, d] · w[e, i, j, d],  e the expert of row s
+
+    Bytes: x read once a row, H written once; w and scale of an expert read once by each of its tiles, which L2 serves.
+    A mask adds S·⌈D/32⌉·4.
+    """
     chunks: tl.constexpr = (R + BLOCK_R + BLOCK_R2 - 1) // (BLOCK_R + BLOCK_R2)
     pid = tl.program_id(0)
-    e, start_m, end_m = find_tile(offs_ptr, pid // chunks, S, E, BLOCK_M, BLOCK_E)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < end_m
-    start_c = (pid % chunks) * (BLOCK_R + BLOCK_R2)
-    offs_c = start_c + tl.arange(0, BLOCK_R)
-    x_ptrs = x_ptr + find_rows(index_ptr, offs_m, mask_m)[:, None] * stride_xm
+    e, offs_m, mask_m = find_tile(offs_ptr, pid // chunks, S, E, BLOCK_M, BLOCK_E)
     w_ptr += e.to(tl.int64) * stride_we
-    if HAS_SCALE:
+    if scale_ptr is not None:
         scale_ptr += e.to(tl.int64) * stride_se
-    if DROPOUT:
-        mask_m_rows = find_rows(ids_ptr, offs_m, mask_m)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), ACC)
-    if BLOCK_R2 > 0:
-        offs_c2 = start_c + BLOCK_R + tl.arange(0, BLOCK_R2)
-        acc2 = tl.zeros((BLOCK_M, BLOCK_R2), ACC)
-    for start_d in range(0, tl.where(e < E, D, 0), BLOCK_D):
-        offs_d = start_d + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptrs + offs_d[None, :], mask=mask_m[:, None] & (offs_d < D)[None, :], other=0.0).to(DOT)
-        if DROPOUT:
-            keep = keep_tile(bits_ptr, mask_m_rows, start_d, mask_rows, stride_bits, BLOCK_M, BLOCK_D)
-            x = tl.where(keep, x, 0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
-        w = weight_tile(
-            w_ptr, scale_ptr, offs_c, offs_d, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-            scaling, r, R, HAS_SCALE, DOT, ACC,
-        )  # fmt: skip  # [BLOCK_R, BLOCK_D]
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee", out_dtype=ACC)
-        if BLOCK_R2 > 0:
-            w2 = weight_tile(
-                w_ptr, scale_ptr, offs_c2, offs_d, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-                scaling, r, R, HAS_SCALE, DOT, ACC,
-            )  # fmt: skip  # [BLOCK_R2, BLOCK_D]
-            acc2 = tl.dot(x, tl.trans(w2), acc2, input_precision="ieee", out_dtype=ACC)
-    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * R
-    if DROPOUT:
-        acc *= keep_inverse(threshold, ACC)
-    tl.store(out_ptrs + offs_c[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & (offs_c < R)[None, :])
-    if BLOCK_R2 > 0:
-        if DROPOUT:
-            acc2 *= keep_inverse(threshold, ACC)
-        tl.store(
-            out_ptrs + offs_c2[None, :],
-            acc2.to(out_ptr.dtype.element_ty),
-            mask=mask_m[:, None] & (offs_c2 < R)[None, :],
-        )
+    shrink_tile(
+        x_ptr + find_rows(index_ptr, offs_m, mask_m)[:, None] * stride_xm,
+        out_ptr + offs_m.to(tl.int64)[:, None] * R,
+        mask_m[:, None],
+        (bits_ptr, stride_bits, mask_rows, threshold), find_rows(ids_ptr, offs_m, mask_m),
+        (w_ptr, stride_wi, stride_wj, stride_wd, scale_ptr, stride_si, stride_sd),
+        (pid % chunks) * (BLOCK_R + BLOCK_R2), 0, tl.where(e < E, D, 0), D,
+        scaling, r, R, DOT, ACC, BLOCK_M, BLOCK_D, BLOCK_R, BLOCK_R2,
+    )  # fmt: skip
 
 
 def grouped_shrink(
@@ -135,24 +83,21 @@ def grouped_shrink(
     that do not agree or p outside [0, 1).
     """
     x = rows("x", x)
-    D = x.shape[1]
-    S = x.shape[0] if index is None else index.numel()
+    S, D = x.shape[0] if index is None else index.numel(), x.shape[1]
     check_experts(w, scale, D)
     E = check_offsets(offs, w.shape[0])
     check_index("index", index, S)
-    mask, threshold = mask_arguments(bits, ids, S, D), drop_threshold(p)
+    mask = grouped_mask(bits, p, ids, S, D)
     R = w.shape[1] * w.shape[2]
-    w = as_one_branch(w, scale)
     out = torch.empty((S, R), dtype=x.dtype, device=x.device)
     if out.numel() == 0 or out.is_meta:
         return out
-    config = config or pick("grouped_shrink", S // E, R, x.dtype, device_of(x)[0], dropout=mask["DROPOUT"])
-    block_r, block_r2 = rank_tiles(R, config)
+    config = config or pick("grouped_shrink", S // E, R, x.dtype, device_of(x)[0], dropout=bits is not None)
+    blocks = rank_tiles(R, config)
     launch(
-        x, grouped_shrink_kernel, (most_tiles(S, E, config.BLOCK_M) * cdiv(R, block_r + block_r2), 1),
-        x_ptr=x, out_ptr=out, offs_ptr=offs, index_ptr=index, S=S, E=E, D=D, threshold=threshold, stride_xm=x.stride(0),
-        **weight_arguments(w, scale), **mask, r=w.shape[2], R=R, scaling=float(scaling),
-        DOT=dot_dtype(x.dtype), ACC=TL_DTYPES[sum_dtype(x.dtype)], BLOCK_M=config.BLOCK_M, BLOCK_D=config.BLOCK_D,
-        BLOCK_R=block_r, BLOCK_R2=block_r2, BLOCK_E=triton.next_power_of_2(E + 1), **launch_options(config),
+        x, grouped_shrink_kernel, (most_tiles(S, E, config.BLOCK_M) * cdiv(R, sum(blocks)), 1),
+        x_ptr=x, stride_xm=x.stride(0), **prepare_weight(w, scale, scaling, x.dtype), out_ptr=out, offs_ptr=offs,
+        index_ptr=index, **mask, S=S, E=E, D=D, **tile_arguments(x.dtype, config, blocks),
+        BLOCK_E=triton.next_power_of_2(E + 1),
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Shared by all launchers: the cached launch, input layout and the dtypes of a tile."""
+"""Shared by all launchers: cached launches, checks of inputs, and the arguments of a tile."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ TL_DTYPES = {
 
 
 class Launch(NamedTuple):
-    """A kernel as it was launched: what was compiled, its blocks, and its arguments in order."""
+    """A launch of a compiled kernel: its grid and its arguments in order."""
 
     compiled: Any
     grid: tuple[int, int]
@@ -32,7 +32,7 @@ class Launch(NamedTuple):
 
 
 class Product(NamedTuple):
-    """A product of the library: out += a b."""
+    """A product by torch: out += a b."""
 
     out: torch.Tensor
     a: torch.Tensor
@@ -48,9 +48,9 @@ _recording = _Recording()
 
 
 def launch(x: torch.Tensor, kernel, grid: tuple[int, int], **arguments) -> None:
-    """`kernel[grid](**arguments)` on the device of `x`; `arguments` are all of the kernel's and its options.
+    """`kernel[grid](**arguments)` on the device of `x`, with all arguments of the kernel and its options.
 
-    Cache compiled kernels by everything Triton specializes on. Triton's own lookup takes longer on the host than most
+    Caches compiled kernels by everything Triton specializes on. Triton's own lookup takes longer on the host than most
     of these kernels run.
     """
     if not on_gpu(x) or not is_jitted(kernel):
@@ -70,7 +70,7 @@ def launch(x: torch.Tensor, kernel, grid: tuple[int, int], **arguments) -> None:
 
 
 def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """out (M, N) += a (M, K) b (K, N), by the library's product."""
+    """out (M, N) += a (M, K) b (K, N), by torch."""
     with nullcontext() if _recording.steps is None else _disable_current_modes():
         out.addmm_(a, b)
     if _recording.steps is not None:
@@ -90,7 +90,7 @@ def recording() -> Iterator[list[Launch | Product]]:
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
-    """Exclude what runs inside from a recording."""
+    """Exclude what runs inside from a recording, as the self-check of kernels."""
     outer, _recording.steps = _recording.steps, None
     try:
         with _disable_current_modes():
@@ -144,14 +144,14 @@ def _compiled_in(value: torch.Tensor | TensorDescriptor | int | None) -> tuple |
 
 
 def rows(name: str, x: torch.Tensor) -> torch.Tensor:
-    """`x` (M, D) as the kernels read it, copied only when its last dimension is not contiguous."""
+    """`x` (M, D), copied only if its last dimension is not contiguous."""
     if x.dim() != 2 or x.dtype not in TL_DTYPES:
         raise ValueError(f"{name} has shape {tuple(x.shape)} and dtype {x.dtype}, wanted a 2-D floating-point tensor.")
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def check_written(name: str, y: torch.Tensor) -> None:
-    """What a kernel writes into is 2-D with a contiguous last dimension."""
+    """Raise ValueError unless a kernel can write into y: 2-D with a contiguous last dimension."""
     if y.dim() != 2 or y.dtype not in TL_DTYPES or (y.stride(1) != 1 and y.shape[1] > 1):
         raise ValueError(
             f"{name} has shape {tuple(y.shape)}, strides {y.stride()}, wanted 2-D with a contiguous last dimension."
@@ -159,11 +159,24 @@ def check_written(name: str, y: torch.Tensor) -> None:
 
 
 def check_weight(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
-    """A weight is (n, r, D) and its scale, when there is one, is (n, D); both may have any strides."""
+    """Raise ValueError unless w is (n, r, D) and scale None or (n, D), of any strides."""
     if w.dim() != 3 or w.shape[2] != D or w.shape[0] < 1 or w.shape[1] < 1:
         raise ValueError(f"w has shape {tuple(w.shape)}, wanted (n, r, {D}) with n and r at least 1.")
     if scale is not None and scale.shape != (w.shape[0], D):
         raise ValueError(f"scale has shape {tuple(scale.shape)}, wanted {(w.shape[0], D)}.")
+
+
+@cache
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The dtype of a product's factors: the tensor's, but float32 for bfloat16 in the interpreter, which lacks it."""
+    if dtype == torch.bfloat16 and knobs.runtime.interpret:
+        return tl.float32
+    return TL_DTYPES[dtype]
+
+
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of every sum over tokens, features or ranks."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @cache
@@ -178,19 +191,9 @@ def small_options() -> dict[str, int]:
     return {"num_warps": 4} if torch.version.hip else {"num_warps": 4, "maxnreg": 255}
 
 
-def strides(x: torch.Tensor | None, dims: int) -> tuple[int, ...]:
-    """The strides of an optional tensor, zeros where there is none."""
-    return (0,) * dims if x is None else x.stride()
-
-
-@cache
-def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """The type of the factors of a tile's product: the tensor's own, but the interpreter cannot multiply bfloat16."""
-    if dtype == torch.bfloat16 and knobs.runtime.interpret:
-        return tl.float32
-    return TL_DTYPES[dtype]
-
-
-def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of every sum over tokens, features or ranks."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def tile_arguments(dtype: torch.dtype, config: KernelConfig, blocks: tuple[int, int]) -> dict:
+    """The dtypes, the tile and the options of a kernel on `dtype`; `blocks` are the tiles of its rank."""
+    return {
+        "DOT": dot_dtype(dtype), "ACC": TL_DTYPES[sum_dtype(dtype)], "BLOCK_M": config.BLOCK_M,
+        "BLOCK_D": config.BLOCK_D, "BLOCK_R": blocks[0], "BLOCK_R2": blocks[1], **launch_options(config),
+    }  # fmt: skip

@@ -1,7 +1,7 @@
-"""The base product and the branches on it: y = x Wᵀ + b + H B̃ᵀ forward, dx = dy W + mask/(1−p) ⊙ (dH Ã) backward.
+"""The base product plus the branches: y = x Wᵀ + b + H B̃ᵀ forward, dx = dy W + mask/(1−p) ⊙ (dH Ã) backward.
 
-One kernel for both where the table says that it is faster, else expand writes and the library's product adds to it,
-which leaves the frozen layer's bits where expand writes zeros.
+The joint kernel computes both where PRODUCT_WINS calls it faster. Elsewhere expand writes and torch's product adds to
+it, which leaves the frozen layer's bits where expand writes zeros.
 """
 
 import torch
@@ -29,8 +29,8 @@ def linear(
     transposed: bool,
     exact: bool = False,
 ) -> None:
-    """Writes y (M, N) = x Wᵀ (`transposed`, weight (N, K)) or x W (weight (K, N)), plus bias (N,) and what `expand`
-    makes of h, w, scale, scaling, bits and p. With `exact` the base product is the library's."""
+    """Writes y (M, N) = x Wᵀ (`transposed`, weight (N, K)) or x W (weight (K, N)), plus bias (N,) and the branches that
+    `expand` adds for h, w, scale, scaling, bits and p. With `exact` the base product is torch's."""
     config = _config(y, x, weight, h.shape[1], transposed, exact)
     if config is not None and describable(h):
         product(x, weight, bias, h, w, scale, scaling, bits, p, transposed=transposed, out=y, config=config)
@@ -55,10 +55,10 @@ def layer(
 ) -> torch.Tensor:
     """A whole forward: writes y (M, N) = x Wᵀ + bias + H B̃ᵀ from a (n, r, K) and b (n, r, N), and returns H (M, n·r).
 
-    What the joint kernel reads of B̃ is packed in the launch that makes H.
+    The launch of shrink also packs B̃ for the joint kernel.
     """
     n, r, N = b.shape
-    if _config(y, x, weight, n * r, True, exact) is None or y.numel() == 0:
+    if _config(y, x, weight, n * r, True, exact) is None:
         H = shrink(x, a, bits=bits, p=p)
         linear(y, x, weight, bias, H, b, scale, scaling, transposed=True, exact=exact)
         return H
@@ -69,8 +69,8 @@ def layer(
 
 
 def _config(y, x, weight, R: int, transposed: bool, exact: bool) -> KernelConfig | None:
-    """The joint kernel's tile where it is to run."""
+    """The joint kernel's tile, None where it does not run."""
     (M, N), K, (arch, _) = y.shape, x.shape[1], device_of(x)
     layer = ("forward", M, K, N) if transposed else ("backward", M, N, K)
     config = None if exact else product_config(*layer, R, x.dtype, arch)
-    return config if config is not None and y.numel() > 0 and serves(x, weight, None, y) else None
+    return config if config is not None and serves(x, weight, None, y) else None

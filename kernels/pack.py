@@ -1,9 +1,4 @@
-"""B̃ᵀ once per call: c·s⊙w of every branch, stacked as (R, D) in the dtype of the product.
-
-    out[i·r + j, d] = scaling · scale[i, d] · w[i, j, d]
-
-Bytes: w and scale read once, R·D written. The product is taken in float32 and rounded once.
-"""
+"""The scaled weight c·s⊙w as the other kernels read it: scaled on the tile, or packed once per call."""
 
 from typing import NamedTuple
 
@@ -12,75 +7,72 @@ import triton
 import triton.language as tl
 
 from .configs import cdiv
-from .launch import TL_DTYPES, check_weight, launch, small_options, strides, sum_dtype
+from .launch import TL_DTYPES, check_weight, launch, small_options, sum_dtype
+from .tiles import weight_tile
 
-BLOCK_R, BLOCK_D = 32, 128
+PACK_R, PACK_D = tl.constexpr(32), tl.constexpr(128)
+WEIGHT_STRIDES = ("stride_we", "stride_wi", "stride_wj", "stride_wd")
+SCALE_STRIDES = ("stride_se", "stride_si", "stride_sd")
 
 
 @triton.jit
-def weight_tile(
-    w_ptr,  # (n, r, D), any strides
-    scale_ptr,  # (n, D), any strides, or None
-    offs_c,  # columns of H: row c mod r of branch c // r
-    offs_d,
-    D,
-    stride_wi,
-    stride_wj,
-    stride_wd,
-    stride_si,
-    stride_sd,
-    scaling: tl.constexpr,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """scaling·scale⊙w (BLOCK_R, BLOCK_D) in DOT, multiplied in ACC before the cast."""
-    i, j, wide_d = (offs_c // r).to(tl.int64)[:, None], (offs_c % r).to(tl.int64)[:, None], offs_d.to(tl.int64)[None, :]
-    mask = (offs_c < R)[:, None] & (offs_d < D)[None, :]
-    w = tl.load(w_ptr + (i * stride_wi + j * stride_wj) + wide_d * stride_wd, mask=mask, other=0.0)
-    if HAS_SCALE:
-        s = tl.load(scale_ptr + i * stride_si + wide_d * stride_sd, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_D]
-        w = w.to(ACC) * (scaling * s.to(ACC))
-    elif scaling != 1.0:
-        w = w.to(ACC) * scaling
-    return w.to(DOT)
+def pack_tile(
+    weight, out_ptr, stride_or, stride_od, pid, D,
+    scaling: tl.constexpr, r: tl.constexpr, R: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    num_d = tl.cdiv(D, PACK_D)
+    offs_c = (pid // num_d) * PACK_R + tl.arange(0, PACK_R)
+    offs_d = (pid % num_d) * PACK_D + tl.arange(0, PACK_D)
+    w = weight_tile(weight, offs_c, offs_d, D, scaling, r, R, DOT, ACC)  # [PACK_R, PACK_D]
+    out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * stride_or + offs_d.to(tl.int64)[None, :] * stride_od
+    tl.store(out_ptrs, w, mask=(offs_c < R)[:, None] & (offs_d < D)[None, :])
 
 
 @triton.jit
 def pack_kernel(
-    w_ptr,  # (n, r, D), any strides
-    scale_ptr,  # (n, D), any strides, or None
-    out_ptr,  # (R, D), any strides
-    first,  # program, of those that pack
-    D,
-    stride_wi,
-    stride_wj,
-    stride_wd,
-    stride_si,
-    stride_sd,
-    stride_or,
-    stride_od,
-    scaling: tl.constexpr,
-    r: tl.constexpr,
-    R: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    pid = tl.program_id(0) - first
-    num_d = tl.cdiv(D, BLOCK_D)
-    offs_c = (pid // num_d) * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_d = (pid % num_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    w = weight_tile(
-        w_ptr, scale_ptr, offs_c, offs_d, D, stride_wi, stride_wj, stride_wd, stride_si, stride_sd,
-        scaling, r, R, HAS_SCALE, DOT, ACC,
-    )  # fmt: skip
-    out_ptrs = out_ptr + offs_c.to(tl.int64)[:, None] * stride_or + offs_d.to(tl.int64)[None, :] * stride_od
-    tl.store(out_ptrs, w, mask=(offs_c < R)[:, None] & (offs_d < D)[None, :])
+    w_ptr, stride_wi, stride_wj, stride_wd,  # w [n, r, D]
+    scale_ptr, stride_si, stride_sd,  # scale [n, D], or None
+    out_ptr, stride_or, stride_od,  # out [R, D]
+    D,  # features
+    scaling: tl.constexpr,  # the constant factor c
+    r: tl.constexpr,  # rank of a branch
+    R: tl.constexpr,  # n·r
+    DOT: tl.constexpr,  # the dtype of out
+    ACC: tl.constexpr,  # the dtype that c·s⊙w is multiplied in
+):  # fmt: skip
+    """out[i·r + j, d] = scaling · scale[i, d] · w[i, j, d], rounded once.
+
+    Bytes: w and scale read once, R·D elements written.
+    """
+    weight = (w_ptr, stride_wi, stride_wj, stride_wd, scale_ptr, stride_si, stride_sd)
+    pack_tile(weight, out_ptr, stride_or, stride_od, tl.program_id(0), D, scaling, r, R, DOT, ACC)
+
+
+class Packing(NamedTuple):
+    """w (n, r, D) and scale None or (n, D), to be packed into out (n·r, D); all may have any strides."""
+
+    w: torch.Tensor
+    scale: torch.Tensor | None
+    scaling: float
+    out: torch.Tensor
+
+    def programs(self) -> int:
+        R, D = self.out.shape
+        return cdiv(R, PACK_R.value) * cdiv(D, PACK_D.value)
+
+    def arguments(self) -> dict:
+        return {
+            **weight_arguments(self.w, self.scale), "out_ptr": self.out,
+            "stride_or": self.out.stride(0), "stride_od": self.out.stride(1),
+            "D": self.w.shape[2], "scaling": float(self.scaling), "r": self.w.shape[1],
+        }  # fmt: skip
+
+    def launch(self) -> None:
+        dtype = self.out.dtype
+        launch(
+            self.w, pack_kernel, (self.programs(), 1), **self.arguments(), R=self.out.shape[0],
+            DOT=TL_DTYPES[dtype], ACC=TL_DTYPES[sum_dtype(dtype)], **small_options(),
+        )  # fmt: skip
 
 
 def pack(
@@ -100,52 +92,28 @@ def pack(
         out = torch.empty((n * r, D), dtype=dtype, device=w.device)
     elif out.shape != (n * r, D) or out.dtype != dtype:
         raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}, wanted {(n * r, D)} and {dtype}.")
-    if out.numel() == 0 or out.is_meta:
-        return out
-    stride_wi, stride_wj, stride_wd = w.stride()
-    stride_si, stride_sd = strides(scale, 2)
-    launch(
-        w, pack_kernel, (cdiv(n * r, BLOCK_R) * cdiv(D, BLOCK_D), 1),
-        w_ptr=w, scale_ptr=scale, out_ptr=out, first=0, D=D,
-        stride_wi=stride_wi, stride_wj=stride_wj, stride_wd=stride_wd, stride_si=stride_si, stride_sd=stride_sd,
-        stride_or=out.stride(0), stride_od=out.stride(1),
-        scaling=float(scaling), r=r, R=n * r, HAS_SCALE=scale is not None,
-        DOT=TL_DTYPES[dtype], ACC=TL_DTYPES[sum_dtype(dtype)], BLOCK_R=BLOCK_R, BLOCK_D=BLOCK_D, **small_options(),
-    )  # fmt: skip
+    if out.numel() > 0 and not out.is_meta:
+        Packing(w, scale, scaling, out).launch()
     return out
 
 
-class Packing(NamedTuple):
-    """A pack that another launch may do beside its own work: w (n, r, N), its scale, and out (n·r, N)."""
-
-    w: torch.Tensor
-    scale: torch.Tensor | None
-    scaling: float
-    out: torch.Tensor
-
-    def programs(self) -> int:
-        n, r, N = self.w.shape
-        return cdiv(n * r, BLOCK_R) * cdiv(N, BLOCK_D)
-
-    def arguments(self, tiles: int) -> dict:
-        """What a kernel is given whose programs from `tiles` on pack."""
-        stride_bi, stride_bj, stride_bn = self.w.stride()
-        stride_ci, stride_cn = strides(self.scale, 2)
-        return {
-            "b_ptr": self.w, "b_scale_ptr": self.scale, "packed_ptr": self.out, "tiles": tiles, "N": self.w.shape[2],
-            "stride_bi": stride_bi, "stride_bj": stride_bj, "stride_bn": stride_bn,
-            "stride_ci": stride_ci, "stride_cn": stride_cn,
-            "stride_pr": self.out.stride(0), "stride_pn": self.out.stride(1),
-            "b_scaling": float(self.scaling), "b_r": self.w.shape[1], "B_SCALE": self.scale is not None,
-            "PACK_R": BLOCK_R, "PACK_N": BLOCK_D,
-        }  # fmt: skip
-
-    def launch(self) -> None:
-        pack(self.w, self.out.dtype, self.scale, self.scaling, out=self.out)
+def weight_arguments(w: torch.Tensor | None, scale: torch.Tensor | None, dims: int = 3) -> dict:
+    """The arguments for an optional weight of `dims` dimensions, (n, r, D) or (E, n, r, D), and its optional scale."""
+    strides_w = (0,) * dims if w is None else w.stride()
+    strides_s = (0,) * (dims - 1) if scale is None else scale.stride()
+    names_w, names_s = WEIGHT_STRIDES[-dims:], SCALE_STRIDES[1 - dims :]
+    given = dict(zip((*names_w, *names_s), (*strides_w, *strides_s), strict=True))
+    return {"w_ptr": w, "scale_ptr": scale, **given}
 
 
-# What the same kernel is given where nothing is packed.
-NO_PACKING = dict.fromkeys((
-    "b_ptr", "b_scale_ptr", "packed_ptr", "tiles", "N", "stride_bi", "stride_bj", "stride_bn", "stride_ci", "stride_cn",
-    "stride_pr", "stride_pn", "b_scaling", "b_r", "B_SCALE", "PACK_R", "PACK_N",
-))  # fmt: skip
+def prepare_weight(w, scale, scaling: float, dtype: torch.dtype, packed: bool = False) -> dict:
+    """The arguments for c·s⊙w, w being (n, r, D) or, of experts, (E, n, r, D): as it is or `packed`, in `dtype`.
+
+    Branches without a scale whose rows lie evenly apart are one branch of rank n·r, which takes no division.
+    """
+    if packed and (scale is not None or abs(scaling) != 1.0 or w.dtype != dtype or w.stride(-1) != 1):
+        w, scale, scaling = pack(w, dtype, scale, scaling)[None], None, 1.0
+    *experts, n, r, D = w.shape
+    if scale is None and w.stride(-3) == r * w.stride(-2):
+        w = w.reshape(*experts, 1, n * r, D)
+    return {**weight_arguments(w, scale, w.dim()), "scaling": float(scaling), "r": w.shape[-2], "R": n * r}

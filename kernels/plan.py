@@ -1,8 +1,8 @@
 """Launch plans: the launches of a function, recorded once and replayed on other tensors of the same kind.
 
-Checks, tile selection and Triton's lookup take longer on the host than small kernels run, and depend only on shapes,
-strides, dtypes and the alignment of addresses. The caller caches a plan by the first three. A replay checks alignments,
-allocates, and calls `CompiledKernel.run` with the same arguments and new addresses. A plan is generated as a Python
+Checks, tile selection and Triton's lookup take longer on the host than small kernels run. They depend only on shapes,
+strides, dtypes and the alignment of addresses. The caller caches a plan by the first three; a replay checks alignments,
+allocates, and calls `CompiledKernel.run` with the same arguments and new addresses. It is generated as a Python
 function, `source`, with every constant inlined:
 
     def replay(i0, i1, i2):
@@ -38,8 +38,7 @@ _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_em
 
 
 class Plan:
-    """A recorded function: `replay(*inputs)` gives what the function would, or None where an input is aligned in
-    another way than the recorded one."""
+    """A recorded function. `replay(*inputs)` returns what it would, or None if an input is aligned differently."""
 
     def __init__(self, steps: list[Launch | Product], inputs: Tensors, outputs: Tensors):
         self.device = next(t.device for t in inputs if t is not None)
@@ -52,9 +51,9 @@ class Plan:
         allocations = [f"{name} = {self._allocation(t, held)}" for name, t in new.items()]
         self.held = held | new
         self.storages = {t.untyped_storage().data_ptr(): name for name, t in self.held.items()}
-        self.used: set[str] = set()  # of what is held, that of which an address is read
+        self.used: set[str] = set()  # names of held tensors whose address is read
         self.temporary = 0
-        self.starts: dict[int, int] = {}  # of temporaries, by the address of their storage
+        self.starts: dict[int, int] = {}  # offsets of temporaries by the address of their storage
         lines = [self._launch(k, s) if isinstance(s, Launch) else self._product(s) for k, s in enumerate(steps)]
         if self.temporary:
             allocations.append(f"temporary = {next(iter(held))}.new_empty({self.temporary}, dtype=uint8)")
@@ -78,18 +77,18 @@ class Plan:
         del self.held, self.owner, self.storages, self.used, self.starts
 
     def _elsewhere(self, *inputs: Tensor | None) -> tuple | None:
-        """The replay on a device that is not the current one."""
+        """Replay on a device that is not the current one."""
         with torch.cuda.device(self.device):
             return self.replay(*inputs)
 
     def _constant(self, value: object, kind: str) -> str:
-        """A name for what has no literal."""
+        """A name for a value without a literal."""
         name = next((name for name, known in self.names.items() if known is value), f"{kind}{len(self.names)}")
         self.names[name] = value
         return name
 
     def _allocation(self, t: Tensor, held: dict[str, Tensor]) -> str:
-        """Like an input of the same shape where there is one, which takes two thirds of the time."""
+        """empty_like, where an input has the shape, takes two thirds of the time of new_empty."""
         for name, other in held.items():
             if (other.shape, other.dtype, other.stride()) == (t.shape, t.dtype, t.stride()):
                 return f"empty_like({name})"
@@ -100,19 +99,14 @@ class Plan:
 
     def _alignment_checks(self) -> list[str]:
         """Triton compiles in which addresses are multiples of 16."""
-        names: dict[int, list[str]] = {}
-        for name in self.used:
-            if name[0] == "i":
-                names.setdefault(self.held[name].data_ptr() % 16, []).append(f"p_{name}")
-        return [
-            line
-            for rest, alike in names.items()
-            for group in ([alike] if rest == 0 else [[one] for one in alike])
-            for line in (f"if ({' | '.join(group)}) & 15 != {rest}:", "    return None")
-        ]
+        rests = {f"p_{name}": self.held[name].data_ptr() % 16 for name in self.used if name[0] == "i"}
+        aligned = " | ".join(name for name, rest in rests.items() if rest == 0)
+        checks = [f"({aligned}) & 15"] if aligned else []
+        checks += [f"{name} & 15 != {rest}" for name, rest in rests.items() if rest]
+        return [f"if {' or '.join(checks)}:", "    return None"] if checks else []
 
     def _address(self, t: Tensor) -> str:
-        """t's address in a replay: that of an input or output, a place in one, or in the temporary memory."""
+        """t's address in a replay, relative to an input, an output or the temporary memory."""
         address, storage = t.data_ptr(), t.untyped_storage()
         name = self.owner.get(address) or self.storages.get(storage.data_ptr())
         if name is not None:
@@ -137,16 +131,15 @@ class Plan:
         compiled, (grid_x, grid_y), arguments = step
         self.names |= {f"run{k}": compiled.run, f"function{k}": compiled.function}
         self.names[f"metadata{k}"] = compiled.packed_metadata
-        given = ", ".join(map(self._argument, arguments))
         start = f"run{k}({grid_x}, {grid_y}, 1, stream, function{k}, metadata{k}, None, None, None"
-        return f"{start}, {given})"
+        return f"{start}, {', '.join(map(self._argument, arguments))})"
 
     def _product(self, step: Product) -> str:
         out, a, b = map(self._operand, step)
         return f"{out}.addmm_({a}, {b})"
 
     def _operand(self, t: Tensor) -> str:
-        """The library takes tensors: a matrix as it was, or a transpose, of what is held."""
+        """A held matrix as the library takes it: as it is, transposed, or another view."""
         name = self.owner[t.data_ptr()]
         held = self.held[name]
         if (held.shape, held.stride()) == (t.shape, t.stride()):
@@ -157,7 +150,7 @@ class Plan:
 
 
 def record(function: Callable[..., Tensors], inputs: Tensors, *options) -> tuple[Tensors, Plan | None]:
-    """What `function(*inputs, *options)` returns, and its plan, or None where it cannot be replayed.
+    """Return what `function(*inputs, *options)` returns, and its plan, or None where it cannot be replayed.
 
     The function must do nothing with tensors but launch kernels, multiply through `launch.multiply`, allocate, and
     return new contiguous tensors or its inputs.
@@ -165,15 +158,15 @@ def record(function: Callable[..., Tensors], inputs: Tensors, *options) -> tuple
     with _Operations() as operations, recording() as steps:
         outputs = function(*inputs, *options)
     launches = [step for step in steps if isinstance(step, Launch)]
-    if why_not() or operations.others or not launches or not all(map(replayable, launches)):
-        return outputs, None
-    if not _tellable(inputs, launches):
+    metadata = [step.compiled.metadata for step in launches]
+    scratch = any(each.global_scratch_size or each.profile_scratch_size for each in metadata)  # allocated per launch
+    if why_not() or operations.others or not launches or scratch or not _tellable(inputs, launches):
         return outputs, None
     return outputs, Plan(steps, inputs, outputs)
 
 
 def _tellable(inputs: Tensors, launches: Sequence[Launch]) -> bool:
-    """Whether every address is known to be of one input, or to be new."""
+    """Whether every address belongs to exactly one input, or is new."""
     given = [t for t in inputs if t is not None]
     addresses, storages = {t.data_ptr() for t in given}, Counter(t.untyped_storage().data_ptr() for t in given)
     read = [t for step in launches for t in map(base_of, step.arguments) if isinstance(t, Tensor)]
@@ -187,22 +180,13 @@ def base_of(argument: object) -> object:
 
 
 class _Operations(TorchDispatchMode):
-    """Collects operations that a plan cannot replay: anything but launches, products, views and allocations."""
+    """Notices operations that a plan cannot replay: anything but launches, products, views and allocations."""
 
-    def __init__(self):
-        super().__init__()
-        self.others: list[str] = []
+    others = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if not func.is_view and func.overloadpacket not in _ALLOCATIONS:
-            self.others.append(str(func))
+        self.others |= not func.is_view and func.overloadpacket not in _ALLOCATIONS
         return func(*args, **(kwargs or {}))
-
-
-def replayable(step: Launch) -> bool:
-    """Whether a launch can be replayed: the kernel uses no scratch memory, which Triton allocates per launch."""
-    metadata = step.compiled.metadata
-    return not (metadata.global_scratch_size or metadata.profile_scratch_size)
 
 
 def hooked() -> bool:
@@ -241,14 +225,14 @@ def current_stream(index: int) -> int:
 
 
 class Address(int):
-    """An address that stands for the tensor there."""
+    """A TensorDescriptor's base, given by its address."""
 
     def data_ptr(self) -> int:
         return int(self)
 
 
 def _moved(descriptor: TensorDescriptor, address: int) -> TensorDescriptor:
-    """The descriptor of another tensor of the same kind; the class's own checks were passed by the first."""
+    """The descriptor of another tensor of the same kind, without the class's checks, which the first passed."""
     moved = object.__new__(TensorDescriptor)
     moved.__dict__.update(descriptor.__dict__)
     moved.base = Address(address)

@@ -1,29 +1,20 @@
-"""The base product with the branches in it: the rank is extra K, and one launch writes what two or three used to.
+"""The joint kernel: the base product and the branches in one launch, with the rank as extra K.
 
     forward   y  = x Wᵀ + b + H B̃ᵀ                        W (N, K) as nn.Linear stores it: `transposed=True`
-    backward  dx = dy W + mask/(1−p) ⊙ (dH Ã)             dy in the place of x, so K and N change theirs
+    backward  dx = dy W + mask/(1−p) ⊙ (dH Ã)             dy takes the place of x, and K and N are swapped
 
-Persistent: a program walks over tiles of y, in groups of rows that find W in L2, and writes each once. Moved are the
-M·K + K·N + M·N elements of the product itself, and M·R + R·N of the branches. For every tile
+The kernel is persistent: a program walks over tiles of y, grouped so that W stays in L2. One pipelined loop copies the
+slices of the rank and then those of K. Triton flattens it with the loop over tiles, so a tile is written while the next
+is read. B̃ needs W's layout: it is packed as (N, R), unless lora_B is that already. Scaling B on the tile would pass it
+through registers. Ã is (R, K) already.
 
-    acc = Σ_t a_t b_t,   (a_t, b_t) = the t-th slice of (H, B̃) and, when those are through, of (x, W)
+With dropout the rank has a loop of its own, the mask is applied to the sums after it, and tiles do not overlap. A mask
+inside the one loop makes Triton (3.6 and 3.9) omit a wait for the tensor cores on sm_90, and carry the sums through
+registers in every step on sm_100.
 
-in one loop that only changes the descriptors it copies from: the slices of the rank arrive with those of K, stages
-ahead, and the tensor cores do not wait for them. Triton makes one loop of it and the one over tiles, so a tile is
-written while the next is read. This takes B̃ and W in one layout: B̃ is packed as (N, R), N·R elements in a launch of
-their own, unless lora_B is that already. A B scaled on its way to the product would pass through registers, outside the
-pipeline, in every tile. Ã is (R, K) as it stands.
-
-With dropout the rank has a loop of its own, the mask goes onto the sums after it, and tiles do not overlap: a mask
-inside the one loop makes Triton (3.6 and 3.9) leave out a wait for the tensor cores on sm_90, and carry the sums
-through registers in every step on sm_100.
-
-Tensor descriptors are made on the host, five a launch, and travel as arguments. Triton's class costs 2 µs each, and
-Triton's launcher 1 µs each for encoding them, at every launch (timed on a CPU). A launch plan can keep the objects by
-shape and change their `base`, which may be anything with a `data_ptr()`; then it pays the second part alone. Made in
-the kernel they would cost the host some 2 µs in all, but every program the making before its first tile, the launch
-scratch memory, and the caller an allocator, which Triton keeps in a context variable that autograd's threads do not
-see.
+Tensor descriptors are made on the host and passed as arguments. Device-side descriptors would delay every program's
+first tile and need scratch memory, hence an allocator, which Triton keeps in a context variable that autograd's threads
+do not see.
 """
 
 import torch
@@ -33,54 +24,54 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import KernelConfig, cdiv, device_of, product_tile
-from .dropout import drop_threshold, keep_inverse, keep_tile
+from .dropout import drop_sum, mask_arguments
 from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, sum_dtype
 from .pack import pack
+from .tiles import dot
 
-ALIGNMENT = 16  # bytes: of a descriptor's address and of the steps between its rows
-SWIZZLE = 128  # bytes of K in a slice: the widest row that the copy engine spreads over the banks of shared memory
+ALIGNMENT = 16  # bytes, of a descriptor's address and row stride
+SWIZZLE = 128  # bytes of K in a slice: the widest row that TMA swizzles over the banks of shared memory
 GROUP_M = 8
 
 
 @triton.jit
-def _add_slice(
-    acc, a_desc, b_desc, start_m, start_n, start_k, TRANSPOSED: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr
-):
+def add_slice(acc, a_desc, b_desc, start_m, start_n, start_k, TRANSPOSED: tl.constexpr, DOT: tl.constexpr):
     """acc + a b over one slice of the summed axis."""
     a = a_desc.load([start_m, start_k])  # [BLOCK_M, BLOCK_K]
     if TRANSPOSED:
         b = b_desc.load([start_n, start_k]).T  # [BLOCK_K, BLOCK_N]
     else:
         b = b_desc.load([start_k, start_n])  # [BLOCK_K, BLOCK_N]
-    return tl.dot(a.to(DOT), b.to(DOT), acc, input_precision="ieee", out_dtype=ACC)
+    return dot(a.to(DOT), b.to(DOT), acc)
 
 
 @triton.jit(do_not_specialize=["M", "N", "K", "R", "threshold", "stride_bits"])
 def product_kernel(
-    x_desc,  # (M, K)
-    weight_desc,  # (N, K), or (K, N) when not TRANSPOSED
-    h_desc,  # (M, R)
-    w_desc,  # (N, R), or (R, N) when not TRANSPOSED
-    y_desc,  # (M, N)
-    bias_ptr,  # (N,), or None
-    bits_ptr,  # (M, stride_bits) int32, or None
-    M,
-    N,
-    K,
-    R,  # 0: no branches
-    threshold,  # of 65536, the drop probability
-    stride_bits,
-    TRANSPOSED: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    DOT: tl.constexpr,
-    ACC: tl.constexpr,
+    x_desc,  # x [M, K]
+    weight_desc,  # W [N, K], or [K, N] when not TRANSPOSED
+    h_desc,  # H [M, R]
+    w_desc,  # B̃ [N, R], or [R, N] when not TRANSPOSED
+    y_desc,  # y [M, N]
+    bias_ptr,  # bias [N], or None
+    bits_ptr, stride_bits,  # mask [M, ⌈N/32⌉], or None
+    threshold,  # 65536·p
+    M,  # tokens
+    N,  # columns of y
+    K,  # columns of x
+    R,  # n·r
+    TRANSPOSED: tl.constexpr,  # whether W and B̃ have a row for each column of y
+    DOT: tl.constexpr,  # dtype of the factors
+    ACC: tl.constexpr,  # dtype of the sums
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    FLATTEN: tl.constexpr,
-):
+    GROUP_M: tl.constexpr,  # tiles of rows in a group
+    FLATTEN: tl.constexpr,  # whether tiles overlap
+):  # fmt: skip
+    """y = Σ_t a_t b_t + bias, (a_t, b_t) being the t-th slice of (H, B̃) and, when those are through, of (x, W)
+
+    Bytes: the M·K + K·N + M·N elements of the product itself, and M·R + R·N of the branches.
+    """
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     rank_steps = tl.cdiv(R, BLOCK_K)
     steps = rank_steps + tl.cdiv(K, BLOCK_K)
@@ -91,12 +82,11 @@ def product_kernel(
         start_n = tile % (GROUP_M * num_n) // group_m * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
         first = 0
-        if DROPOUT:
+        if bits_ptr is not None:
             for t in range(0, rank_steps):
-                acc = _add_slice(acc, h_desc, w_desc, start_m, start_n, t * BLOCK_K, TRANSPOSED, DOT, ACC)
-            offs_m = start_m + tl.arange(0, BLOCK_M)
-            keep = keep_tile(bits_ptr, offs_m, start_n, M, stride_bits, BLOCK_M, BLOCK_N)  # [BLOCK_M, BLOCK_N]
-            acc = tl.where(keep, acc * keep_inverse(threshold, ACC), 0.0)
+                acc = add_slice(acc, h_desc, w_desc, start_m, start_n, t * BLOCK_K, TRANSPOSED, DOT)
+            mask = (bits_ptr, stride_bits, M, threshold)
+            acc = drop_sum(acc, mask, start_m + tl.arange(0, BLOCK_M), start_n, BLOCK_M, BLOCK_N)
             first = rank_steps
         for t in range(first, steps):
             if t < rank_steps:
@@ -107,8 +97,8 @@ def product_kernel(
                 a_desc = x_desc
                 b_desc = weight_desc
                 start_k = (t - rank_steps) * BLOCK_K
-            acc = _add_slice(acc, a_desc, b_desc, start_m, start_n, start_k, TRANSPOSED, DOT, ACC)
-        if HAS_BIAS:
+            acc = add_slice(acc, a_desc, b_desc, start_m, start_n, start_k, TRANSPOSED, DOT)
+        if bias_ptr is not None:
             offs_n = start_n + tl.arange(0, BLOCK_N)
             bias = tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0)  # [BLOCK_N]
             acc += bias.to(ACC)[None, :]
@@ -118,9 +108,9 @@ def product_kernel(
 def product(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    h: torch.Tensor | None = None,
-    w: torch.Tensor | None = None,
+    bias: torch.Tensor | None,
+    h: torch.Tensor,
+    w: torch.Tensor,
     scale: torch.Tensor | None = None,
     scaling: float = 1.0,
     bits: torch.Tensor | None = None,
@@ -132,19 +122,12 @@ def product(
 ) -> torch.Tensor:
     """x Wᵀ (weight (N, K), `transposed`) or x W (weight (K, N)), plus bias (N,) and the branches: (M, N) in x's dtype.
 
-    The branches' part comes from h (M, n·r), w (n, r, N) and scale None or (n, N), as `expand` takes them; with neither
-    h nor w there is none. bits, int32 (M, ⌈N/32⌉) contiguous, keep element n of a row where bit n mod 32 of its word
-    n // 32 is 1: that mask and 1/(1−p) multiply the branches' part. With `out` the result is written there. The same
-    inputs give the same bits. Raises ValueError for shapes that do not agree and where :func:`serves` says no.
+    The branches come from h (M, n·r), w (n, r, N) and scale None or (n, N), as `expand` takes them. `bits` is the
+    dropout mask of an (M, N) input as `draw` gives it for p, and multiplies what the branches add. The result goes to
+    `out` where it is given. Raises ValueError for shapes that do not agree and where :func:`serves` is False.
     """
-    M, N, K = _check_product(x, weight, bias, transposed)
-    R = _check_branches(x, h, w, scale, N)
-    dropout, threshold, words = bits is not None and R > 0, drop_threshold(p), cdiv(N, 32)
-    if bits is not None and (bits.shape != (M, words) or bits.dtype != torch.int32 or not bits.is_contiguous()):
-        raise ValueError(
-            f"bits has shape {tuple(bits.shape)}, strides {bits.stride()} and dtype {bits.dtype}, wanted a contiguous "
-            f"{(M, words)} tensor of torch.int32."
-        )
+    M, N, K = _check(x, weight, bias, h, w, scale, transposed)
+    mask = mask_arguments(bits, p, M, N)
     if out is None:
         out = torch.empty((M, N), dtype=x.dtype, device=x.device)
     elif out.shape != (M, N) or out.dtype != x.dtype:
@@ -157,29 +140,24 @@ def product(
     config = config or product_tile(arch)
     assert config is not None
     BLOCK_M, BLOCK_N, BLOCK_K = config.BLOCK_M, config.BLOCK_D, SWIZZLE // x.element_size()
-    x_desc = describe(x, BLOCK_M, BLOCK_K)
-    weight_desc = describe(weight, *((BLOCK_N, BLOCK_K) if transposed else (BLOCK_K, BLOCK_N)))
-    h_desc, w_desc = x_desc, weight_desc
-    if h is not None:
-        h_desc = describe(h, BLOCK_M, BLOCK_K)
-        w_desc = describe(_rank_weight(w, h, scale, scaling, transposed), *weight_desc.block_shape)
+    block_w = (BLOCK_N, BLOCK_K) if transposed else (BLOCK_K, BLOCK_N)
     launch(
         x, product_kernel, (min(processors, cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N)), 1),
-        x_desc=x_desc, weight_desc=weight_desc, h_desc=h_desc, w_desc=w_desc, y_desc=describe(out, BLOCK_M, BLOCK_N),
-        bias_ptr=None if bias is None else bias.contiguous(), bits_ptr=bits if dropout else None,
-        M=M, N=N, K=K, R=R, threshold=threshold, stride_bits=words,
-        TRANSPOSED=transposed, HAS_BIAS=bias is not None, DROPOUT=dropout,
-        DOT=dot_dtype(x.dtype), ACC=TL_DTYPES[sum_dtype(x.dtype)],
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K, GROUP_M=GROUP_M, FLATTEN=not dropout,
-        **launch_options(config),
+        x_desc=describe(x, BLOCK_M, BLOCK_K), weight_desc=describe(weight, *block_w),
+        h_desc=describe(h, BLOCK_M, BLOCK_K),
+        w_desc=describe(_rank_weight(w, h, scale, scaling, transposed), *block_w),
+        y_desc=describe(out, BLOCK_M, BLOCK_N), bias_ptr=None if bias is None else bias.contiguous(), **mask,
+        M=M, N=N, K=K, R=h.shape[1], TRANSPOSED=transposed,
+        DOT=dot_dtype(x.dtype), ACC=TL_DTYPES[sum_dtype(x.dtype)], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K,
+        GROUP_M=GROUP_M, FLATTEN=mask["bits_ptr"] is None, **launch_options(config),
     )  # fmt: skip
     return out
 
 
 def serves(x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor | None, out: torch.Tensor) -> bool:
-    """Whether :func:`product` can run on these: half precision on an architecture with the copy engine, every tensor
-    with a contiguous last dimension, a 16-byte address and rows a multiple of 16 bytes apart. Where not, `expand` and
-    the library's product can. `out` may be a meta tensor.
+    """Whether :func:`product` can run on these: half precision on an architecture with TMA, and every tensor with a
+    contiguous last dimension, a 16-byte aligned address and a row stride that is a multiple of 16 bytes. `out` may be a
+    meta tensor.
     """
     return _refusal(x, weight, h, out) is None
 
@@ -200,7 +178,7 @@ def _refusal(x, weight, h, out) -> str | None:
 
 
 def describable(t: torch.Tensor) -> bool:
-    """Whether the copy engine can read the matrix t where it lies."""
+    """Whether TMA can read the matrix t in place."""
     if t.dim() != 2:
         return False
     (rows, columns), size = t.shape, t.element_size()
@@ -210,25 +188,25 @@ def describable(t: torch.Tensor) -> bool:
 
 
 def describe(t: torch.Tensor, *block: int) -> TensorDescriptor:
-    """The descriptor of a matrix for which :func:`describable` holds. A lone row may have any stride in torch."""
+    """The descriptor of a :func:`describable` matrix. A single row may have any stride in torch."""
     rows, columns = t.shape
     apart = t.stride(0) if rows > 1 else _aligned(columns, t.dtype)
     return TensorDescriptor(t, [rows, columns], [apart, 1], list(block))
 
 
 def _aligned(columns: int, dtype: torch.dtype) -> int:
-    """The least number of elements, no fewer than `columns`, that rows may be apart."""
+    """The least row stride, in elements, of an aligned matrix of `columns` columns."""
     unit = ALIGNMENT // dtype.itemsize
     return cdiv(columns, unit) * unit
 
 
 def rank_rows(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """An empty matrix that the copy engine can read."""
+    """An empty matrix that TMA can read."""
     return torch.empty((rows, _aligned(columns, like.dtype)), dtype=like.dtype, device=like.device)[:, :columns]
 
 
 def _rank_weight(w, h, scale, scaling, transposed: bool) -> torch.Tensor:
-    """scaling·scale⊙w as (R, N), or (N, R) when transposed: w itself where it is that, else packed."""
+    """scaling·scale⊙w as (R, N), or (N, R) when transposed: a view of w where that is it, else packed."""
     n, r, N = w.shape
     apart = w.stride(1) if r > 1 else w.stride(0)
     if scale is None and scaling == 1.0 and w.dtype == h.dtype and (n == 1 or w.stride(0) == r * apart):
@@ -241,7 +219,7 @@ def _rank_weight(w, h, scale, scaling, transposed: bool) -> torch.Tensor:
     return found
 
 
-def _check_product(x, weight, bias, transposed: bool) -> tuple[int, int, int]:
+def _check(x, weight, bias, h, w, scale, transposed: bool) -> tuple[int, int, int]:
     """(M, N, K)."""
     if x.dim() != 2 or x.dtype not in TL_DTYPES:
         raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}, wanted a 2-D floating-point tensor.")
@@ -254,17 +232,8 @@ def _check_product(x, weight, bias, transposed: bool) -> tuple[int, int, int]:
     N = weight.shape[1 - axis]
     if bias is not None and bias.shape != (N,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, wanted {(N,)}.")
-    return x.shape[0], N, x.shape[1]
-
-
-def _check_branches(x, h, w, scale, N: int) -> int:
-    """R; 0 where there are no branches."""
-    if h is None and w is None:
-        return 0
-    if h is None or w is None:
-        raise ValueError(f"{'h' if h is None else 'w'} is None, wanted h and w together or neither.")
     check_weight(w, scale, N)
     wanted = (x.shape[0], w.shape[0] * w.shape[1])
     if h.shape != wanted or h.dtype != x.dtype:
         raise ValueError(f"h has shape {tuple(h.shape)} and dtype {h.dtype}, wanted {wanted} and {x.dtype}.")
-    return wanted[1]
+    return x.shape[0], N, x.shape[1]

@@ -38,8 +38,7 @@ def kept(seed: int, m: int, k: int, K: int, threshold: int) -> bool:
     return (word >> 16 * (k % 2) & 0xFFFF) >= threshold
 
 
-@pytest.mark.parametrize("K", [21, 1, 32, 70])
-@pytest.mark.parametrize("seed", [0, 2**63 - 1, -5])
+@pytest.mark.parametrize(("seed", "K"), [(0, 21), (2**63 - 1, 70), (-5, 32), (-5, 1)])
 def test_the_mask_is_philox(seed, K):
     got = dropout_mask(seed_of(seed), 5, K, P)
     want = [[kept(seed, m, k, K, drop_threshold(P)) for k in range(K)] for m in range(5)]
@@ -50,7 +49,7 @@ def test_the_counter_is_64_bits_wide():
     @triton.jit
     def probe(seed_ptr, out_ptr, first_m, K, threshold, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
         offs_m, offs_w = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_W)
-        words = dropout.keep_words(tl.load(seed_ptr), first_m + offs_m.to(tl.int64), offs_w, K, threshold, 7)
+        words = dropout.keep_words(tl.load(seed_ptr), first_m + offs_m.to(tl.int64), offs_w, K, threshold)
         tl.store(out_ptr + offs_m[:, None] * BLOCK_W + offs_w[None, :], words)
 
     first, K = 2**33 + 11, 4096
@@ -66,15 +65,18 @@ def unpacked(bits, K):
     return (bits[:, :, None] >> torch.arange(32, device=bits.device) & 1).flatten(1)[:, :K].bool()
 
 
-@pytest.mark.parametrize("shape", [(5, 21), (3, 1), (40, 32), (7, 2100), (300, 70)], ids=str)
-def test_bits_and_mask_agree_in_every_dtype(shape):
+@pytest.mark.parametrize("shape", [(3, 1), (17, 64), (2, 2100), (19, 70)], ids=str)
+def test_bits_and_mask_agree(shape):
     mask, bits = dropout_mask(seed_of(8), *shape, P), draw(seed_of(8), *shape, P)
     assert (bits.dtype, bits.shape, bits.is_contiguous()) == (torch.int32, (shape[0], -(-shape[1] // 32)), True)
     assert torch.equal(unpacked(bits, shape[1]), mask)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        numbers = dropout_mask(seed_of(8), *shape, P, dtype)
-        assert numbers.dtype == dtype
-        assert torch.equal(numbers, mask.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_mask_in_every_dtype(dtype):
+    numbers = dropout_mask(seed_of(8), 5, 21, P, dtype)
+    assert numbers.dtype == dtype
+    assert torch.equal(numbers, dropout_mask(seed_of(8), 5, 21, P).to(dtype))
 
 
 def test_what_drops_nothing_draws_nothing():
@@ -84,11 +86,9 @@ def test_what_drops_nothing_draws_nothing():
     assert dropout_mask(seed_of(1), 4, 5, 0.0).all()
 
 
-@pytest.mark.parametrize(
-    "tile", [KernelConfig(16, 32, 1, 1), KernelConfig(32, 64, 4, 2), KernelConfig(64, 32, 4, 2)], ids=str
-)
-@pytest.mark.parametrize("M", [30, 67])
+@pytest.mark.parametrize(("M", "tile"), [(30, (16, 32)), (40, (32, 64)), (40, (64, 32))], ids=str)
 def test_every_kernel_reads_the_same_mask_whatever_its_tile(tile, M):
+    tile = KernelConfig(*tile, 4, 2)
     K, seed = M, seed_of(99)
     drop, one, identity = {"bits": draw(seed, M, K, P), "p": P}, torch.ones(M, K, device=DEVICE), torch.eye(K)
     keep, identity = dropout_mask(seed, M, K, P), identity.to(DEVICE)
@@ -102,8 +102,8 @@ def test_every_kernel_reads_the_same_mask_whatever_its_tile(tile, M):
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 def test_keep_rate(p):
-    M, K = 256, 1024
-    mask = dropout_mask(seed_of(2024), M, K, p).double()
+    M, K = 128, 1024
+    mask = unpacked(draw(seed_of(2024), M, K, p), K).double()
     rate = 1 - drop_threshold(p) / 65536
     sigma = math.sqrt(rate * (1 - rate) / (M * K))
     assert abs(mask.mean().item() - rate) < 4 * sigma

@@ -1,4 +1,4 @@
-"""The kernels of experts against a loop over rows: how rows are spread over experts, gathered and dropped.
+"""The kernels of experts against a loop over experts: how rows are spread over experts, gathered and dropped.
 
 Outputs are allocated full of NaN, so that an element a kernel does not write fails.
 """
@@ -6,7 +6,7 @@ Outputs are allocated full of NaN, so that an element a kernel does not write fa
 import pytest
 import torch
 from device import DEVICE
-from formulas import ALPHA, P, make, mask_of, outputs_of_nan, within
+from formulas import ALPHA, P, expanded, make, mask_of, outputs_of_nan, reduced, reduced_scaled, shrunk, within
 
 from multilora_fast.kernels.configs import KernelConfig
 from multilora_fast.kernels.grouped_expand import grouped_expand
@@ -15,13 +15,13 @@ from multilora_fast.kernels.grouped_shrink import grouped_shrink
 
 # Rows of each expert, and rows of none.
 CASES = {
-    "even": ([9, 9, 9], 0),
+    "even": ([4, 4, 4], 0),
     "many tiny": ([2, 0, 1, 1, 0, 3, 1, 0, 0, 2, 0], 0),
-    "one expert": ([0, 0, 37, 0], 0),
+    "one expert": ([0, 0, 33, 0], 0),
     "one of one": ([5], 0),
     "one token": ([0, 1, 0, 1], 0),
     "skewed": ([35, 0, 2, 1], 0),
-    "sentinels": ([5, 0, 19], 9),
+    "sentinels": ([5, 0, 9], 9),
     "nothing but sentinels": ([0, 0], 5),
     "nothing": ([0, 0], 0),
 }
@@ -42,8 +42,9 @@ class Problem:
         E, S, params = len(counts), sum(counts) + sentinels, params or dtype
         T = S // 2 + 1
         self.n, self.live, self.dtype = n, sum(counts), dtype
-        self.expert = [e for e, count in enumerate(counts) for _ in range(count)]
-        self.offs = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+        ends = torch.tensor(counts).cumsum(0)
+        self.rows_of = [slice(end - count, end) for end, count in zip(ends.tolist(), counts, strict=True)]
+        self.offs = ends.int().to(DEVICE)
         self.ids = torch.randperm(2 * T, device=DEVICE)[:S]
         self.index = self.ids // 2
         self.x, self.dy, self.h = make(T, K, dtype=dtype), make(S, N, dtype=dtype), make(S, n * r, dtype=dtype)
@@ -56,29 +57,22 @@ class Problem:
         self.drop, self.keep = {**drop, "ids": self.ids}, keep[self.ids]
         self.rows = self.x[self.index]
 
-    # The formulas, a row at a time; what an expert gets of its rows is added in their order.
+    # The formulas, an expert at a time.
 
     def shrunk(self, x, w, scale, keep):
-        out = x.new_zeros(len(x), w.shape[1] * w.shape[2])
-        for s, e in enumerate(self.expert):
-            out[s] = torch.einsum("d,nrd,nd->nr", x[s] * keep[s], w[e], scale[e]).flatten()
-        return out
+        each = [shrunk(x[at], w[e], scale[e], keep[at]) for e, at in enumerate(self.rows_of)]
+        return torch.cat([*each, x.new_zeros(len(x) - self.live, self.h.shape[1])])
 
     def expanded(self, y, h, w, scale, keep):
-        out = y.clone()
-        for s, e in enumerate(self.expert):
-            out[s] += keep[s] * torch.einsum("nr,nrd,nd->d", h[s].view(w.shape[1:3]), w[e], scale[e])
-        return out
+        each = [expanded(y[at], h[at], w[e], scale[e], keep[at]) for e, at in enumerate(self.rows_of)]
+        return torch.cat([*each, y[self.live :]])
 
     def reduced(self, h, x, keep):
-        out = x.new_zeros(len(self.offs), h.shape[1], x.shape[1])
-        for s, e in enumerate(self.expert):
-            out[e] += torch.outer(h[s], x[s] * keep[s])
-        return out.view(len(self.offs), self.n, -1, x.shape[1])
+        return torch.stack([reduced(h[at], x[at], keep[at], self.n) for at in self.rows_of])
 
     def reduced_scaled(self, h, dy, w, scale):
-        products = self.reduced(h, dy, torch.ones_like(dy)).transpose(2, 3)
-        return scale[..., None] * products, ALPHA * (w.transpose(2, 3) * products).sum(-1)
+        each = [reduced_scaled(h[at], dy[at], w[e], scale[e]) for e, at in enumerate(self.rows_of)]
+        return [torch.stack(gradients) for gradients in zip(*each, strict=True)]
 
     def agree(self, got, formula, *inputs):
         within(got, formula, *inputs, dtype=self.dtype)
@@ -107,18 +101,17 @@ class Problem:
         self.agree(ds, lambda *t: self.reduced_scaled(*t)[1], *inputs)
         assert (da.dtype, db.dtype) == (self.a.dtype, self.b.dtype)
         assert ds.dtype == (torch.float64 if self.dtype == torch.float64 else torch.float32)
-        for e in set(range(len(self.offs))) - set(self.expert):
-            assert not any(t[e].count_nonzero() for t in (da, db, ds))
+        empty = [e for e, at in enumerate(self.rows_of) if at.start == at.stop]
+        assert all(t[empty].count_nonzero() == 0 for t in (da, db, ds))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_use_agrees_with_a_loop_over_rows(case):
+def test_every_use_agrees_with_a_loop_over_experts(case):
     at = list(CASES).index(case)
     Problem(case, (70, 33, 2, 3), EXACT, ("vector", None, "scalar")[at % 3], P if at % 2 else 0.0).check()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["many tiny", "sentinels"])
+@pytest.mark.parametrize(("case", "dtype"), [("many tiny", torch.float32), ("sentinels", torch.float16)], ids=str)
 def test_lower_precision_by_the_2x_rule(case, dtype):
     Problem(case, (70, 33, 3, 4), dtype).check()
 
@@ -127,7 +120,7 @@ def test_float32_parameters_with_float16_rows():
     Problem("one token", (40, 33, 3, 4), torch.float16, params=torch.float32).check()
 
 
-@pytest.mark.parametrize(("n", "r"), [(1, 1), (1, 3), (3, 8), (3, 32), (5, 32)])
+@pytest.mark.parametrize(("n", "r"), [(1, 1), (1, 3), (3, 32), (5, 32)])
 def test_ranks(n, r):
     Problem("one of one", (40, 33, n, r), torch.float32).check()
 
@@ -207,39 +200,25 @@ def test_meta_tensors_get_shapes_without_a_launch():
 
 def test_mistakes_are_named():
     t = Problem("even", (40, 33, 2, 3), torch.float32)
-    x, index, offs = t.x, t.index, t.offs
-    for w in (t.b, t.a[0], t.a[:0], t.a[:, :0]):
-        with pytest.raises(ValueError, match="w has shape"):
-            grouped_shrink(x, w, offs, index=index)
-    with pytest.raises(ValueError, match="scale has shape"):
-        grouped_shrink(t.dy, t.b, offs, t.scale[0])
-    for wrong in (offs[:2], offs.long(), offs[:, None], torch.cat([offs, offs])[::2]):
-        with pytest.raises(ValueError, match="offs has shape"):
-            grouped_shrink(x, t.a, wrong, index=index)
-    for wrong in (offs[:0], offs.long()):
-        with pytest.raises(ValueError, match="offs has shape"):
-            grouped_reduce(t.h, x, wrong, 2, x.dtype, index)
-    for wrong in (index.int(), index[:, None], index.repeat(2)[::2]):
-        with pytest.raises(ValueError, match="index has shape"):
-            grouped_shrink(x, t.a, offs, index=wrong)
-    with pytest.raises(ValueError, match="ids has shape"):
-        grouped_shrink(x, t.a, offs, index=index, bits=t.drop["bits"], ids=t.ids[:3], p=P)
-    for bits in (t.drop["bits"], t.drop["bits"][0], t.drop["bits"].long()):
-        with pytest.raises(ValueError, match="bits has shape"):
-            grouped_expand(t.rows, t.h, t.a, offs, bits=bits, p=P)
-    with pytest.raises(ValueError, match="bits has shape"):
-        grouped_reduce(t.h, x, offs, 2, x.dtype, index, t.ids, t.drop["bits"][0], P)
-    with pytest.raises(ValueError, match="p is 1"):
-        grouped_reduce(t.h, x, offs, 2, x.dtype, index, p=1.0)
-    with pytest.raises(ValueError, match="h has shape"):
-        grouped_expand(t.dy, t.h[:5], t.b, offs)
-    with pytest.raises(ValueError, match="h has shape"):
-        grouped_reduce(t.h, x, offs, 2, x.dtype)
-    with pytest.raises(ValueError, match="h has shape"):
-        grouped_reduce_scaled(t.h.half(), t.dy, t.b, offs, t.scale)
-    with pytest.raises(ValueError, match="h has 5 columns"):
-        grouped_reduce_scaled(t.h[:, :5], t.dy, t.b, offs, t.scale)
-    with pytest.raises(ValueError, match="n is 4"):
-        grouped_reduce(t.h, x, offs, 4, x.dtype, index)
-    with pytest.raises(ValueError, match="y has shape"):
-        grouped_expand(t.dy[0], t.h, t.b, offs)
+    x, h, index, offs, bits = t.x, t.h, t.index, t.offs, t.drop["bits"]
+    ends, rest = (offs[:2], offs.long(), offs[:, None], offs.repeat(2)[::2]), (None, 1.0)
+    mistakes = [
+        *(("w has shape", grouped_shrink, (x, w, offs, *rest, index)) for w in (t.b, t.a[0], t.a[:0], t.a[:, :0])),
+        *(("offs has shape", grouped_shrink, (x, t.a, wrong, *rest, index)) for wrong in ends),
+        *(("offs has shape", grouped_reduce, (h, x, wrong, 2, x.dtype, index)) for wrong in (offs[:0], offs.long())),
+        *(("index has shape", grouped_shrink, (x, t.a, offs, *rest, i)) for i in (index.int(), index.repeat(2)[::2])),
+        *(("bits has shape", grouped_expand, (t.rows, h, t.a, offs, *rest, None, b, P)) for b in (bits, bits.long())),
+        ("scale has shape", grouped_shrink, (t.dy, t.b, offs, t.scale[0])),
+        ("ids has shape", grouped_shrink, (x, t.a, offs, None, 1.0, index, t.ids[:3], bits, P)),
+        ("bits has shape", grouped_reduce, (h, x, offs, 2, x.dtype, index, t.ids, bits[0], P)),
+        ("p is 1", grouped_reduce, (h, x, offs, 2, x.dtype, index, None, None, 1.0)),
+        ("h has shape", grouped_expand, (t.dy, h[:5], t.b, offs)),
+        ("h has shape", grouped_reduce, (h, x, offs, 2, x.dtype)),
+        ("h has shape", grouped_reduce_scaled, (h.half(), t.dy, t.b, offs, t.scale)),
+        ("h has 5 columns", grouped_reduce_scaled, (h[:, :5], t.dy, t.b, offs, t.scale)),
+        ("n is 4", grouped_reduce, (h, x, offs, 4, x.dtype, index)),
+        ("y has shape", grouped_expand, (t.dy[0], h, t.b, offs)),
+    ]
+    for match, launcher, arguments in mistakes:
+        with pytest.raises(ValueError, match=match):
+            launcher(*arguments)

@@ -35,10 +35,10 @@ SHAPES = [
     (1, 8, 8, 1, 1),
     (3, 65, 33, 2, 4),
     (37, 83, 45, 3, 12),
-    (70, 128, 64, 5, 32),
+    (70, 72, 40, 5, 32),
     (130, 40, 72, 1, 32),
     (66, 24, 150, 5, 1),
-    (2, 700, 300, 3, 32),
+    (2, 300, 140, 3, 32),
     (9, 33, 17, 2, 150),
 ]
 
@@ -48,9 +48,10 @@ def nan_outputs(monkeypatch):
     outputs_of_nan(monkeypatch)
 
 
-@pytest.mark.parametrize("M", [3, 70, 4200])
-def test_shrink_into_columns_of_a_wider_tensor(M):
-    x, _, a, *_ = problem((M, 300, 8, 2, 5), torch.float32, torch.float32)
+@pytest.mark.parametrize(("M", "K"), [(3, 300), (70, 300), (1030, 20)])
+def test_shrink_into_columns_of_a_wider_tensor(M, K):
+    """D split over programs, and not."""
+    x, _, a, *_ = problem((M, K, 8, 2, 5), torch.float32, torch.float32)
     wide = torch.full((M, 25), torch.nan, device=DEVICE)
     wanted = shrink(x, a)
     assert shrink(x, a, out=wide[:, 7:17]).data_ptr() == wide[:, 7:].data_ptr()
@@ -61,8 +62,7 @@ def test_shrink_into_columns_of_a_wider_tensor(M):
         shrink(x, a, out=wide)
 
 
-@pytest.mark.parametrize("min_steps", [None, 1])
-@pytest.mark.parametrize("scaled", [True, False])
+@pytest.mark.parametrize(("min_steps", "scaled"), [(None, True), (None, False), (1, True)])
 def test_what_shrink_packs_beside_is_what_pack_gives(min_steps, scaled):
     """Where D is split, pack has a launch of its own."""
     x, _, a, b, scale, _ = problem((37, 100, 200, 3, 12), torch.float32, torch.float32)
@@ -108,25 +108,28 @@ def check_all_uses(shape, dtype, params, p, scalar=False, config=None):
     assert ds.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_use_agrees_with_the_formula(shape, dtype):
-    check_all_uses(shape, dtype, dtype, P if SHAPES.index(shape) % 3 else 0.0, scalar=SHAPES.index(shape) % 2 == 0)
+@pytest.mark.parametrize(
+    ("at", "k"), [(at, k) for at in range(len(SHAPES)) for k in range(len(DTYPES)) if (at + k) % 2]
+)
+def test_every_use_agrees_with_the_formula(at, k):
+    check_all_uses(SHAPES[at], DTYPES[k], DTYPES[k], P if at % 3 else 0.0, scalar=at % 4 < 2)
 
 
-@pytest.mark.parametrize(("n", "r"), [(1, 4), (2, 12), (3, 1), (5, 4), (3, 32), (5, 32), (1, 300)])
+@pytest.mark.parametrize(("n", "r"), [(2, 12), (5, 4), (5, 32), (1, 300)])
 def test_ranks(n, r):
     check_all_uses((18, 40, 24, n, r), torch.float32, torch.float32, P)
 
 
-@pytest.mark.parametrize("columns", [256, 512])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("n", "r"), [(3, 96), (3, 160), (4, 128), (4, 130)])
+LONG_RANKS = [(3, 96, torch.float32, 256), (3, 96, torch.float16, 512)]
+LONG_RANKS += [(4, 128, torch.float16, 256), (4, 130, torch.float32, 512)]
+
+
+@pytest.mark.parametrize(("n", "r", "dtype", "columns"), LONG_RANKS)
 def test_ranks_of_several_layers_summed_in_parts(n, r, dtype, columns, monkeypatch):
     for module in ("shrink", "reduce"):
         monkeypatch.setattr(f"multilora_fast.kernels.{module}.device_of", lambda x: ("interpreter", 132))
     tile = KernelConfig(32, 32, 8, 1, min_steps=1, pack=True, columns=columns)
-    check_all_uses((70, 136, 40, n, r), dtype, dtype, P, config=tile)
+    check_all_uses((33, 40, 20, n, r), dtype, dtype, P, config=tile)
 
 
 @pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (70, 40, 64, 2, 32)], ids=str)
@@ -159,7 +162,7 @@ def test_bfloat16_in_the_interpreter_is_close():
     assert (shrink(x, a).double() - truth).norm() < 0.01 * truth.norm()
 
 
-@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (3, 700, 300, 2, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (3, 300, 40, 2, 32)], ids=str)
 def test_same_inputs_give_the_same_bits(shape):
     x, dy, a, b, scale, h = problem(shape, torch.float32, torch.float32)
     drop, _ = mask_of(7, *x.shape, P)
@@ -174,13 +177,6 @@ def test_same_inputs_give_the_same_bits(shape):
         ]  # fmt: skip
 
     assert all(torch.equal(first, second) for first, second in zip(outputs(), outputs(), strict=True))
-
-
-def test_a_zero_scale_leaves_the_gradient_of_b_zero():
-    _, y, _, b, scale, h = problem((37, 83, 45, 3, 12), torch.float32, torch.float32)
-    db, ds = reduce_scaled(h, y, b, torch.zeros_like(scale), ALPHA)
-    assert torch.count_nonzero(db) == 0
-    assert torch.count_nonzero(ds) == ds.numel()
 
 
 def test_strided_inputs_and_outputs():
@@ -222,28 +218,6 @@ def test_packed_weights_and_weights_scaled_on_the_tile_agree():
     torch.testing.assert_close(*(shrink(dy, b, scale, ALPHA, config=tile) for tile in tiles))
 
 
-@pytest.mark.parametrize(("n", "r"), [(3, 32), (5, 32), (2, 90)])
-def test_a_rank_in_two_tiles_and_in_one_agree(n, r):
-    x, _, a, _, _, h = problem((37, 48, 45, n, r), torch.float32, torch.float32)
-    results = []
-    for two_tiles in (True, False):
-        tile, (drop, _) = KernelConfig(32, 32, 4, 2, two_tiles=two_tiles), mask_of(11, *x.shape, P)
-        y = torch.empty_like(x)
-        expand(y, h, a, **drop, accumulate=False, config=tile)
-        results.append((shrink(x, a, **drop, config=tile), reduce(h, x, n, x.dtype, **drop, config=tile), y))
-    torch.testing.assert_close(results[0], results[1])
-
-
-def test_the_sum_over_parts_does_not_depend_on_how_many(monkeypatch):
-    x, _, a, _, _, h = problem((150, 300, 8, 2, 12), torch.float64, torch.float64)
-    if DEVICE != "cpu":
-        pytest.skip("counts the processors of the interpreter")
-    whole = shrink(x, a), reduce(h, x, 2, x.dtype)
-    for module in ("shrink", "reduce"):
-        monkeypatch.setattr(f"multilora_fast.kernels.{module}.device_of", lambda x: ("interpreter", 132))
-    torch.testing.assert_close((shrink(x, a), reduce(h, x, 2, x.dtype)), whole)
-
-
 def test_meta_tensors_get_shapes_without_a_launch():
     x, dy, h = (torch.empty(7, d, device="meta") for d in (20, 30, 6))
     a, b, scale = (torch.empty(2, *size, device="meta") for size in ((3, 20), (30, 3), (30,)))
@@ -260,35 +234,27 @@ def test_meta_tensors_get_shapes_without_a_launch():
 
 def test_mistakes_are_named():
     x, dy, a, b, scale, h = problem((4, 16, 24, 2, 3), torch.float32, torch.float32)
-    with pytest.raises(ValueError, match="w has shape"):
-        shrink(x, b)
-    with pytest.raises(ValueError, match="scale has shape"):
-        shrink(dy, b, scale[:, :5])
-    with pytest.raises(ValueError, match="p is 1"):
-        draw(seed_of(0), 4, 16, 1.0)
-    with pytest.raises(ValueError, match="seed has dtype"):
-        draw(torch.zeros(2, device=DEVICE), 4, 16, P)
-    with pytest.raises(ValueError, match="p is 1"):
-        shrink(x, a, bits=draw(seed_of(0), 4, 16, P), p=1.0)
+    bits = draw(seed_of(0), 4, 16, P)
+    mistakes = [
+        ("w has shape", shrink, (x, b)),
+        ("scale has shape", shrink, (dy, b, scale[:, :5])),
+        ("p is 1", draw, (seed_of(0), 4, 16, 1.0)),
+        ("seed has dtype", draw, (torch.zeros(2, device=DEVICE), 4, 16, P)),
+        ("p is 1", shrink, (x, a, None, 1.0, bits, 1.0)),
+        ("bias has shape", expand, (dy, h, b, None, 1.0, None, 0.0, True, dy[0])),
+        ("bias has shape", expand, (dy, h, b, None, 1.0, None, 0.0, False, x[0])),
+        ("x has shape", shrink, (x.long(), a)),
+        ("y has shape", expand, (torch.empty(24, 4, device=DEVICE).T, h, b)),
+        ("h has shape", expand, (dy, h[:, :5], b)),
+        ("h has shape", reduce, (h[:2], x, 2, x.dtype)),
+        ("n is 4", reduce, (h, x, 4, x.dtype)),
+        ("h has 5 columns", reduce_scaled, (h[:, :5], dy, b, scale)),
+        ("h has 4 columns", reduce_all, (h, dy, b, scale, 1.0, h[:, :4], x, x.dtype)),
+    ]
     for bits in (draw(seed_of(0), 4, 40, P), draw(seed_of(0), 3, 16, P), torch.zeros(4, 1, device=DEVICE)):
-        with pytest.raises(ValueError, match="bits has shape"):
-            shrink(x, a, bits=bits, p=P)
-        with pytest.raises(ValueError, match="bits has shape"):
-            expand(x, h, a, bits=bits, p=P)
-        with pytest.raises(ValueError, match="bits has shape"):
-            reduce(h, x, 2, x.dtype, bits, P)
-    for bias, accumulate in ((dy[0], True), (x[0], False)):
-        with pytest.raises(ValueError, match="bias has shape"):
-            expand(dy, h, b, accumulate=accumulate, bias=bias)
-    with pytest.raises(ValueError, match="x has shape"):
-        shrink(x.long(), a)
-    with pytest.raises(ValueError, match="y has shape"):
-        expand(torch.empty(24, 4, device=DEVICE).T, h, b)
-    with pytest.raises(ValueError, match="h has shape"):
-        expand(dy, h[:, :5], b)
-    with pytest.raises(ValueError, match="h has shape"):
-        reduce(h[:2], x, 2, x.dtype)
-    with pytest.raises(ValueError, match="n is 4"):
-        reduce(h, x, 4, x.dtype)
-    with pytest.raises(ValueError, match="h has 5 columns"):
-        reduce_scaled(h[:, :5], dy, b, scale)
+        mistakes += [("bits has shape", shrink, (x, a, None, 1.0, bits, P))]
+        mistakes += [("bits has shape", expand, (x, h, a, None, 1.0, bits, P))]
+        mistakes += [("bits has shape", reduce, (h, x, 2, x.dtype, bits, P))]
+    for match, launcher, arguments in mistakes:
+        with pytest.raises(ValueError, match=match):
+            launcher(*arguments)

@@ -31,7 +31,7 @@ def test_what_is_served(monkeypatch):
         monkeypatch.setattr(module, "device_of", lambda x, arch=arch: (arch, 4))
         assert not serves(x, weight, h, y)
         with pytest.raises(ValueError, match=f"x is on {arch}"):
-            product(x, weight, transposed=True)
+            product(x, weight, None, h, problem.b, transposed=True)
 
 
 def test_half_precision_alone_is_served_by_a_gpu(monkeypatch):
@@ -48,26 +48,25 @@ def test_mistakes_are_named():
     problem = Problem((5, 24, 40, 2, 8), torch.float16)
     x, weight, h, b = problem.x, problem.weight, problem.h, problem.b
     bits = packed_bits(torch.ones(5, 40, dtype=torch.bool, device=DEVICE))
+    branches = (None, h, b)
     mistakes = {
-        "x has shape": (x[0], weight),
-        "x has shape .* wanted rows": (x[:, 1:], weight[:, 1:]),
-        "weight has shape": (x, weight.T),
-        "weight has .* torch.float32, wanted": (x, weight.float()),
-        "bias has shape": (x, weight, problem.bias[1:]),
-        "h is None": (x, weight, None, None, b),
-        "w is None": (x, weight, None, h),
+        "x has shape": (x[0], weight, *branches),
+        "x has shape .* wanted rows": (x[:, 1:], weight[:, 1:], *branches),
+        "weight has shape": (x, weight.T, *branches),
+        "weight has .* torch.float32, wanted": (x, weight.float(), *branches),
+        "bias has shape": (x, weight, problem.bias[1:], h, b),
         "w has shape": (x, weight, None, h, b.mT),
-        "scale has shape": (x, weight, None, h, b, problem.scale[:, 1:]),
+        "scale has shape": (x, weight, *branches, problem.scale[:, 1:]),
         "h has shape": (x, weight, None, h[1:], b),
-        "bits has shape": (x, weight, None, h, b, None, 1.0, bits[:, :1], P),
-        "bits has .* torch.int64, wanted": (x, weight, None, h, b, None, 1.0, bits.long(), P),
-        "p is 1": (x, weight, None, h, b, None, 1.0, bits, 1.0),
+        "bits has shape": (x, weight, *branches, None, 1.0, bits[:, :1], P),
+        "bits has .* torch.int64, wanted": (x, weight, *branches, None, 1.0, bits.long(), P),
+        "p is 1": (x, weight, *branches, None, 1.0, bits, 1.0),
     }
     for match, arguments in mistakes.items():
         with pytest.raises(ValueError, match=match):
             product(*arguments, transposed=True)
     with pytest.raises(ValueError, match="out has shape"):
-        product(x, weight, transposed=True, out=x)
+        product(x, weight, None, h, b, transposed=True, out=x)
 
 
 def test_launches_differ_in_the_blocks_and_types_of_their_descriptors():
