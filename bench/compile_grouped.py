@@ -1,6 +1,6 @@
-"""The kernels of experts as bench.compile_report compiles them: every row of the table at the ranks of experts.
+"""The kernels of experts for bench.compile_report: every row of the table at the ranks of experts.
 
-Experts have small ranks: 6 and 24 are a padded tile, 96 two, and 128 the widest. 160 and 480 run in chunks or slices.
+Ranks 6 and 24 are one padded tile, 96 is two tiles, 128 the widest tile; 160 and 480 run in chunks or slices.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Case(LauncherCall):
         return find_row(kernel, self.M, R, dtype, self.arch, dropout=self.dropout)
 
     def __call__(self) -> None:
-        """Calls the launcher; the tensors are allocated and never read."""
+        """Calls the launcher on uninitialized tensors."""
         dtype, params, config = getattr(torch, self.dtype), getattr(torch, self.params), TUNED_CONFIGS[self.row]
         S, E, D, n, r = self.M * EXPERTS, EXPERTS, self.D, self.n, self.r
         x, large, h = (torch.empty(*size, dtype=dtype) for size in ((S // TAKEN, D), (S, D), (S, n * r)))
@@ -60,8 +60,8 @@ class Case(LauncherCall):
 
 
 def cases(architectures, quick: bool) -> Iterator[Case]:
-    """Every use, size and rank, in every dtype, dropout on and off. The quick ones are of rank 96, with dropout where
-    it can be, the half types taking turns, and on sm_90 of rank 480 and in float32 too."""
+    """Every use, size and rank, in every dtype, dropout on and off. Quick ones have rank 96, dropout where it applies
+    and alternating half types; on sm_90 also rank 480 and float32."""
     for (at, arch), (use, may_drop), M, (n, r), (dtype, params) in product(
         enumerate(architectures), USES.items(), TOKENS, RANKS, DTYPES
     ):

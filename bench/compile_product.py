@@ -1,7 +1,7 @@
-"""Compiles the joint kernel, `product`, for every architecture with a copy engine: a part of bench.compile_report.
+"""Compiles the joint kernel, `product`, for every architecture with TMA: a part of bench.compile_report.
 
-A case falls short when it spills, does not fit the shared memory, misses the architecture's matrix instruction or the
-copy engine, or leaves ptxas to make its matrix instructions wait for each other (sm_90).
+A case fails when it spills, exceeds the shared memory, lacks the architecture's tensor-core instruction or TMA copies,
+or when ptxas serializes its wgmma instructions (sm_90).
 """
 
 import subprocess
@@ -21,8 +21,8 @@ TOKENS, IN, OUT, RANK = 8192, 4096, 11008, 32
 
 
 def cases(quick: bool) -> Iterator[dict]:
-    """Both directions, without and with dropout in backward, in both half types, at ranks 96 and 160. The rank does not
-    change what is compiled, which the quick ones rely on."""
+    """Both directions, without and with dropout in backward, in both half types, at ranks 96 and 160; quick ones in
+    bfloat16 at rank 96, because the rank does not change the code."""
     for arch in ARCHITECTURES:
         for use, dropout in (("product.forward", False), ("product.backward", False), ("product.backward", True)):
             for dtype in ("bfloat16",) if quick else ("bfloat16", "float16"):
@@ -31,7 +31,7 @@ def cases(quick: bool) -> Iterator[dict]:
 
 
 def call(case: dict) -> None:
-    """The launcher, on tensors that are allocated and never read."""
+    """Calls the launcher on uninitialized tensors."""
     M, n, r, dtype = case["M"], case["n"], case["r"], getattr(torch, case["dtype"])
     forward = case["use"] == "product.forward"
     K, N = (IN, OUT) if forward else (OUT, IN)
@@ -47,7 +47,7 @@ def call(case: dict) -> None:
 
 
 def examine(job: tuple[dict, int]) -> dict:
-    """One case compiled, with what falls short of `limit` bytes of shared memory or otherwise under `fails`."""
+    """Compile one case; `fails` names what it breaks, `limit` bytes of shared memory included."""
     case, limit = job
     kernel, kwargs = launches(lambda: call(case))[-1]
     named = {"kernel": "product", "D": OUT, "params": case["dtype"], "row": "product/" + case["arch"], **case}
@@ -69,7 +69,7 @@ def examine(job: tuple[dict, int]) -> dict:
 
 
 def serialized(ptx: str) -> bool:
-    """Whether ptxas says that wgmma instructions wait for each other, as where Triton left out a wait."""
+    """Whether ptxas reports serialized wgmma instructions, as where Triton omits a wait."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)

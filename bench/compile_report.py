@@ -1,12 +1,11 @@
-"""Compiles every row of kernels/configs.py for its architectures, without a GPU, and reports what came out.
+"""Compiles every row of kernels/configs.py for its architectures, without a GPU, and reports the result.
 
     python -m bench.compile_report [--quick] [--arch ARCH] [--kernel KERNEL] [--jobs N] [--json OUT]
 
-The launchers themselves are called, on unread tensors of the real shapes, and what they would have launched is compiled
-with the attributes a real call has. A row falls short when a kernel spills, needs more shared memory than the
-architecture has, lacks its tensor-core instruction (bf16 and fp16) or takes more SASS instructions per element of the
-large tensor than SASS_LIMITS allows (sm_90); the exit status is then 1. --quick compiles the widest rank of each row in
-one dtype, and what has such a limit.
+It calls the launchers on uninitialized tensors of the real shapes, and compiles what they would launch as a real call
+would specialize it. A row fails when a kernel spills, exceeds the shared memory of the architecture, lacks its
+tensor-core instruction (bf16 and fp16) or exceeds SASS_LIMITS, instructions per element of the large tensor (sm_90).
+The exit status is then 1. --quick compiles the widest rank of each row in one dtype, and every case with such a limit.
 """
 
 import argparse
@@ -62,9 +61,9 @@ USES = {
 }  # fmt: skip
 TOKENS = (8192, 2048, 512, 16)
 RANKS = ((2, 32), (3, 32), (4, 32), (5, 32), (8, 32), (5, 12), (9, 32), (10, 32), (12, 32), (15, 32))
-# At 8192 tokens in bfloat16 every rank is compiled, elsewhere these: the two of the headline, the widest of a class.
+# Every rank is compiled at 8192 tokens in bfloat16. Elsewhere only these are.
 FEW_RANKS = {"size": (96, 160, 480), "float16": (96,), "mixed": (96, 288), "float32": (96, 288, 480)}
-# SASS instructions an element, at most, on sm_90 in bfloat16 at 8192 tokens: {use: {n·r: (without, with dropout)}}
+# Most SASS instructions per element on sm_90 in bfloat16 at 8192 tokens: {use: {n·r: (without, with dropout)}}
 SASS_ARCH = "sm_90"
 WRITTEN, ADDED = {96: (6.0, 11.0), 160: (8.0, None)}, {96: (9.0, None), 160: (11.0, None)}
 SASS_LIMITS = {
@@ -76,18 +75,18 @@ SASS_LIMITS = {
 
 
 class Case(LauncherCall):
-    """A launcher call of the kernels that run on all rows alike."""
+    """A launcher call of a dense kernel."""
 
     @property
     def row(self) -> tuple:
-        """The row of the table, () for the mask, which has none."""
+        """The key in TUNED_CONFIGS; () for the mask, which has none."""
         kernel, R, add = self.use.split(".")[0], self.n * self.r, self.use in ("expand.add", "expand.backward_add")
         if kernel == "mask":
             return ()
         return find_row(kernel, self.M, R, getattr(torch, self.dtype), self.arch, add, self.dropout)
 
     def __call__(self) -> None:
-        """Calls the launcher; the tensors are allocated and never read."""
+        """Calls the launcher on uninitialized tensors."""
         dtype, params, config = getattr(torch, self.dtype), getattr(torch, self.params), TUNED_CONFIGS.get(self.row)
         M, D, n, r = self.M, self.D, self.n, self.r
         big, h = torch.empty(M, D, dtype=dtype), torch.empty(M, n * r, dtype=dtype)
@@ -128,15 +127,15 @@ class Case(LauncherCall):
 
 
 def odd_cases() -> Iterator[Case]:
-    """Features that align with nothing, and one feature at rank one, where the JIT turns the sizes into constants."""
+    """Unaligned features, and one feature at rank one, where the JIT specializes the sizes to 1."""
     for use, may_drop in USES.items():
         for D, n, r in ((83, 3, 12), (1, 1, 1)):
             yield Case(use, SASS_ARCH, 37, D, n, r, "bfloat16", "bfloat16", may_drop)
 
 
 def all_cases() -> Iterator[Case]:
-    """Every use on every architecture: each size and rank class, every dtype, dropout on and off; what is packed
-    beside shrink for the joint kernel up to the widest rank that takes it."""
+    """Every use on every architecture: each size and rank class, every dtype, dropout on and off; packing beside shrink
+    up to the widest rank of the joint kernel."""
     widest = max(rank for (_, way), wins in PRODUCT_WINS.items() if way == "forward" for *_, rank, _ in wins)
     for arch, (use, may_drop), M, (n, r) in product(SHARED_LIMITS, USES.items(), TOKENS, RANKS):
         for dtype, params in DTYPES:
@@ -149,8 +148,8 @@ def all_cases() -> Iterator[Case]:
 
 
 def adds_nothing(case: Case, kernel) -> bool:
-    """Whether a launch is another's without something: the second passes, of which some ranks are enough; expand
-    without dropout, which forward's has and a scale; and slices of a rank, which differ in their number."""
+    """Whether another launch covers this one: second passes, for which a few ranks are enough; expand without dropout,
+    which is forward's without a scale; and slices of a rank, which differ only in number."""
     if kernel.__name__ not in MATRIX_KERNELS:
         return case.n * case.r not in FEW_RANKS["float32"] and case.D == 4096 and "mask" not in case.use
     if case.use.startswith("expand") and case.dtype == "float32" and case.n * case.r > 96:
@@ -159,11 +158,11 @@ def adds_nothing(case: Case, kernel) -> bool:
 
 
 def quick_cases() -> list[Case]:
-    """What has a limit of instructions, and the widest rank of every row in each of its uses on every architecture,
-    bf16 and fp16 taking turns, with dropout where it can be.
+    """Every case with a limit of instructions, and the widest rank of every row in each of its uses on every
+    architecture, alternating bf16 and fp16, with dropout where it applies.
 
-    Added are float32 parameters where a row of shrink casts them on the tile, which takes the most shared memory, and
-    ranks that are no power of two, whose second tile or padding takes registers: one of each width of the second tile.
+    Also float32 parameters where a row of shrink casts them on the tile, which takes the most shared memory, and ranks
+    that are no power of two, whose second tile or padding takes registers: one of each width of the second tile.
     """
     chosen: dict[tuple, Case] = {}
     for case in all_cases():
@@ -184,7 +183,7 @@ def quick_cases() -> list[Case]:
 
 
 def sass_limit(case: Case) -> float | None:
-    """The most instructions an element that the case may take, None where that is not limited."""
+    """The case's limit of instructions per element, or None."""
     if (case.arch, case.M, case.D, case.dtype, case.params) != (SASS_ARCH, 8192, 4096, "bfloat16", "bfloat16"):
         return None
     return SASS_LIMITS.get(case.use, {}).get(case.n * case.r, (None, None))[case.dropout]
@@ -196,7 +195,7 @@ def unserved_rows(cases: list[Case]) -> set[tuple]:
 
 
 def jobs(cases: list[Case]) -> list[tuple[Case, int]]:
-    """(case, index of its launch), leaving out launches that compile to what an earlier one did."""
+    """(case, index of its launch) without launches that compile to the same code as an earlier one."""
     seen, chosen = set(), []
     for case in cases:
         for index, (kernel, kwargs) in enumerate(launches(case)):
@@ -210,7 +209,7 @@ def jobs(cases: list[Case]) -> list[tuple[Case, int]]:
 
 
 def examine(job: tuple[Case, int]) -> dict:
-    """One launch compiled, with what falls short under `fails`."""
+    """Compile one launch; `fails` names the limits it breaks."""
     case, index = job
     kernel, kwargs = launches(case)[index]
     matrix, sass = kernel.__name__ in MATRIX_KERNELS, None
@@ -233,7 +232,7 @@ def examine(job: tuple[Case, int]) -> dict:
 
 HEADER = (
     "kernel", "use", "row", "n·r", "dtype", "params", "dropout", "arch", "registers", "stack", "shared", "tensor cores",
-    "SASS per element", "falls short",
+    "SASS per element", "fails",
 )  # fmt: skip
 
 
@@ -270,9 +269,9 @@ def main(argv: list[str] | None = None) -> int:
     for row in found:
         print(" | ".join(line(row)))
     short = [row for row in found if row["fails"]]
-    print(f"{len(found)} kernels compiled with Triton {triton.__version__}, {len(short)} fall short.")
+    print(f"{len(found)} kernels compiled with Triton {triton.__version__}, {len(short)} fail.")
     for row in short:
-        print("falls short: " + " | ".join(line(row)))
+        print("fails: " + " | ".join(line(row)))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         document = {"triton": triton.__version__, "torch": torch.__version__, "rows": found}

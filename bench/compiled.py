@@ -1,4 +1,4 @@
-"""What the Triton compiler makes of a launch, read without a GPU: registers, spills, shared memory, instructions."""
+"""Compile a launch without a GPU and read its registers, spills, shared memory and instructions."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# What a case that the compiler gives up on has in the place of `inspect` and `sass_per_element`.
+# In place of `inspect` and `sass_per_element` for a case that does not compile.
 NOT_COMPILED = {
     **dict.fromkeys(("registers", "stack", "shared", "tensor_core", "tensor_cores", "sass_per_element")),
     "fails": ["does not compile"],
@@ -26,7 +26,7 @@ POINTERS = {
 }  # fmt: skip
 
 
-# Of the rows, and of A, B and s.
+# (of the tokens, of A, B and s)
 DTYPES = (("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32"), ("float32", "float32"))
 
 
@@ -46,7 +46,7 @@ class LauncherCall:
 
 
 def launches(call: Callable[[], object]) -> list[tuple[JITFunction, dict]]:
-    """(kernel, arguments) of every kernel that `call` would launch, recorded instead of run."""
+    """(kernel, arguments) of every kernel that `call` launches, recorded instead of run."""
     recorded = []
     run = JITFunction.run
     JITFunction.run = lambda kernel, *args, grid, warmup, **kwargs: recorded.append((kernel, kwargs))
@@ -58,7 +58,7 @@ def launches(call: Callable[[], object]) -> list[tuple[JITFunction, dict]]:
 
 
 def source(kernel: JITFunction, kwargs: dict) -> ASTSource:
-    """What the JIT would compile for these arguments: ones are constants, multiples of 16 are marked."""
+    """What the JIT would compile for these arguments: 1 is a constant, multiples of 16 are marked."""
     signature, constants, attrs = {}, {}, {}
     for position, param in enumerate(kernel.params):
         value = kwargs[param.name]
@@ -96,15 +96,15 @@ def tool(name: str, *args: str, binary: bytes) -> str:
 
 
 def tensor_core(arch: str, rows: int) -> str:
-    """The tensor-core instruction for a product of `rows` rows: wgmma and tcgen05 have no smaller one than of 64."""
+    """The tensor-core instruction for a product of `rows` rows: wgmma and tcgen05 need at least 64."""
     return "mma.sync" if arch.startswith("sm_") and rows < 64 else TENSOR_CORES.get(arch, "mma.sync")
 
 
 def inspect(compiled, arch: str, rows: int = 64) -> dict:
-    """Registers a thread, bytes of stack it reads back, of shared memory, tensor-core instructions of the architecture.
+    """Registers per thread, bytes of stack that are read back, shared memory, and tensor-core instructions.
 
-    A stack that nothing reads holds no spill. On sm_120 ptxas guards every copy into the shared memory of a cluster,
-    which is how Triton 3.6 writes all of them, by a call to the driver, and leaves its arguments there.
+    A stack that nothing reads holds no spill: on sm_120 ptxas guards every copy to distributed shared memory, which is
+    how Triton 3.6 writes all copies, by a call to the driver, and leaves the call's arguments there.
     """
     name = tensor_core(arch, rows)
     if arch.startswith("sm_"):
@@ -130,7 +130,7 @@ def inspect(compiled, arch: str, rows: int = 64) -> dict:
 
 
 def sass_per_element(compiled, kwargs: dict) -> float:
-    """SASS instructions a thread runs for one element of its tile of the large tensor, or of the mask."""
+    """SASS instructions per thread and element of its tile of the large tensor, or of the mask."""
     if "BLOCK_W" in kwargs:
         return tile_instructions(compiled, False) / (kwargs["BLOCK_M"] * kwargs["BLOCK_W"] / kwargs["num_warps"])
     elements = kwargs["BLOCK_M"] * kwargs["BLOCK_D"] / (32 * kwargs["num_warps"])
@@ -138,7 +138,7 @@ def sass_per_element(compiled, kwargs: dict) -> float:
 
 
 def tile_instructions(compiled, looped: bool) -> int:
-    """SASS instructions a thread runs for one tile: the largest loop's when it walks over tiles, else the kernel's."""
+    """SASS instructions per thread and tile: those of the largest loop if `looped`, else of the kernel."""
     labels, loops, lines = {}, [], []
     for text in tool("nvdisasm", "-c", binary=compiled.asm["cubin"]).splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", text):

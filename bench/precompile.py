@@ -1,7 +1,7 @@
-"""Compiles candidates ahead of their timing, in processes of their own, into Triton's cache on disk.
+"""Compiles candidates ahead of their timing, in other processes, into Triton's cache on disk.
 
-One compilation takes a good part of a second of one core, and a timing milliseconds of the GPU. What is compiled while
-another stage is timed does not disturb it: no host is in a replay, and these processes launch nothing.
+A compilation takes most of a second on one core, a timing milliseconds on the GPU. Compiling during another stage's
+timing does not disturb it: a graph replay needs no host, and these processes launch nothing.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ WORKERS = max(1, min(12, (os.cpu_count() or 1) - 3))
 
 
 class Precompiler:
-    """``start(stage, …)`` begins the candidates of a stage, ``wait(stage, seconds)`` ends them. What is not compiled
-    then, or fails, is left to who launches it."""
+    """``start(stage, …)`` compiles the candidates of a stage, ``wait(stage, seconds)`` waits for them. The launch
+    compiles what is not ready by then, or has failed."""
 
     def __init__(self, workers: int = WORKERS):
         self.pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         self.begun: dict[object, list[Future]] = {}
 
     def start(self, stage, configs: list[KernelConfig], shape: tuple[int, int, int, int]) -> None:
-        """Begin ``configs`` of ``stage``, in order, unless it was begun; ``shape`` is (M, D, n, r)."""
+        """Start compiling ``configs`` of ``stage``, in order and only once; ``shape`` is (M, D, n, r)."""
         if stage in self.begun:
             return
         self.begun[stage] = []
@@ -34,7 +34,7 @@ class Precompiler:
                 self.begun[stage].append(self.pool.submit(compile_uses, stage.kernel, config, *shape))
 
     def wait(self, stage, seconds: float) -> None:
-        """Until all of ``stage`` are compiled, or ``seconds`` are over."""
+        """Wait until all of ``stage`` are compiled, at most ``seconds``."""
         for future in wait(self.begun.get(stage, ()), timeout=seconds).not_done:
             future.cancel()
 
@@ -46,21 +46,21 @@ class Precompiler:
 
 
 def compile_uses(kernel: str, config: KernelConfig, M: int, D: int, n: int, r: int, device: str = "cuda") -> None:
-    """Compile what the uses of a kernel launch on (M, D), by way of their launchers, and launch nothing.
+    """Compile what the uses of a kernel launch on (M, D), through their launchers, and launch nothing.
 
-    The sizes are those that are timed: what is compiled depends on how a sum is split.
+    The sizes are those that are timed, because the split of a sum changes the code.
     """
     from bench.tune_uses import empty_inputs, launches
     from multilora_fast.kernels import launch
 
     with mock.patch.object(launch, "compile_and_run", compile_only), mock.patch.object(launch, "_COMPILED", {}):
         for use in launches(kernel, empty_inputs(M, D, n, r, device=device)).values():
-            with contextlib.suppress(Exception):  # who launches it is told the reason
+            with contextlib.suppress(Exception):  # the launch raises it again
                 use(config)
 
 
 class NotRun:
-    """What a launcher is given in the place of a compiled kernel."""
+    """Stands for a compiled kernel and launches nothing."""
 
     def __getitem__(self, blocks: tuple[int, int, int]):
         return lambda *arguments: None
