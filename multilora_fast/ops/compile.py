@@ -15,20 +15,10 @@ from multilora_fast.ops.equations import Needs, OpSettings
 
 @torch.library.custom_op("multilora_fast::multilora", mutates_args=())
 def compiled(
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    lora_scaling: Tensor,
-    seed: Tensor | None,
-    scaling_factor: float,
-    dropout_p: float,
-    dtype: torch.dtype,
-    backend: str,
-    exact_base: bool = False,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, y: Tensor | None, weight: Tensor | None, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    lora_scaling: Tensor, seed: Tensor | None, scaling_factor: float, dropout_p: float, dtype: torch.dtype,
+    backend: str, exact_base: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(scaling_factor, dropout_p, dtype, backend, exact_base)
     out, H = forward(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, call, new=None)
     return out, H
@@ -43,21 +33,10 @@ def _(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backe
 
 @torch.library.custom_op("multilora_fast::multilora_backward", mutates_args=())
 def compiled_backward(
-    dy: Tensor,
-    x: Tensor | None,
-    H: Tensor | None,
-    weight: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    lora_scaling: Tensor,
-    seed: Tensor | None,
-    scaling_factor: float,
-    dropout_p: float,
-    dtype: torch.dtype,
-    backend: str,
-    needs: Sequence[bool],
-    exact_base: bool = False,
-) -> list[Tensor]:
+    dy: Tensor, x: Tensor | None, H: Tensor | None, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+    lora_scaling: Tensor, seed: Tensor | None, scaling_factor: float, dropout_p: float, dtype: torch.dtype,
+    backend: str, needs: Sequence[bool], exact_base: bool = False,
+) -> list[Tensor]:  # fmt: skip
     call = _call(scaling_factor, dropout_p, dtype, backend, exact_base)
     grads = backward(dy, x, None, H, weight, lora_A, lora_B, lora_scaling, seed, call, _needs(*needs))
     return list(compress(grads, needs))  # type: ignore[arg-type]

@@ -43,17 +43,11 @@ class Mask:
     """The keep-mask, 0 or 1 in the dtype of the products, of one forward or one backward."""
 
     def __init__(self, keep: Tensor):
-        self._keep: Tensor | None = keep
-
-    @property
-    def keep(self) -> Tensor:
-        assert self._keep is not None, "drop() has overwritten the mask"
-        return self._keep
+        self.keep: Any = keep
 
     def drop(self, x: Tensor) -> Tensor:
         """mask ⊙ x, written over the mask to save a tensor of x's size: the mask's last use."""
-        dropped = self.keep.mul_(x)
-        self._keep = None
+        dropped, self.keep = self.keep.mul_(x), None
         return dropped
 
 

@@ -1,4 +1,4 @@
-"""The clock of the GPU's time, on a device that a test can look into; on a real one where there is one."""
+"""Device and host time, measured on a fake device, and on a GPU where there is one."""
 
 import time
 
@@ -9,7 +9,7 @@ from bench.clock import cold_copies, device_time, device_times, host_time, own_c
 
 
 class FakeDevice:
-    """Runs what is enqueued on it, microseconds of spinning each, when it is waited for or when a graph is replayed."""
+    """Spins for the enqueued microseconds, at once or at each replay of a captured graph."""
 
     def __init__(self):
         self.graph = None

@@ -1,4 +1,4 @@
-"""The memory of experts that the documents promise, counted at the size they promise it for."""
+"""The documented memory of experts, counted at the documented size."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: which commands each stage gives, with a stub in the place of Python."""
+"""The commands of each stage of bench/gpu.sh, with a stub in place of Python."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def gpu(*arguments, python="false") -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def stub(tmp_path) -> Path:
-    """A Python that says what it was asked and how long it was given."""
+    """A Python that prints its parent's command line, which holds the time limit, and its own arguments."""
     path = tmp_path / "python"
     parent = '$(tr "\\0" " " < /proc/$PPID/cmdline)'
     path.write_text(f'#!/bin/bash\ncase "$2" in "import xdist") exit 0;; esac\necho "{parent} | $@"\n')

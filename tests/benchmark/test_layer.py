@@ -1,4 +1,4 @@
-"""``multilora-fast bench``: what it counts and says, and that it times nothing whose result is wrong."""
+"""``multilora-fast bench``: what it counts and prints, and that it times no wrong result."""
 
 import json
 from importlib.metadata import version

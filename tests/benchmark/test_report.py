@@ -1,4 +1,4 @@
-"""The tables that are made of a GPU's JSON, and which folders have any."""
+"""Tables from a GPU's JSON, and the folders that have them."""
 
 import json
 

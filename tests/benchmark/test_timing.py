@@ -1,4 +1,4 @@
-"""What the benches do with their candidates: interleaved, steps one at a time, and the costs of the JSON."""
+"""Candidates of the benches: failures, clocks, one step at a time, and the costs in the JSON."""
 
 import weakref
 from types import SimpleNamespace

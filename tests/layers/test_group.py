@@ -184,32 +184,34 @@ def test_what_waits_for_members_that_do_not_come_is_dropped():
     assert model.q_proj.shared._thread.waiting is None
 
 
-@pytest.mark.parametrize(
-    "obstacle", ["hook", "base hook", "disabled", "merged", "another adapter", "evaluation", "dropout"]
-)
+def another_adapter(model, layer):
+    model.add_adapter("other", config(target_modules=["v_proj"]))
+    layer.set_adapter(["other", "default"])
+
+
+OBSTACLES = {
+    "hook": lambda model, layer: branches_of(layer).register_forward_pre_hook(lambda module, args: None),
+    "base hook": lambda model, layer: layer.base_layer.register_forward_hook(lambda module, args, out: None),
+    "disabled": lambda model, layer: layer.enable_adapters(False),
+    "merged": lambda model, layer: layer.merge(),
+    "another adapter": another_adapter,
+    "evaluation": lambda model, layer: layer.eval(),
+    "dropout": lambda model, layer: setattr(branches_of(layer).lora_dropout, "p", 0.2),
+}
+
+
+def branches_of(layer):
+    return layer.multilora_branches["default"]
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
 def test_a_member_that_has_to_run_itself_keeps_all_alone(obstacle, served):
     model = nn.Module()
     for name, N in SIZES.items():
         model.add_module(name, nn.Linear(K, N))
     model = get_peft_model(model, config(target_modules=list(SIZES), lora_dropout=0.1)).train()
     found = layers(model)
-    v = next(layer for name, layer in found.items() if "v_proj" in name)
-    branches = v.multilora_branches["default"]
-    if obstacle == "hook":
-        branches.register_forward_pre_hook(lambda module, args: None)
-    elif obstacle == "base hook":
-        v.base_layer.register_forward_hook(lambda module, args, out: None)
-    elif obstacle == "disabled":
-        v.enable_adapters(False)
-    elif obstacle == "merged":
-        v.merge()
-    elif obstacle == "another adapter":
-        model.add_adapter("other", config(target_modules=["v_proj"]))
-        v.set_adapter(["other", "default"])
-    elif obstacle == "evaluation":
-        v.eval()
-    else:
-        branches.lora_dropout.p = 0.2
+    OBSTACLES[obstacle](model, next(layer for name, layer in found.items() if "v_proj" in name))
     x = torch.randn(3, K)
     for layer in found.values():
         layer(x)
@@ -234,7 +236,7 @@ def test_a_first_forward_that_finds_different_tensors_can_be_recomputed(reentran
             if isinstance(module, nn.Dropout) and module.p == shape.dropout_rate and "lora" not in str(module):
                 module.p = 0.0
         for module in layers(model).values():
-            module.multilora_branches["default"].lora_dropout.p = 0.1
+            branches_of(module).lora_dropout.p = 0.1
         if reentrant is not None:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()

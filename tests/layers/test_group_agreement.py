@@ -54,6 +54,13 @@ def test_a_member_that_changed_since_computes_anew(name, grad):
         assert torch.equal(member(x), alone(member, x))
 
 
+def test_x_that_changed_in_place_is_another_x():
+    model, x = projections(), torch.ones(3, 8)
+    model["q_proj"](x)
+    x.mul_(3)
+    assert torch.equal(model["k_proj"](x), alone(model["k_proj"], x))
+
+
 def test_two_autocast_dtypes_for_one_x():
     model, x = projections(), torch.randn(3, 8)
     with torch.autocast("cpu", torch.bfloat16):

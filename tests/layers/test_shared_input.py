@@ -51,18 +51,6 @@ def test_gradients_are_those_of_layers_alone(p, reentrant, one_seed, served):
     assert len(together.base_model.shared_inputs()) == 4
 
 
-def test_different_ranks_and_alphas_in_one_group(one_seed, served):
-    options = {
-        "rank_pattern": {"k_proj": 2, "up_proj": 7},
-        "alpha_pattern": {"v_proj": 3},
-        "lora_num_pattern": {"q_proj": 1},
-    }
-    alone, together = (model_of(lora_dropout=0.1, share_inputs=share, **options) for share in (False, True))
-    twins(alone, together)
-    assert_same(gradients(together), gradients(alone), 1e-6)
-    assert served == [3, 2, 3, 2]
-
-
 def test_steps_of_training_agree(one_seed):
     models = [model_of(torch.float32, lora_dropout=0.1, share_inputs=share) for share in (False, True)]
     twins(*models)
@@ -101,41 +89,6 @@ def test_several_adapters_each_share_their_own(one_seed, served):
     assert not served
     assert_same(gradients(models[1]), wanted, 1e-5)
     assert served == [3, 3]  # "other" has one layer of each group
-
-
-def test_a_layer_that_is_given_another_tensor_computes_alone_and_says_so(one_seed):
-    alone, together = (model_of(share_inputs=share) for share in (False, True))
-    twins(alone, together)
-    for model in (alone, together):
-        for layer in model.model.model.layers:
-            layer.self_attn.k_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
-    assert_same(gradients(together), gradients(alone), 1e-6)
-    reasons = together.base_model.shared_inputs()
-    assert [reason for names, reason in reasons.items() if "q_proj" in names[0]] == [
-        "its layers were not given the same tensor"
-    ] * 2
-    assert [reason for names, reason in reasons.items() if "gate_proj" in names[0]] == [None, None]
-
-
-def test_x_changed_in_place_between_two_layers_is_another_x(one_seed):
-    alone, together = (model_of(share_inputs=share) for share in (False, True))
-    twins(alone, together)
-    outs = []
-    for model in (alone, together):
-        attention = model.model.model.layers[0].self_attn
-        with torch.no_grad():
-            x = torch.ones(1, 3, 32, dtype=torch.float64)
-            attention.q_proj(x)
-            outs.append(attention.k_proj(x.mul_(3)))
-    torch.testing.assert_close(*outs)
-
-
-def test_a_forward_that_failed_half_way_leaves_the_group_together():
-    model = model_of()
-    attention = model.model.model.layers[0].self_attn
-    attention.q_proj(torch.ones(1, 3, 32, dtype=torch.float64))
-    gradients(model)
-    assert set(model.base_model.shared_inputs().values()) == {None}
 
 
 def test_evaluation_and_mixed_batches_do_not_share(served):

@@ -28,15 +28,6 @@ def test_a_fixed_seed_fixes_the_mask_and_a_fresh_one_changes_it(backend, device)
     assert torch.equal(op(seed=3, training=False), multilora_linear(case.x, **case.parameters, backend=backend))
 
 
-@pytest.mark.parametrize("p", [0.05, 0.5])
-def test_mask_keeps_at_the_rate_asked_and_shows_no_pattern(p):
-    keep = torch.stack([dropout_mask(seed, 1000, 999, p) for seed in range(4)]).double()
-    assert keep.mean().item() == pytest.approx(1 - p, abs=4 * (p * (1 - p) / keep.numel()) ** 0.5)
-    centred = (keep - keep.mean()) / keep.std()
-    for a, b in ((centred[0], centred[1]), (centred[:, 1:], centred[:, :-1]), (centred[..., 1:], centred[..., :-1])):
-        assert abs((a * b).mean().item()) < 5 / a.numel() ** 0.5
-
-
 def test_a_draw_that_equals_the_threshold_is_kept():
     draws = np.random.SFC64(7).random_raw(5).view(np.int16)[:16].astype(int) + 32768
     mask = dropout_mask(torch.tensor([7]), 1, 16, int(draws[0]) / 65536, backend="torch")[0]

@@ -78,15 +78,11 @@ def test_two_times_rule(dtypes, p, scaling, backend, device):
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_two_times_rule_under_autocast(dtype, p, device):
+@pytest.mark.parametrize("cast", [True, False])
+def test_two_times_rule_under_autocast(cast, dtype, p, device):
     case = random_case((2, 33, 72), 48, 3, 12, device=device)
+    case.x = case.x.to(dtype if cast else torch.float32)  # as another layer's output is
     assert_two_times_rule(op_for(case, p, None), case, autocast=dtype)
-
-
-def test_autocast_casts_whatever_dtypes_meet(device):
-    case = random_case((2, 33, 72), 48, 3, 12, device=device)
-    case.x = case.x.to(torch.bfloat16)  # another layer's output
-    assert_two_times_rule(op_for(case, 0.0, None), case, autocast=torch.bfloat16)
 
 
 def test_gradients_come_in_the_parameters_dtypes(device):

@@ -27,6 +27,18 @@ def results(case, **options) -> dict[str, torch.Tensor]:
     return run(op, case)
 
 
+def replayed(step) -> list[str]:
+    """Check that a second step only replays, with the bits of one without plans; return the kernels it ran."""
+    wanted = step()
+    with interpreted_gpu() as ran:
+        step()
+        ran.clear()
+        found = step()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert all(replay for _, replay in ran)
+    return [name for name, _ in ran]
+
+
 OPTIONS = [{}, {"dropout_p": 0.4, "seed": 5}, {"exact_base": True}]
 KINDS = [{}, {"bias": False, "scaling": "scalar"}, {"adapter_dtype": torch.float64}, {"dtype": torch.float64}]
 
@@ -77,28 +89,14 @@ def test_branches_added_to_an_output_are_replayed_too(p):
         rest = {"dropout_p": p, "seed": 3, "backend": "triton"}
         return multilora_add(y.requires_grad_(), x, lora_A, lora_B, lora_scaling, **rest)
 
-    wanted = run(op, case, ["x", "lora_A", "lora_B", "lora_scaling"])
-    with interpreted_gpu() as ran:
-        for _ in range(2):
-            ran.clear()
-            found = run(op, case, ["x", "lora_A", "lora_B", "lora_scaling"])
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert all(replayed for _, replayed in ran)
+    replayed(lambda: run(op, case, ["x", "lora_A", "lora_B", "lora_scaling"]))
 
 
 def test_the_joint_kernel_is_replayed_too(monkeypatch):
     monkeypatch.setattr(configs, "product_config", lambda direction, *rest: configs.PRODUCT_TILES["interpreter"])
     monkeypatch.setattr("multilora_fast.kernels.linear.product_config", configs.product_config)
     case = random_case((40, 32), 48, 2, 8, dtype=torch.float32)
-    options = {"dropout_p": 0.4, "seed": 5}
-    wanted = results(case, **options)
-    with interpreted_gpu() as ran:
-        for _ in range(2):
-            ran.clear()
-            found = results(case, **options)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert [name for name, _ in ran].count("product_kernel") == 2
-    assert all(replayed for _, replayed in ran)
+    assert replayed(lambda: results(case, dropout_p=0.4, seed=5)).count("product_kernel") == 2
 
 
 def test_a_call_of_another_kind_is_another_plan():

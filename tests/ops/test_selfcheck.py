@@ -26,6 +26,8 @@ REDUCES = ("reduce", "reduce_scaled")
 
 
 def off_by_a_percent(function):
+    """A product as a wrong kernel would give it."""
+
     def wrong(*arguments, **options):
         out = function(*arguments, **options)
         if out is None:  # expand works in place
@@ -41,17 +43,17 @@ def off_by_a_percent(function):
     [("forward", "shrink"), ("forward", "expand"), *[("backward", k) for k in ("shrink", "expand", *REDUCES)]],
 )
 def test_a_wrong_kernel_is_named_with_its_error(direction, kernel, device, monkeypatch):
-    broken = load("triton")._replace(**{kernel: off_by_a_percent(getattr(load("triton"), kernel))})
+    broken = load("torch")._replace(**{kernel: off_by_a_percent(getattr(load("torch"), kernel))})
     monkeypatch.setattr(selfcheck, "load", lambda name: broken)
     with pytest.raises(RuntimeError, match=rf'kernel {kernel.split("_")[0]}.* is wrong on .*: error .*backend="torch"'):
-        check(direction, device)
+        check(direction, device, p=0.0)
 
 
 def test_a_combination_is_checked_once_per_size_class(device, monkeypatch):
-    check("forward", device, M=100)
+    check("forward", device)
     monkeypatch.setattr(selfcheck, "load", lambda name: pytest.fail("checked again"))
     settings = OpSettings(2.0, 0.1, torch.float32, "triton")
-    for M in (100, 512):
+    for M in (1, 16):
         selfcheck.check("forward", torch.zeros(M, 1, device=device), torch.zeros(3, 12, 8, device=device), settings)
 
 
@@ -63,10 +65,10 @@ def test_the_kernels_of_experts_pass(p, dtype, device):
 
 @pytest.mark.parametrize("kernel", ["shrink", "expand", *REDUCES])
 def test_a_wrong_kernel_of_experts_is_named(kernel, device, monkeypatch):
-    ours, exact = load_grouped("triton"), load_grouped("torch")
-    broken = ours._replace(**{kernel: off_by_a_percent(getattr(ours, kernel))})
+    exact = load_grouped("torch")
+    broken = exact._replace(**{kernel: off_by_a_percent(getattr(exact, kernel))})
     monkeypatch.setattr(selfcheck, "load_grouped", lambda name: broken if name == "triton" else exact)
     selfcheck._check_grouped.cache_clear()
-    settings = OpSettings(2.0, 0.1, torch.float32, "triton")
+    settings = OpSettings(2.0, 0.0, torch.float32, "triton")
     with pytest.raises(RuntimeError, match=rf"kernel grouped {kernel.split('_')[0]}.* is wrong on"):
         selfcheck.check_grouped(torch.zeros(9, 8, device=device), 3, 6, torch.float32, settings)
