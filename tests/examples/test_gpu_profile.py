@@ -74,7 +74,15 @@ def test_the_profile_runs_from_end_to_end_and_resumes(bench, tmp_path):
     assert (tmp_path / "spectrum.png").exists()
 
 
-def test_workers_run_side_by_side_and_leave_the_same_records(folder, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def threads():
+    """Puts back the number of threads, which the command sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_workers_run_side_by_side_and_leave_the_same_records(folder, tmp_path, monkeypatch, capsys, threads):
     records, said = [], []
     for workers in (1, 2):
         words = f"--profile gpu --prepared {folder} --quick --device cpu --threads 1 --max-runs 2 --workers {workers}"

@@ -6,7 +6,7 @@ import pytest
 from tiny import llama
 from tiny_training import make_tokenizer
 
-from examples import experts, finetune_peft, fuse_existing, serve_export, sft_trl
+from examples import experts, finetune_peft, fuse_existing, serve_export
 
 
 @pytest.fixture
@@ -28,6 +28,8 @@ def test_fine_tuned_with_the_trainer_and_served_as_a_lora(model, tmp_path):
 
 def test_sft_with_trl(model, tmp_path):
     pytest.importorskip("trl")
+    from examples import sft_trl
+
     assert sft_trl.main(model, str(tmp_path / "adapter")) > 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
