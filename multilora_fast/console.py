@@ -1,5 +1,7 @@
-"""Terminal output of commands: tables and a progress bar."""
+"""Terminal output of commands: tables, a progress bar, and silence of other libraries."""
 
+import logging
+import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar
 
@@ -26,3 +28,13 @@ def progress(items: Collection[T], what: str) -> Iterator[T]:
     from tqdm import tqdm
 
     yield from tqdm(items, desc=what, delay=2, leave=False, disable=None)
+
+
+def quiet() -> None:
+    """Silence FutureWarnings, transformers and its progress bars, and bitsandbytes, which reports missing kernels."""
+    from transformers.utils import logging as transformers_logging
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

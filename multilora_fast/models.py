@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from multilora_fast.console import quiet
 from multilora_fast.files import atomic_dir
 
 PACKAGED = "SmolLM2-135M-Instruct"
@@ -135,8 +136,9 @@ def load_model(
     """
     import transformers
 
+    quiet()
     load = causal_lm if auto == "AutoModelForCausalLM" else partial(pretrained, getattr(transformers, auto))
-    model = load(_quietly(name), dtype=dtype, **options)
+    model = load(_or_packaged(name), dtype=dtype, **options)
     model.config.use_cache = False
     return model.to(device).eval()
 
@@ -145,15 +147,11 @@ def load_tokenizer(name: str | None):
     """The tokenizer of the model that :func:`load_model` loads. Raises the same errors."""
     from transformers import AutoTokenizer
 
-    return pretrained(AutoTokenizer, _quietly(name))
+    quiet()
+    return pretrained(AutoTokenizer, _or_packaged(name))
 
 
-def _quietly(name: str | None) -> str:
-    """``name``, or the packaged model. Silences transformers."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def _or_packaged(name: str | None) -> str:
     return str(packaged_model()) if name is None else name
 
 

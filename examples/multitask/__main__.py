@@ -1,10 +1,8 @@
 """Run the missing runs of the study, then write the report: ``python -m examples.multitask``."""
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -34,8 +32,6 @@ def main() -> None:
     default = ("quick-" if options.quick else "") + ("gpu-" if options.profile == "gpu" else "") + "results"
     folder = options.output or HERE / default
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # loaded where installed, and unused
     try:
         _study(options, folder)
     except ValueError as error:
@@ -55,8 +51,10 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
     from examples.multitask.plan import Study, next_run, quick
     from examples.multitask.profile import gpu
     from examples.multitask.schedule import run_missing, run_side_by_side
+    from multilora_fast.console import quiet
     from multilora_fast.devices import choose_device, choose_dtype
 
+    quiet()
     device = choose_device(options.device)
     recorded = next(iter(read_results(folder / "runs", None).values()), None)  # keep its dtype on another machine
     native = str(choose_dtype("auto", device)).removeprefix("torch.")

@@ -1,11 +1,12 @@
 """The ``bench`` command. Invalid input raises a ValueError of one sentence."""
 
 import json
-import logging
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from typer import Option
+
+from multilora_fast.console import MIB, quiet, table
 
 
 def bench(
@@ -35,7 +36,7 @@ def bench(
         check_integer(f"--{name.replace('_', '-')}", value, least=1)
     check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout)
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where installed, PEFT loads it
+    quiet()
     import torch
 
     from multilora_fast.benchmark.layer import measure
@@ -59,7 +60,6 @@ def bench(
 
 def _print_table(layer: dict[str, Any], where: dict[str, Any], found: dict) -> None:
     from multilora_fast.benchmark.layer import DIRECTIONS, LORA
-    from multilora_fast.console import MIB, table
 
     def cell(value: float, lora: float, unit: float) -> str:
         return f"{value / unit:.2f} ({value / lora:.2f}x)"

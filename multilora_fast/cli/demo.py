@@ -1,13 +1,12 @@
 """The ``demo`` command. Invalid input raises a ValueError of one sentence."""
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
 from multilora_fast.cli.paths import given_path
+from multilora_fast.console import quiet
 
 
 def demo(
@@ -45,9 +44,8 @@ def demo(
     given["target_modules"] = tuple(name.strip() for name in target_modules.split(",") if name.strip())
     settings = DemoSettings(**given, rounds=0 if not compare else 2 if quick else 5)
     settings.check()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # loaded where installed, and unused
     print("Loading torch and transformers ...", flush=True)
+    quiet()
     from multilora_fast.demo.run import run
 
     run(settings)

@@ -1,7 +1,5 @@
 """The ``train`` command. Invalid input raises a ValueError of one sentence."""
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +7,7 @@ import typer
 from typer import Argument, Option
 
 from multilora_fast.cli.paths import given_path
+from multilora_fast.console import quiet
 
 
 def train(
@@ -68,14 +67,9 @@ def train(
         given[name] = given[name] and tuple(part.strip() for part in given[name].split(",") if part.strip())
     settings = TrainSettings(**given)
     settings.check()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries about each other
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # reports missing CPU kernels
-    from transformers.utils import logging as transformers_logging
-
+    quiet()
     from multilora_fast.training.run import run
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
         run(settings)
     except KeyboardInterrupt as stop:  # typer would drop its message
