@@ -45,6 +45,14 @@ def test_the_mask_is_philox(seed, K):
     assert got.tolist() == want
 
 
+@pytest.mark.parametrize("k", [0, 1])
+def test_a_word_at_the_threshold_is_kept(k):
+    """In the low and in the high half of 32 bits."""
+    word = philox(0, 0)[0] >> 16 * k & 0xFFFF
+    kept = [dropout_mask(seed_of(0), 1, 8, threshold / 65536)[0, k].item() for threshold in (word, word + 1)]
+    assert kept == [True, False]
+
+
 def test_the_counter_is_64_bits_wide():
     @triton.jit
     def probe(seed_ptr, out_ptr, first_m, K, threshold, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
