@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .configs import cdiv
-from .launch import launch, small_options
+from .launch import launch, launch_options
 
 ROUNDS = tl.constexpr(7)  # of Philox: the fewest that pass BigCrush (Salmon et al., 2011)
 
@@ -138,7 +138,7 @@ def _mask(seed: torch.Tensor, out: torch.Tensor, M: int, K: int, threshold: int,
     launch(
         seed, mask_kernel, (cdiv(M, BLOCK_M) * cdiv(words, BLOCK_W), 1),
         seed_ptr=seed, out_ptr=out, M=M, K=K, threshold=threshold, BITS=bits,
-        BLOCK_M=BLOCK_M, BLOCK_W=BLOCK_W, **small_options(),
+        BLOCK_M=BLOCK_M, BLOCK_W=BLOCK_W, **launch_options(),
     )  # fmt: skip
     return out
 

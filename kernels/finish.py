@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .configs import cdiv
-from .launch import TL_DTYPES, launch, small_options
+from .launch import TL_DTYPES, launch, launch_options
 from .pack import weight_arguments
 
 
@@ -96,5 +96,5 @@ def finish(parts_b=None, w=None, scale=None, scaling=1.0, db=None, ds=None, part
         parts_b_ptr=parts_b, parts_b=0 if parts_b is None else len(parts_b), db_ptr=db, ds_ptr=ds,
         parts_a_ptr=parts_a, parts_a=0 if parts_a is None else len(parts_a), da_ptr=da,
         **weight_arguments(w, scale), N=N, K=K, scaling=float(scaling), n=n, r=r, ACC=TL_DTYPES[parts.dtype],
-        BLOCK_D=BLOCK_D, BLOCK_R=BLOCK_R, **small_options(),
+        BLOCK_D=BLOCK_D, BLOCK_R=BLOCK_R, **launch_options(),
     )  # fmt: skip

@@ -56,21 +56,9 @@ def check_experts(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
         raise ValueError(f"scale has shape {tuple(scale.shape)}, wanted {(E, n, D)}.")
 
 
-def check_offsets(offs: torch.Tensor, E: int | None = None) -> int:
-    """The number of experts, at least one. Raises ValueError unless offs is int32 (E,)."""
-    E = max(1, offs.numel()) if E is None else E
-    _check_vector("offs", offs, E, torch.int32)
-    return E
-
-
-def check_index(name: str, index: torch.Tensor | None, S: int) -> None:
-    """Raise ValueError unless index is None or int64 (S,)."""
-    if index is not None:
-        _check_vector(name, index, S, torch.int64)
-
-
-def _check_vector(name: str, given: torch.Tensor, size: int, dtype: torch.dtype) -> None:
-    if given.shape != (size,) or given.dtype != dtype or not given.is_contiguous():
+def check_vector(name: str, given: torch.Tensor | None, size: int, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `given` is None or a contiguous (size,) of `dtype`."""
+    if given is not None and (given.shape != (size,) or given.dtype != dtype or not given.is_contiguous()):
         raise ValueError(
             f"{name} has shape {tuple(given.shape)} and dtype {given.dtype}, wanted {(size,)}, "
             f"{str(dtype).removeprefix('torch.')}, contiguous."
@@ -79,7 +67,7 @@ def _check_vector(name: str, given: torch.Tensor, size: int, dtype: torch.dtype)
 
 def grouped_mask(bits: torch.Tensor | None, p: float, ids: torch.Tensor | None, S: int, D: int) -> dict:
     """The arguments for an optional mask, whose row ids[s], or without ids row s, is that of row s."""
-    check_index("ids", ids, S)
+    check_vector("ids", ids, S, torch.int64)
     mask_rows = S if bits is None or ids is None or bits.dim() != 2 else bits.shape[0]
     return {
         **mask_arguments(bits, p, mask_rows, D), "ids_ptr": None if bits is None else ids, "mask_rows": mask_rows,

@@ -12,7 +12,7 @@ import triton.language as tl
 from .configs import KernelConfig, cdiv, device_of, pick, slice_tiles
 from .dropout import drop_sum
 from .expand import add_slices
-from .grouped import check_experts, check_offsets, find_rows, find_tile, grouped_mask, most_tiles
+from .grouped import check_experts, check_vector, find_rows, find_tile, grouped_mask, most_tiles
 from .launch import check_written, launch, rows, tile_arguments
 from .pack import prepare_weight
 from .tiles import dot, head_tile, weight_tile
@@ -107,9 +107,9 @@ def grouped_expand(
     h = rows("h", h)
     S, D = y.shape
     check_experts(w, scale, D)
-    E = check_offsets(offs, w.shape[0])
+    E, R = w.shape[0], w.shape[1] * w.shape[2]
+    check_vector("offs", offs, E, torch.int32)
     mask = grouped_mask(bits, p, ids, S, D)
-    R = w.shape[1] * w.shape[2]
     if h.shape != (S, R):
         raise ValueError(f"h has shape {tuple(h.shape)}, wanted {(S, R)}.")
     if y.numel() == 0 or y.is_meta:

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
 from .dropout import keep_inverse
-from .grouped import check_experts, check_index, check_offsets, find_rows, grouped_mask
+from .grouped import check_experts, check_vector, find_rows, grouped_mask
 from .launch import launch, sum_dtype, tile_arguments
 from .pack import weight_arguments
 from .reduce import check_branches, check_pair, input_tile
@@ -160,8 +160,10 @@ def grouped_reduce(
     h, x = check_pair(h, x, "x", S=None if index is None else index.numel())
     (S, R), D = h.shape, x.shape[1]
     check_branches(n, R)
-    check_index("index", index, S)
-    mask, E = grouped_mask(bits, p, ids, S, D), check_offsets(offs)
+    E = max(1, offs.numel())
+    check_vector("offs", offs, E, torch.int32)
+    check_vector("index", index, S, torch.int64)
+    mask = grouped_mask(bits, p, ids, S, D)
     da = torch.empty((E, n, R // n, D), dtype=dtype, device=x.device)
     _sum_rows(h, x, None, None, 1.0, da, None, offs, n, index, mask, config)
     return da
@@ -185,7 +187,7 @@ def grouped_reduce_scaled(
     check_experts(w, scale, dy.shape[-1])
     E, n, r, N = w.shape
     h, dy = check_pair(h, dy, "dy", n * r)
-    check_offsets(offs, E)
+    check_vector("offs", offs, E, torch.int32)
     db = torch.empty((E, n, N, r), dtype=w.dtype, device=dy.device)
     ds = torch.empty((E, n, N), dtype=sum_dtype(dy.dtype), device=dy.device)
     _sum_rows(h, dy, w, scale, scaling, db, ds, offs, n, None, grouped_mask(None, 0.0, None, *dy.shape), config)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
-from .grouped import check_experts, check_index, check_offsets, find_rows, find_tile, grouped_mask, most_tiles
+from .grouped import check_experts, check_vector, find_rows, find_tile, grouped_mask, most_tiles
 from .launch import launch, rows, tile_arguments
 from .pack import prepare_weight
 from .shrink import shrink_tile
@@ -85,10 +85,10 @@ def grouped_shrink(
     x = rows("x", x)
     S, D = x.shape[0] if index is None else index.numel(), x.shape[1]
     check_experts(w, scale, D)
-    E = check_offsets(offs, w.shape[0])
-    check_index("index", index, S)
+    E, R = w.shape[0], w.shape[1] * w.shape[2]
+    check_vector("offs", offs, E, torch.int32)
+    check_vector("index", index, S, torch.int64)
     mask = grouped_mask(bits, p, ids, S, D)
-    R = w.shape[1] * w.shape[2]
     out = torch.empty((S, R), dtype=x.dtype, device=x.device)
     if out.numel() == 0 or out.is_meta:
         return out

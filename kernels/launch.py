@@ -180,15 +180,11 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @cache
-def launch_options(config: KernelConfig) -> dict[str, int]:
-    """Compiler options. maxnreg=255 keeps ptxas from spilling for occupancy."""
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+def launch_options(config: KernelConfig | None = None) -> dict[str, int]:
+    """Compiler options, None being a kernel without a configuration. maxnreg=255 keeps ptxas from spilling for
+    occupancy."""
+    options = {"num_warps": 4} if config is None else {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return options if torch.version.hip else options | {"maxnreg": 255}
-
-
-def small_options() -> dict[str, int]:
-    """Options of kernels without a configuration: mask, pack, second passes."""
-    return {"num_warps": 4} if torch.version.hip else {"num_warps": 4, "maxnreg": 255}
 
 
 def tile_arguments(dtype: torch.dtype, config: KernelConfig, blocks: tuple[int, int]) -> dict:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .configs import cdiv
-from .launch import TL_DTYPES, check_weight, launch, small_options, sum_dtype
+from .launch import TL_DTYPES, check_weight, launch, launch_options, sum_dtype
 from .tiles import weight_tile
 
 PACK_R, PACK_D = tl.constexpr(32), tl.constexpr(128)
@@ -71,7 +71,7 @@ class Packing(NamedTuple):
         dtype = self.out.dtype
         launch(
             self.w, pack_kernel, (self.programs(), 1), **self.arguments(), R=self.out.shape[0],
-            DOT=TL_DTYPES[dtype], ACC=TL_DTYPES[sum_dtype(dtype)], **small_options(),
+            DOT=TL_DTYPES[dtype], ACC=TL_DTYPES[sum_dtype(dtype)], **launch_options(),
         )  # fmt: skip
 
 

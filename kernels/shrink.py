@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles, split_k
 from .dropout import keep_inverse, keep_tile, mask_arguments
-from .launch import check_weight, launch, rows, small_options, sum_dtype, tile_arguments
+from .launch import check_weight, launch, launch_options, rows, sum_dtype, tile_arguments
 from .pack import Packing, pack_tile, prepare_weight
 from .tiles import dot, store_columns, weight_tile
 
@@ -184,6 +184,6 @@ def shrink(
         launch(
             x, sum_parts_kernel, (cdiv(M * R, 1024), 1),
             parts_ptr=target, out_ptr=out, stride_om=out.stride(0), size=M * R, parts=parts, R=R, BLOCK=1024,
-            **small_options(),
+            **launch_options(),
         )  # fmt: skip
     return out

@@ -132,9 +132,8 @@ def test_ranks_of_several_layers_summed_in_parts(n, r, dtype, columns, monkeypat
     check_all_uses((33, 40, 20, n, r), dtype, dtype, P, config=tile)
 
 
-@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (70, 40, 64, 2, 32)], ids=str)
-def test_float32_parameters_with_float16_tokens(shape):
-    check_all_uses(shape, torch.float16, torch.float32, P)
+def test_float32_parameters_with_float16_tokens():
+    check_all_uses((37, 83, 45, 3, 12), torch.float16, torch.float32, P)
 
 
 @pytest.mark.parametrize("shape", [(0, 16, 16, 2, 4), (5, 0, 16, 2, 4), (5, 16, 0, 2, 4)], ids=str)
@@ -162,9 +161,8 @@ def test_bfloat16_in_the_interpreter_is_close():
     assert (shrink(x, a).double() - truth).norm() < 0.01 * truth.norm()
 
 
-@pytest.mark.parametrize("shape", [(37, 83, 45, 3, 12), (3, 300, 40, 2, 32)], ids=str)
-def test_same_inputs_give_the_same_bits(shape):
-    x, dy, a, b, scale, h = problem(shape, torch.float32, torch.float32)
+def test_same_inputs_give_the_same_bits():
+    x, dy, a, b, scale, h = problem((5, 300, 40, 2, 32), torch.float32, torch.float32)
     drop, _ = mask_of(7, *x.shape, P)
 
     def outputs():
@@ -173,7 +171,7 @@ def test_same_inputs_give_the_same_bits(shape):
         expand(dx, h, a, **drop)
         return [
             shrink(x, a, **drop), shrink(dy, b, scale, ALPHA), y, dx,
-            reduce(h, x, shape[3], x.dtype, **drop), *reduce_scaled(h, dy, b, scale, ALPHA),
+            reduce(h, x, 2, x.dtype, **drop), *reduce_scaled(h, dy, b, scale, ALPHA),
         ]  # fmt: skip
 
     assert all(torch.equal(first, second) for first, second in zip(outputs(), outputs(), strict=True))
