@@ -86,9 +86,9 @@ def expand_kernel(
         h_ptrs = h_ptr + start_m * stride_hm + h_offs
         acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
         if slices == 1:
-            acc = dot(head_tile(h_ptrs, mask_m, offs_c, R, DOT), w, acc)
+            acc = dot(head_tile(h_ptrs, mask_m, offs_c, R, DOT), w, acc)  # [BLOCK_M, BLOCK_R]
             if BLOCK_R2 > 0:
-                acc = dot(head_tile(h_ptrs, mask_m, offs_c2, R, DOT), w2, acc)
+                acc = dot(head_tile(h_ptrs, mask_m, offs_c2, R, DOT), w2, acc)  # [BLOCK_M, BLOCK_R2]
         else:
             acc = add_slices(acc, h_ptrs, mask_m, weight, offs_d, D, scaling, r, R, DOT, BLOCK_R)
         acc = drop_sum(acc, mask, start_m + offs_t, start_d, BLOCK_M, BLOCK_D)

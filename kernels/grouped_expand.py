@@ -72,9 +72,11 @@ def grouped_expand_kernel(
         offs_d = start_d + tl.arange(0, BLOCK_D)
         acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
         if slices == 1:
-            acc = dot(h, weight_tile(weight, offs_c, offs_d, D, scaling, r, R, DOT, ACC), acc)
+            w = weight_tile(weight, offs_c, offs_d, D, scaling, r, R, DOT, ACC)  # [BLOCK_R, BLOCK_D]
+            acc = dot(h, w, acc)
             if BLOCK_R2 > 0:
-                acc = dot(h2, weight_tile(weight, offs_c2, offs_d, D, scaling, r, R, DOT, ACC), acc)
+                w2 = weight_tile(weight, offs_c2, offs_d, D, scaling, r, R, DOT, ACC)  # [BLOCK_R2, BLOCK_D]
+                acc = dot(h2, w2, acc)
         else:
             acc = add_slices(acc, h_ptrs, mask_m, weight, offs_d, D, scaling, r, R, DOT, BLOCK_R)
         acc = drop_sum(acc, mask, mask_rows, start_d, BLOCK_M, BLOCK_D)

@@ -112,10 +112,11 @@ def grouped_reduce_kernel(
             mask_m = offs_m < end_m
             z_ptrs = z_ptr + offs_d[:, None] + find_rows(index_ptr, offs_m, mask_m)[None, :] * stride_zm
             h_ptrs = h_ptr + offs_m.to(tl.int64)[:, None] * stride_hm
-            z = input_tile(z_ptrs, offs_d < D, mask_m, mask, find_rows(ids_ptr, offs_m, mask_m), start_d, DOT)
-            acc = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c, R, DOT), acc)
+            rows = find_rows(ids_ptr, offs_m, mask_m)
+            z = input_tile(z_ptrs, offs_d < D, mask_m, mask, rows, start_d, DOT)  # [BLOCK_D, BLOCK_M]
+            acc = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c, R, DOT), acc)  # [BLOCK_M, BLOCK_R]
             if BLOCK_R2 > 0:
-                acc2 = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c2, R, DOT), acc2)
+                acc2 = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c2, R, DOT), acc2)  # [BLOCK_M, BLOCK_R2]
         inverse = keep_inverse(mask, ACC)
         carry = gradient_tile(acc * inverse, carry, dw_ptr, ds_ptr, weight, start_c, offs_d, D, scaling, r, R, BLOCK_R)
         if BLOCK_R2 > 0:

@@ -22,7 +22,7 @@ def input_tile(z_ptrs, mask_d, mask_m, mask, mask_rows, start_d, DOT: tl.constex
     """z [BLOCK_D, BLOCK_M] in DOT, 0 where the mask drops it."""
     # Read as it is multiplied: where a masked z is turned afterwards, Triton 3.6 fails to pipeline its two products
     # on sm_100.
-    z = tl.load(z_ptrs, mask=mask_d[:, None] & mask_m[None, :], other=0.0).to(DOT)
+    z = tl.load(z_ptrs, mask=mask_d[:, None] & mask_m[None, :], other=0.0).to(DOT)  # [BLOCK_D, BLOCK_M]
     if mask[0] is not None:
         keep = keep_tile(mask, mask_rows, start_d, z.shape[1], z.shape[0])
         z = tl.where(tl.trans(keep), z, 0.0).to(DOT)
@@ -71,9 +71,9 @@ def reduce_kernel(
         mask_m = offs_t < tl.minimum(M - start_m, BLOCK_M).to(tl.int32)
         z_ptrs, h_ptrs = z_ptr + start_m * stride_zm + z_offs, h_ptr + start_m * stride_hm + h_offs
         z = input_tile(z_ptrs, mask_d, mask_m, mask, start_m + offs_t, start_d, DOT)  # [BLOCK_D, BLOCK_M]
-        acc = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c, R, DOT), acc)
+        acc = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c, R, DOT), acc)  # [BLOCK_M, BLOCK_R]
         if BLOCK_R2 > 0:
-            acc2 = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c2, R, DOT), acc2)
+            acc2 = dot(z, head_tile(h_ptrs, mask_m[:, None], offs_c2, R, DOT), acc2)  # [BLOCK_M, BLOCK_R2]
     out_ptrs = parts_ptr + (part.to(tl.int64) * D + offs_d)[:, None] * R
     inverse = keep_inverse(mask, ACC)
     store_columns(out_ptrs, mask_d[:, None], offs_c, acc * inverse, R)

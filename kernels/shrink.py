@@ -33,10 +33,11 @@ def shrink_tile(
         acc2 = tl.zeros((BLOCK_M, BLOCK_R2), ACC)
     for tile_d in range(start_d, end_d, BLOCK_D):
         offs_d = tile_d + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptrs + offs_d[None, :], mask=mask_m & (offs_d < D)[None, :], other=0.0).to(DOT)
+        inside = mask_m & (offs_d < D)[None, :]
+        x = tl.load(x_ptrs + offs_d[None, :], mask=inside, other=0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
         if mask[0] is not None:
             keep = keep_tile(mask, mask_rows, tile_d, BLOCK_M, BLOCK_D)
-            x = tl.where(keep, x, 0.0).to(DOT)  # [BLOCK_M, BLOCK_D]
+            x = tl.where(keep, x, 0.0).to(DOT)
         w = weight_tile(weight, offs_c, offs_d, D, scaling, r, R, DOT, ACC)  # [BLOCK_R, BLOCK_D]
         acc = dot(x, tl.trans(w), acc)
         if BLOCK_R2 > 0:

@@ -15,7 +15,8 @@ def weight_tile(
     w_ptr, stride_wi, stride_wj, stride_wd, scale_ptr, stride_si, stride_sd = weight
     i, j, wide_d = (offs_c // r).to(tl.int64)[:, None], (offs_c % r).to(tl.int64)[:, None], offs_d.to(tl.int64)[None, :]
     mask = (offs_c < R)[:, None] & (offs_d < D)[None, :]
-    w = tl.load(w_ptr + (i * stride_wi + j * stride_wj) + wide_d * stride_wd, mask=mask, other=0.0)
+    w_ptrs = w_ptr + (i * stride_wi + j * stride_wj) + wide_d * stride_wd
+    w = tl.load(w_ptrs, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_D]
     if scale_ptr is not None:
         s = tl.load(scale_ptr + i * stride_si + wide_d * stride_sd, mask=mask, other=0.0)  # [BLOCK_R, BLOCK_D]
         w = w.to(ACC) * (scaling * s.to(ACC))

@@ -21,15 +21,9 @@ pytestmark = needs_copy_engine
 DTYPES = [torch.float16] if DEVICE == "cuda" else [torch.float16, torch.float32, torch.float64]
 # M, K, N, n, r
 SHAPES = [
-    (1, 8, 8, 1, 1),
-    (3, 72, 40, 2, 3),
-    (37, 136, 200, 3, 6),
-    (70, 128, 64, 3, 32),
-    (130, 40, 72, 5, 6),
-    (33, 264, 96, 6, 1),
-    (65, 72, 328, 1, 32),
-    (40, 96, 64, 6, 32),
-]
+    (1, 8, 8, 1, 1), (3, 72, 40, 2, 3), (37, 136, 200, 3, 6), (70, 128, 64, 3, 32),
+    (130, 40, 72, 5, 6), (33, 264, 96, 6, 1), (65, 72, 328, 1, 32), (40, 96, 64, 6, 32),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +42,7 @@ def test_float32_parameters_with_float16_tokens():
     problem.check(problem.forward(), problem.backward())
 
 
-@pytest.mark.parametrize("tile", [(32, 32), (64, 32), (32, 128)], ids=str)
+@pytest.mark.parametrize("tile", [(64, 32), (32, 128)], ids=str)
 def test_tiles_agree(tile):
     problem = Problem((70, 136, 200, 3, 8), torch.float16)
     config = KernelConfig(*tile, 4, 2)
