@@ -36,11 +36,11 @@ def init(
     layers_to_transform: Annotated[str | None, Option(help="Comma-separated indices of the layers to adapt.")] = None,
     layers_pattern: Annotated[str | None, Option(help="Name of the module list that holds the layers.")] = None,
     save_inputs: Annotated[str, Option(help="Inputs kept for backward: exact, or fp8 (8 bits).")] = "exact",
-    share_inputs: Annotated[bool, Option(help="Layers with the same input (q, k, v; gate, up) read it once.")] = True,
+    share_inputs: Annotated[bool, Option(help="Read the input of q, k, v and of gate, up once.")] = True,
     exact_base: Annotated[
-        bool, Option("--exact-base", help="Compute base products with the library's kernels.")
+        bool, Option("--exact-base", help="Compute the base product with torch, never the joint kernel.")
     ] = False,
-    init_weights: Annotated[bool, Option(help="Start scales at zero; if not, draw them, as for tests.")] = True,
+    init_weights: Annotated[bool, Option(help="Start scales at zero; otherwise draw them.")] = True,
     task_type: Annotated[str, Option(help="PEFT task: CAUSAL_LM, SEQ_2_SEQ_LM or FEATURE_EXTRACTION.")] = "CAUSAL_LM",
     dtype: Annotated[
         str | None,
@@ -54,7 +54,7 @@ def init(
     overwrite: Annotated[bool, OVERWRITE] = False,
     as_json: Annotated[bool, Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
-    """Write an untrained adapter for any trainer that resumes from a PEFT adapter, run by
+    """Write an untrained adapter for trainers that continue from a PEFT adapter. Run them by
     python -m multilora_fast.peft."""
     options = dict(locals())
     for name in ("model", "out", "dtype", "seed", "overwrite", "as_json"):

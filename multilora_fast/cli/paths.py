@@ -4,7 +4,9 @@ from pathlib import Path
 
 import typer
 
-OVERWRITE = typer.Option("--overwrite", help="Write into an output directory that is not empty, over its files.")
+OVERWRITE = typer.Option(
+    "--overwrite", help="Allow an output directory that is not empty. Replaces files of the same names."
+)
 
 
 def given_path(value: str) -> Path:

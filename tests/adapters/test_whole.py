@@ -1,5 +1,5 @@
-"""What PEFT keeps whole in an adapter's file (heads, embeddings, an adapted lm_head), and names of wrapped modules:
-every reader of files takes them, and an export from a directory is that from the model."""
+"""Tensors that PEFT stores whole (heads, embeddings, an adapted lm_head), and names of wrapped modules: all readers
+accept them, and the export of a directory equals that of the model."""
 
 import json
 import re
@@ -41,7 +41,7 @@ def bert(cls, labels):
 
 
 def resized(base=None):
-    """With a larger vocabulary than the model it was loaded from, and rows that no other has."""
+    """A model with a resized vocabulary, whose new rows are random."""
     model = llama() if base is None else LlamaForCausalLM.from_pretrained(base).eval()
     model.resize_token_embeddings(70, mean_resizing=False)
     torch.manual_seed(3)
@@ -51,7 +51,7 @@ def resized(base=None):
 
 
 def blank(base=None):
-    """The same, with other rows, as who loads the adapter would make it."""
+    """The same with blank new rows, the base that the adapter is loaded onto."""
     model = resized(base)
     model.get_input_embeddings().weight.data[64:] = 0
     return model

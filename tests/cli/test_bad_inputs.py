@@ -1,4 +1,4 @@
-"""Every row of bad_inputs.py: one sentence, exit code 2 from a command, nothing written and nothing written over."""
+"""Every row of bad_inputs.py: one sentence, exit code 2 of a command, and no file created or changed."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""The command line as a person and as a script meet it: help, JSON, bars, one-line errors, no stray output."""
+"""The command line: help, JSON output, tables, progress bars."""
 
 import io
 import json
@@ -23,7 +23,7 @@ COMMANDS = ["demo", "info", "plan", "train", "init", "export", "merge", "spectru
 
 
 def run(*words: object) -> str:
-    """What a command that ends well writes to stdout."""
+    """The stdout of a command that succeeds."""
     result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.stdout

@@ -1,8 +1,8 @@
-"""The directory in which every row of bad_inputs.py runs, and what is done to its files before.
+"""The directory in which every row of bad_inputs.py runs, and the damage done to its files.
 
-``base`` and ``other`` are models of other widths; ``adapter`` is a MultiLoRA adapter of base; ``lora-a`` and ``lora-b``
-are LoRAs of it, and ``lora-other`` of other; ``exported`` is an earlier export; ``run`` an earlier training run;
-``sky.jsonl`` its data.
+``base`` and ``other`` are models of different widths, ``adapter`` a MultiLoRA adapter of base, ``lora-a`` and
+``lora-b`` LoRAs of base, ``lora-other`` of other, ``exported`` an export, ``run`` a training run with its data
+``sky.jsonl``.
 """
 
 import json
@@ -37,7 +37,7 @@ def prepare(root: Path) -> None:
 
 
 def edit_config(folder: str | Path, **new):
-    """Fields of the config; None takes one out."""
+    """Set fields of the config; None removes one."""
 
     def edit():
         path = Path(folder, CONFIG)
@@ -48,7 +48,7 @@ def edit_config(folder: str | Path, **new):
 
 
 def edit_tensors(folder: str, change):
-    """``change`` of the tensors by key, in place."""
+    """Apply ``change`` to the dict of tensors, in place."""
 
     def edit():
         tensors = load_file(Path(folder, WEIGHTS))
@@ -75,7 +75,7 @@ def text(path: str, content: str):
 
 
 def directory(path: str):
-    """A directory in place of the file."""
+    """Replace the file by a directory."""
 
     def edit():
         Path(path).unlink()
@@ -85,7 +85,7 @@ def directory(path: str):
 
 
 def pipe(path: str):
-    """A pipe in place of the file, that nobody writes to."""
+    """Replace the file by a pipe without a writer."""
 
     def edit():
         Path(path).unlink()
@@ -99,7 +99,7 @@ def without(path: str):
 
 
 def pickled(folder: str, name: str = "adapter_model.bin"):
-    """The weights as torch.save writes them, and no others."""
+    """Replace the weights by those that torch.save writes."""
 
     def edit():
         tensors = load_file(Path(folder, WEIGHTS))
@@ -110,7 +110,7 @@ def pickled(folder: str, name: str = "adapter_model.bin"):
 
 
 def no_permission():
-    """As for another user: permission bits do not bind root. The test sets os.access back."""
+    """Deny writing, as to another user; permission bits do not bind root. The test restores os.access."""
     os.access = lambda path, mode: mode != os.W_OK
 
 
