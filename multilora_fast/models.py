@@ -93,6 +93,8 @@ def pretrained(auto: Any, model: str, name: str = "--model", **options: Any) -> 
         reason = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         if reason.startswith("Couldn't instantiate the backend tokenizer"):
             reason = "it holds no tokenizer that can be read."
+        if source == model and not Path(model).is_dir():
+            reason = f"there is no such directory here, and for the hub: {reason}"
         raise ValueError(f"{name} {model} could not be loaded: {reason}") from error
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from multilora_fast.cli.paths import OVERWRITE, given_path
+from multilora_fast.console import quiet
 from multilora_fast.files import atomic_dir, check_new_folder
 
 _AUTO: dict[str | None, str] = {  # PEFT's task types but CAUSAL_LM, and transformers' classes
@@ -42,6 +43,7 @@ def export(
     from multilora_fast.adapters.files import CONFIG, read_multilora
     from multilora_fast.models import model_source
 
+    quiet()
     check_new_folder("the output", out, overwrite)
     if model is not None:
         model_source("--model", model)
@@ -54,7 +56,7 @@ def export(
             # PEFT adds an update of experts to their weights, and rounds the sum.
             if not difference <= (5e-6 if of_experts else 1e-6) * largest:
                 raise ValueError(
-                    f"the export's logits differ from the source's by {difference:.3g}, of at most {largest:.3g}: "
+                    f"the export's logits differ from the source's by {difference:.3g}, the largest is {largest:.3g}: "
                     f"nothing was written to {out}."
                 )
             compared = {"logits_differ_by": difference, "largest_logit": largest}
@@ -65,7 +67,7 @@ def export(
         print(json.dumps({"output": str(out), **fields, **compared}, indent=1))
         return
     if compared:
-        print(f"logits differ by {difference:.3g}, of at most {largest:.3g}")
+        print(f"logits differ by at most {difference:.3g}; the largest logit is {largest:.3g}")
     print(f"{out}: {report}")
 
 
@@ -97,7 +99,7 @@ def merge(
     else:
         count = len(lora_dirs)
         branches = "1 LoRA adapter as the branch" if count == 1 else f"{count} LoRA adapters as the branches"
-        print(f"{output}: {branches} of one MultiLoRA adapter")
+        print(f"{output}: {branches} of one MultiLoRA adapter. Load it as any PEFT adapter, after multilora_fast.peft.")
 
 
 def _compare(model: str, adapter: Path, lora: Path) -> tuple[float, float]:

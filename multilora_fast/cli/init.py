@@ -1,15 +1,14 @@
 """The command ``init``."""
 
 import json
-import logging
 import re
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from multilora_fast.cli.paths import OVERWRITE, given_path
+from multilora_fast.console import quiet
 
 
 def init(
@@ -59,13 +58,9 @@ def init(
     options = dict(locals())
     for name in ("model", "out", "dtype", "seed", "overwrite", "as_json"):
         del options[name]
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of missing CPU kernels
-    from transformers.utils import logging as transformers_logging
-
+    quiet()
     from multilora_fast.peft import MultiLoraConfig, init_adapter
 
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # by libraries about each other
     options["target_modules"], options["exclude_modules"] = _modules(target_modules), _modules(exclude_modules)
     options["layers_to_transform"] = layers_to_transform and _indices(layers_to_transform)
     for name in ("rank_pattern", "alpha_pattern", "lora_num_pattern"):

@@ -1,7 +1,6 @@
 """The command ``plan``. Mistakes are ValueErrors of one sentence."""
 
 import json
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from multilora_fast.console import quiet
 from multilora_fast.files import atomic_file, check_file, check_plot
 
 
@@ -58,12 +58,9 @@ def plan(
         check_plot("--plot", plot)
     if output is not None:
         check_file("--output", output)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of missing CPU kernels
-    from transformers.utils import logging as transformers_logging
-
+    quiet()
     from multilora_fast.memory.plan import plan_memory
 
-    transformers_logging.set_verbosity_error()
     names, excluded = (
         [name.strip() for name in text.split(",") if name.strip()] for text in (target_modules, exclude_modules or "")
     )

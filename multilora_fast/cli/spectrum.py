@@ -67,7 +67,8 @@ def _print_tables(measured: list[dict], overlaps: list[dict], top: int) -> None:
         return [[form.get(name, "{}").format(value) for name, value in row.items()] for row in figures]
 
     print(table([name.replace("_", " ") for name in measured[0]], rows(measured)))
-    print("Means over the modules. With p each singular value's share of their sum, effective rank is exp(-Σ p log p).")
+    print("Means over the modules. With p each singular value's share of their sum, effective rank is exp(-Σ p log p),")
+    print("and top share is the largest p.")
     if overlaps:
         print(f"\n{table(list(overlaps[0]), rows(overlaps))}")
         print(f"Share of the smaller of two subspaces of up to {top} leading directions that lies in the other.")

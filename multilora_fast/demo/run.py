@@ -23,7 +23,7 @@ from multilora_fast.devices import choose_device, choose_dtype, environment
 from multilora_fast.files import atomic_dir
 from multilora_fast.layers.fuse import fuse
 from multilora_fast.memory.methods import add_branches
-from multilora_fast.models import PACKAGED, load_model, load_tokenizer
+from multilora_fast.models import PACKAGED, load_model, load_tokenizer, model_source
 
 
 def run(settings: DemoSettings, tasks: Sequence[Task] | None = None) -> list[report.TaskResult]:
@@ -36,8 +36,11 @@ def run(settings: DemoSettings, tasks: Sequence[Task] | None = None) -> list[rep
     print(_heading(settings, machine, dtype))
 
     _say("Loading the model and the tasks")
+    if settings.model is not None:
+        model_source("--model", settings.model)
+    tasks = load_tasks() if tasks is None else tasks  # first: it fails fast where packages are missing
     tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, dtype, device)
-    training, held_out = _mixture(settings, tokenizer, load_tasks() if tasks is None else tasks)
+    training, held_out = _mixture(settings, tokenizer, tasks)
     set_seed(settings.seed)
     names = add_branches(model, settings.target_modules, **settings.branches, dtype=torch.float32)
     fuse(model)

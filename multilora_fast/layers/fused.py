@@ -36,4 +36,12 @@ class FusedMultiLoRALinear(MultiLoRALinear):
         return Base(weight.t() if self.fan_in_fan_out else weight, parameter(self, "bias"))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, backend={self.backend!r}"
+        dropout = f", lora_dropout={self.lora_dropout.p:g}" if self.lora_dropout.p else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"lora_num={self.lora_num}, r={self.r}{dropout}, backend={self.backend!r}"
+        )
+
+    def __repr__(self) -> str:
+        """One line: nn.Module's would show the dropout on lines of its own."""
+        return f"{type(self).__name__}({self.extra_repr()})"

@@ -107,7 +107,7 @@ class MemoryPlan:
             header.append(f"largest batch in {memory / 2**30:.4g} GiB")
         rows = []
         for plan in self.methods:
-            batch = [] if plan.largest_batch is None else [str(plan.largest_batch or "none")]
+            batch = [] if plan.largest_batch is None else [str(plan.largest_batch or "none fits")]
             rows.append([plan.method, *self._cells((*plan.at_peak.values(), plan.peak)), plan.phase, *batch])
         return table(header, rows, left=(0, header.index("phase")), gap="  ")
 

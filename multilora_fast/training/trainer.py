@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -79,13 +80,20 @@ class TaskLog(TrainerCallback):
         self.tasks, self.heading, self.items = tasks, heading, items
         self.evaluating = 0.0  # seconds
         self.evaluated_at: int | None = None  # step
+        self.said = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.said = time.monotonic()
         size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         say(f"{self.heading}; {state.max_steps} steps of {size} {self.items}.")
 
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self.said > 60:  # steps take long
+            self.said = time.monotonic()
+            say(_step(state))
+
     def on_log(self, args, state, control, logs, **kwargs):
-        step = f"step {state.global_step:>{len(str(state.max_steps))}} of {state.max_steps}"
+        self.said, step = time.monotonic(), _step(state)
         if "loss" in logs:
             say(f"{step}  loss {float(logs['loss']):.4f}")
         for task in self.tasks:
@@ -95,6 +103,10 @@ class TaskLog(TrainerCallback):
                 loss, accuracy = logs[f"eval_{task}_loss"], logs[f"eval_{task}_accuracy"]
                 name = f"{task:<{max(map(len, self.tasks))}}"
                 say(f"{step}  {name}  held-out loss {loss:.4f}  accuracy {accuracy:.4f}")
+
+
+def _step(state) -> str:
+    return f"step {state.global_step:>{len(str(state.max_steps))}} of {state.max_steps}"
 
 
 def by_row(logits: Tensor, labels: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_its_tokens_are_counted_without_padding_and_its_evaluations_timed(model,
     seconds = [v for entry in trainer.state.log_history for k, v in entry.items() if re.match("eval_.*_runtime", k)]
     assert log.evaluating == pytest.approx(sum(seconds))
     assert log.evaluated_at == 3  # save_steps is 4
+
+
+def test_slow_steps_are_told_once_a_minute(monkeypatch, capsys):
+    log, clock = TaskLog(["sky"], "heading"), iter(range(0, 1000, 40))
+    monkeypatch.setattr("multilora_fast.training.trainer.time.monotonic", lambda: next(clock))
+    for step in range(1, 6):
+        log.on_step_end(None, SimpleNamespace(global_step=step, max_steps=10), None)
+    assert capsys.readouterr().out.split("\n") == ["step  3 of 10", "step  5 of 10", ""]
 
 
 def test_its_peak_on_a_gpu_is_told(monkeypatch):
