@@ -43,7 +43,7 @@ def plan(
         typer.Option(help="Number of GPUs that shard the model under FSDP2; sizes are one GPU's.", show_default="none"),
     ] = None,
     optimizer: Annotated[str, typer.Option(help="Optimizer: adamw, adamw_8bit, adafactor or sgd.")] = "adamw",
-    device: Annotated[str, typer.Option(help="cuda or cpu, whose operations keep different tensors.")] = "cuda",
+    device: Annotated[str, typer.Option(help="Device to plan for: cuda or cpu.")] = "cuda",
     gpu_memory: Annotated[
         str | None, typer.Option(help="Find the largest batch for this memory, e.g. 24GiB.", show_default="none")
     ] = None,

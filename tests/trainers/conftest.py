@@ -1,4 +1,4 @@
-"""Other people's trainers, each in a virtual environment of its own in .trainers/: `make trainers`, not `make test`."""
+"""Trainers, each in its own virtual environment in .trainers/: `make trainers`, not `make test`."""
 
 import os
 import re
@@ -17,7 +17,7 @@ collect_ignore_glob = [] if os.environ.get("TRAINERS") else ["test_*.py"]
 
 @pytest.fixture(scope="session")
 def environment():
-    """A function from the name of a file of requirements beside this one to the Python with them installed."""
+    """A function from the name of a requirements file in this folder to a Python with them installed."""
 
     def python(name: str) -> Path:
         script = ROOT / "tests/trainers/environment.sh"
@@ -30,7 +30,7 @@ def environment():
 
 @pytest.fixture(scope="session")
 def report():
-    """A function that takes a trainer's row; the table of all goes into the docs, and is printed."""
+    """A function that adds a trainer's row; at the end the table is printed and written into the docs."""
     rows = {}
 
     def add(name: str, python: Path, package: str, **figures: float) -> None:

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Makes .trainers/NAME, a virtual environment of its own for each trainer: what NAME.txt beside this file asks for, and
-# this checkout without its own requirements, of which trainers pin older releases.
+# Makes the virtual environment .trainers/NAME from NAME.txt in this folder, and installs this checkout without its
+# requirements, because trainers pin older releases.
 #
 #   tests/trainers/environment.sh NAME [PYTHON]
 #
-# What follows the line "# overrides" in NAME.txt replaces the requirements of others. For CPU builds of torch from
-# elsewhere than PyPI, set UV_FIND_LINKS or UV_INDEX.
+# Lines after "# overrides" in NAME.txt replace requirements of the trainer. For CPU builds of torch from elsewhere than
+# PyPI, set UV_FIND_LINKS or UV_INDEX.
 set -eu
 cd "$(dirname "$0")/../.."
 name=$1 home=.trainers/$1 file=tests/trainers/$1.txt python=${2-.venv/bin/python}

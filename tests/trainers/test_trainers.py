@@ -1,4 +1,4 @@
-"""The recipes of docs/trainers.md, as a user runs them: three steps, the third again from a checkpoint, and a merge."""
+"""The recipes of docs/trainers.md as users run them: three steps, a resume after the second, and a merge."""
 
 import json
 import os
