@@ -1,6 +1,5 @@
 """Terminal output of commands: tables, a progress bar, and silence of other libraries."""
 
-import logging
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar
@@ -31,10 +30,9 @@ def progress(items: Collection[T], what: str) -> Iterator[T]:
 
 
 def quiet() -> None:
-    """Silence FutureWarnings, transformers and its progress bars, and bitsandbytes, which reports missing kernels."""
+    """Silence FutureWarnings, and transformers and its progress bars."""
     from transformers.utils import logging as transformers_logging
 
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,5 +1,6 @@
 """The command line, ``multilora-fast``. Commands import heavy libraries when they run."""
 
+import logging
 import sys
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ def multilora_fast(
     ] = False,
 ) -> None:
     """MultiLoRA: parallel LoRA branches with learned scales inside one adapter, at the cost of LoRA."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns of missing CPU kernels when PEFT imports it
 
 
 def _command(short: str, *examples: str) -> Any:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import sys
 from importlib.metadata import version
@@ -55,6 +56,12 @@ def test_every_command_shows_examples_whose_options_exist(command):
 
 def test_version():
     assert run("--version") == f"multilora-fast {__version__}\n"
+
+
+def test_commands_silence_bitsandbytes(adapter, tmp_path):
+    logging.getLogger("bitsandbytes").setLevel(logging.NOTSET)
+    run("export", adapter, tmp_path / "lora")
+    assert logging.getLogger("bitsandbytes").level == logging.ERROR
 
 
 def test_info():
