@@ -53,9 +53,8 @@ def grouped_shrink_kernel(
     if scale_ptr is not None:
         scale_ptr += e.to(tl.int64) * stride_se
     shrink_tile(
-        x_ptr + find_rows(index_ptr, offs_m, mask_m)[:, None] * stride_xm,
-        out_ptr + offs_m.to(tl.int64)[:, None] * R,
-        mask_m[:, None],
+        x_ptr + find_rows(index_ptr, offs_m, mask_m)[:, None] * stride_xm, mask_m[:, None],
+        out_ptr, R, offs_m,
         (bits_ptr, stride_bits, mask_rows, threshold), find_rows(ids_ptr, offs_m, mask_m),
         (w_ptr, stride_wi, stride_wj, stride_wd, scale_ptr, stride_si, stride_sd),
         (pid % chunks) * (BLOCK_R + BLOCK_R2), 0, tl.where(e < E, D, 0), D,

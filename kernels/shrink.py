@@ -18,7 +18,8 @@ from .tiles import dot, store_columns, weight_tile
 
 @triton.jit
 def shrink_tile(
-    x_ptrs, out_ptrs, mask_m,  # [BLOCK_M, 1]
+    x_ptrs, mask_m,  # [BLOCK_M, 1]
+    out_ptr, stride_om, offs_m,  # H, and its rows [BLOCK_M]
     mask, mask_rows,  # as keep_tile takes them
     weight,  # as weight_tile takes it
     start_c, start_d, end_d, D,
@@ -43,6 +44,7 @@ def shrink_tile(
         if BLOCK_R2 > 0:
             w2 = weight_tile(weight, offs_c2, offs_d, D, scaling, r, R, DOT, ACC)  # [BLOCK_R2, BLOCK_D]
             acc2 = dot(x, tl.trans(w2), acc2)
+    out_ptrs = out_ptr + offs_m.to(tl.int64)[:, None] * stride_om  # here, for in the loop it would take registers
     inverse = keep_inverse(mask, ACC)
     store_columns(out_ptrs, mask_m, offs_c, acc * inverse, R)
     if BLOCK_R2 > 0:
@@ -96,9 +98,8 @@ def shrink_kernel(
     offs_m = (pid // chunks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     start_d = part * steps * BLOCK_D
     shrink_tile(
-        x_ptr + offs_m[:, None] * stride_xm,
-        out_ptr + (part.to(tl.int64) * M + offs_m)[:, None] * stride_om,
-        (offs_m < M)[:, None],
+        x_ptr + offs_m[:, None] * stride_xm, (offs_m < M)[:, None],
+        out_ptr + part.to(tl.int64) * M * stride_om, stride_om, offs_m,
         (bits_ptr, stride_bits, M, threshold), offs_m,
         (w_ptr, stride_wi, stride_wj, stride_wd, scale_ptr, stride_si, stride_sd),
         (pid % chunks) * (BLOCK_R + BLOCK_R2), start_d, min(start_d + steps * BLOCK_D, D), D,
