@@ -8,9 +8,10 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
-from multilora_fast.adapters.branches import Branches, as_lora
+from multilora_fast.adapters.branches import Branches
 from multilora_fast.layers.shared_input import has_hooks, hooked
 from multilora_fast.ops.grouped import inverse, multilora_grouped, route
+from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraBranches, MultiLoraLayer, not_finite
 from multilora_fast.peft.quantization import check_writable
 
@@ -42,13 +43,14 @@ class MultiLoraProjection(nn.Module, MultiLoraLayer):
 
     base_layer: Any
 
-    def __init__(self, experts: nn.Module, parameter_name: str, adapter_name: str, **options):
+    def __init__(self, experts: nn.Module, parameter_name: str, adapter_name: str, config: MultiLoraConfig, name: str):
         super().__init__()
         self.__dict__["base_layer"] = experts  # registered as a submodule by MultiLoraExperts
         self.parameter_name = parameter_name
         self.num_experts, *sizes = self.weight.shape
-        self.in_features, self.out_features = sizes if self.base_layer.is_transposed else reversed(sizes)
-        self.add_first(adapter_name, options)
+        self.fan_in_fan_out = self.base_layer.is_transposed
+        self.in_features, self.out_features = sizes if self.fan_in_fan_out else reversed(sizes)
+        self.add_first(adapter_name, config, name)
 
     @property
     def weight(self) -> nn.Parameter:
@@ -60,27 +62,21 @@ class MultiLoraProjection(nn.Module, MultiLoraLayer):
         if not branches.lora_A.is_meta:
             branches.to(device or self.weight.device, self.weight.dtype)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update that merging adds to the parameter, in the parameter's layout."""
-        return torch.stack([self._delta(adapter, e) for e in range(len(self.weight))])
-
-    def _delta(self, adapter: str, expert: int) -> Tensor:
-        A, B, s, c = Branches.of(self.multilora_branches[adapter])
-        A, B = as_lora(Branches(A[expert], B[expert], s[expert], c))
-        delta = B @ A.to(B.dtype)
-        return delta.t() if self.base_layer.is_transposed else delta
-
     @torch.no_grad()
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
         """Merge one expert after the other, so that no tensor of the parameter's size is made."""
         self.check_writable()
-        weight = self.weight.data
-        if check:
-            merged = (torch.add(own, self._delta(name, e), alpha=sign).to(own.dtype) for e, own in enumerate(weight))
-            if not all(torch.isfinite(one).all() for one in merged):
-                raise not_finite(name)
-        for e, own in enumerate(weight):
-            own.copy_(torch.add(own, self._delta(name, e), alpha=sign))
+        A, B, s, factor = Branches.of(self.multilora_branches[name])
+
+        def merged(e: int) -> Tensor:
+            own, delta = self.weight[e], self._delta(Branches(A[e], B[e], s[e], factor))
+            return torch.add(own, delta, alpha=sign).to(own.dtype)
+
+        everyone = range(len(A))
+        if check and not all(torch.isfinite(merged(e)).all() for e in everyone):
+            raise not_finite(name)
+        for e in everyone:
+            self.weight.data[e] = merged(e)
 
     def check_writable(self) -> None:
         check_writable(self, None)
@@ -148,18 +144,16 @@ def project(
 ) -> Tensor:  # fmt: skip
     """One projection of all ``experts`` without its bias, with the adapters ``branches``: of rows (S, K), or of tokens
     (S / top_k, K) that are gathered from, to (S, N)."""
-    weight = getattr(experts, name)
-    options: dict = {"perm": perm, "ends": ends, "top_k": top_k}
+    base: dict = {"weight": getattr(experts, name), "transposed": experts.is_transposed}
+    rows: dict = {"perm": perm, "ends": ends, "top_k": top_k}
     if not branches:
-        return multilora_grouped(x, weight, None, None, None, **options, transposed=experts.is_transposed)
-    y = None
+        return multilora_grouped(x, lora_A=None, lora_B=None, lora_scaling=None, **base, **rows)
     for one in branches:
-        base = {"weight": weight, "transposed": experts.is_transposed} if y is None else {"weight": None, "y": y}
         y = multilora_grouped(
-            x, lora_A=one.lora_A, lora_B=one.lora_B, lora_scaling=one.lora_scaling, **base, **options,
+            x, lora_A=one.lora_A, lora_B=one.lora_B, lora_scaling=one.lora_scaling, **base, **rows,
             scaling_factor=one.scaling_factor, dropout_p=one.lora_dropout.p, training=one.training, backend=one.backend,
         )  # fmt: skip
-    assert y is not None
+        base = {"weight": None, "y": y}
     return y
 
 

@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.adapters.branches import Branches, as_lora
+from multilora_fast.adapters.config import shape_options
 from multilora_fast.layers.shared_input import Base, SharedInput, branches_of, hooked, options_of, parameter
 from multilora_fast.ops.functional import apply
+from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.quantization import backend_of, base_weight, check_writable, compute_as, dense_4bit, is_4bit
 
 _PLAIN = (nn.Linear, Conv1D)
@@ -35,44 +37,28 @@ class MultiLoraBranches(nn.Module):
     shared: SharedInput | None = None
     layer: MultiLoraLinear
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        r: int,
-        lora_num: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        scaling: str,
-        init_weights: bool,
-        save_inputs: str,
-        exact_base: bool,
-        experts: int | None = None,
-    ):
+    def __init__(self, layer: MultiLoraLayer, config: MultiLoraConfig, name: str):
+        """``name`` is the layer's in the model, by which the config's patterns choose its options."""
         super().__init__()
-        self.save_inputs, self.exact_base = save_inputs, exact_base
-        each = (lora_num,) if experts is None else (experts, lora_num)
-        self.lora_A = nn.Parameter(torch.empty(*each, r, in_features))
-        self.lora_B = nn.Parameter(torch.empty(*each, out_features, r))
-        self.lora_scaling = nn.Parameter(torch.empty(*each, out_features if scaling == "vector" else 1))
-        self.lora_dropout = nn.Dropout(lora_dropout or 0)  # Dynamo compiles in the integers of a module, and no floats
+        self.__dict__["layer"] = layer
+        self.save_inputs: str = config.save_inputs
+        self.exact_base = config.exact_base
+        r, lora_num, lora_alpha = shape_options(vars(config), name).values()
+        each = (lora_num,) if layer.num_experts is None else (layer.num_experts, lora_num)
+        self.lora_A = nn.Parameter(torch.empty(*each, r, layer.in_features))
+        self.lora_B = nn.Parameter(torch.empty(*each, layer.out_features, r))
+        self.lora_scaling = nn.Parameter(torch.empty(*each, layer.out_features if config.scaling == "vector" else 1))
+        self.lora_dropout = nn.Dropout(config.lora_dropout or 0)  # as in MultiLoRALinear
         self.scaling_factor = self.initial_factor = lora_alpha / r
         for branch in (*self.lora_A.flatten(0, -3), *self.lora_B.flatten(0, -3)):
             nn.init.kaiming_uniform_(branch, a=math.sqrt(5))
-        if init_weights:
+        if config.init_weights:
             nn.init.zeros_(self.lora_scaling)
         else:
             nn.init.normal_(self.lora_scaling)
 
-    def forward(
-        self, x: Tensor, weight=None, bias: Tensor | None = None, *, y: Tensor | None = None, alone: bool = False
-    ) -> Tensor:
-        """The adapted layer's output, from its weight and bias, or from ``y``, its output without the branches.
-        ``alone``: x is not shared with other layers."""
-        taken = self.shared.take(self, x) if self.shared is not None and y is None and not alone else None
-        if taken is not None:
-            return taken
+    def forward(self, x: Tensor, weight=None, bias: Tensor | None = None, *, y: Tensor | None = None) -> Tensor:
+        """The adapted layer's output, from its weight and bias, or from ``y``, its output without the branches."""
         return apply(x, y, weight, bias, *branches_of(self), None, options_of(self))
 
     def base(self, x: Tensor) -> Base | None:
@@ -81,11 +67,6 @@ class MultiLoraBranches(nn.Module):
         if not self.training or hooked(self) or next(iter(layer.active_branches()), None) is not self:
             return None
         return layer.fused_base(x)
-
-    def delta(self) -> Tensor:
-        """The update B̃ Ã (N, K) of the weight, in float32 at least."""
-        A, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in as_lora(Branches.of(self)))
-        return B @ A
 
     def extra_repr(self) -> str:
         *_, n, r, K = self.lora_A.shape
@@ -102,23 +83,22 @@ class MultiLoraLayer(BaseTunerLayer):
     other_param_names = ()
     in_features: Any
     out_features: Any
+    fan_in_fan_out: bool  # whether the weight is stored as (…, K, N)
     num_experts: int | None = None
     multilora_branches: Any  # an nn.ModuleDict: the MultiLoraBranches of each adapter by its name
     _modules: Any
 
-    def add_first(self, adapter_name: str, options: dict[str, Any]) -> None:
+    def add_first(self, adapter_name: str, config: MultiLoraConfig, name: str) -> None:
         """Set up PEFT's attributes and :meth:`update_layer`."""
         self.multilora_branches = nn.ModuleDict()
         self._disable_adapters, self._active_adapter, self.merged_adapters = False, adapter_name, []
-        self.update_layer(adapter_name, **options)
+        self.update_layer(adapter_name, config, name)
 
-    def update_layer(self, adapter_name: str, *, inference_mode: bool, **options) -> None:
-        """Add an adapter; ``options`` are those of :class:`MultiLoraBranches`."""
-        branches = MultiLoraBranches(self.in_features, self.out_features, experts=self.num_experts, **options)
-        branches.__dict__["layer"] = self
-        self.multilora_branches[adapter_name] = branches
+    def update_layer(self, adapter_name: str, config: MultiLoraConfig, name: str) -> None:
+        """Add an adapter to this layer, which is called ``name`` in the model."""
+        self.multilora_branches[adapter_name] = MultiLoraBranches(self, config, name)
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def active_branches(self) -> list[MultiLoraBranches]:
         """The adapters that the forward adds: none if disabled or merged."""
@@ -143,6 +123,15 @@ class MultiLoraLayer(BaseTunerLayer):
         while self.merged_adapters:
             self._add_to_weight(self.merged_adapters[-1], -1.0)
             self.merged_adapters.pop()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The update that merging adds to the weight, in the weight's layout and in float32 at least."""
+        return self._delta(Branches.of(self.multilora_branches[adapter]))
+
+    def _delta(self, branches: Branches) -> Tensor:
+        A, B = as_lora(branches)
+        delta = B @ A.to(B.dtype)
+        return delta.mT if self.fan_in_fan_out else delta
 
     def check_writable(self) -> None:
         """Raise a ValueError if merging cannot write the base weight."""
@@ -190,14 +179,14 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
 
     base_layer: Any
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, *, quantization: dict, **options):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: MultiLoraConfig, name: str, quantization):
         super().__init__()
         self.base_layer = base_layer
         base = self.get_base_layer()
         self.in_features, self.out_features = _get_in_out_features(base)
         self.fan_in_fan_out = isinstance(base, Conv1D)
         self._quantization = quantization
-        self.add_first(adapter_name, options)
+        self.add_first(adapter_name, config, name)
 
     @property
     def quantization_backend(self) -> Any:  # type: ignore[override]  # an attribute in some versions of PEFT
@@ -238,19 +227,21 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
 
     def _fused(self, x: Tensor, branches: MultiLoraBranches) -> Tensor | None:
         """The output of the fused op, or None if the base layer must run itself."""
-        shared, plain = branches.shared, type(self._modules["base_layer"]) in _PLAIN
-        taken = None if shared is None else shared.take(branches, x) if plain else shared.finished(branches, x)
-        if taken is not None:
-            return taken
+        shared = branches.shared
+        if shared is not None and type(self._modules["base_layer"]) in _PLAIN:
+            taken = shared.take(branches, x)
+            if taken is not None:
+                return taken
         found = self.fused_base(x)
         if found is None:
             return None
         weight, bias, compute_dtype = found
         if compute_dtype is None:
-            return branches(x, weight, bias, alone=plain)
+            return branches(x, weight, bias)
         inner, context = compute_as(self.base_layer, x)
         with context:
-            return branches(inner, weight, bias, alone=inner is not x).to(x.dtype)
+            taken = shared.take(branches, x) if shared is not None and inner is x else None
+            return (branches(inner, weight, bias) if taken is None else taken).to(x.dtype)
 
     def _mixed_batch(self, x: Tensor, adapter_names: list[str], *args, **kwargs) -> Tensor:
         """Each row of the batch under its own adapter; "__base__" stands for none."""
@@ -262,13 +253,8 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
         for name in dict.fromkeys(adapter_names):
             if name in self.multilora_branches:
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                y = y.index_copy(0, rows, self.multilora_branches[name](x[rows], y=y[rows], alone=True))
+                y = y.index_copy(0, rows, self.multilora_branches[name](x[rows], y=y[rows]))
         return y
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The update that merging adds to the weight, in the weight's layout."""
-        delta = self.multilora_branches[adapter].delta()
-        return delta.t() if self.fan_in_fan_out else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

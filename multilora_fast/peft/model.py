@@ -16,7 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from multilora_fast.adapters.branches import CONTAINER, NAMES, Branches, stack
-from multilora_fast.adapters.config import describe, pattern_value, shape_options, targets
+from multilora_fast.adapters.config import describe, pattern_value, targets
 from multilora_fast.adapters.files import model_type
 from multilora_fast.layers.shared_input import assign_groups
 from multilora_fast.peft.config import MultiLoraConfig
@@ -45,12 +45,12 @@ class MultiLoraModel(BaseTuner):
 
     prefix: str = "multilora_"
     tuner_layer_cls = MultiLoraLayer
+    _checked_scales = False
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_load_state_dict_post_hook(_check_loaded)
-        self._checked_scales = False
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         config = self.peft_config[adapter_name]
@@ -118,16 +118,13 @@ class MultiLoraModel(BaseTuner):
             rank = ranks[re.escape(target)] = max(1, config.r // experts_per_token(experts))
             if config.lora_alpha is not None and pattern_value(alphas, key, None) is None:
                 alphas[re.escape(target)] = config.lora_alpha * rank / config.r
-        options = self._options(config, key)
         if not isinstance(module, MultiLoraExperts):
             module = MultiLoraExperts(experts)
             model.set_submodule(path, module)
         if name in module._modules:
-            module.get_submodule(name).update_layer(adapter_name, **options)
-            return
-        module.add_module(name, MultiLoraProjection(experts, name, adapter_name, **options))
-        if adapter_name not in self.active_adapters:
-            module.requires_grad_(False)
+            module.get_submodule(name).update_layer(adapter_name, config, key)
+        else:
+            module.add_module(name, MultiLoraProjection(experts, name, adapter_name, config, key))
 
     def shared_inputs(self, adapter_name: str = "default") -> dict[tuple[str, ...], str | None]:
         """The groups of an adapter's layers that read their input once, each with None or the reason why it no longer
@@ -143,26 +140,11 @@ class MultiLoraModel(BaseTuner):
         quantization = get_quantization_kwargs(self.model)
         self._check_base(current_key, base, quantization)
         config.fan_in_fan_out = config.fan_in_fan_out or isinstance(base, Conv1D)
-        options = self._options(config, current_key)
         if isinstance(target, MultiLoraLinear):
-            target.update_layer(adapter_name, **options)
-            return
-        layer = MultiLoraLinear(target, adapter_name, quantization=quantization, **options)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    @staticmethod
-    def _options(config: MultiLoraConfig, name: str) -> dict[str, Any]:
-        return {
-            **shape_options(vars(config), name),
-            "lora_dropout": config.lora_dropout,
-            "scaling": config.scaling,
-            "init_weights": config.init_weights,
-            "inference_mode": config.inference_mode,
-            "save_inputs": config.save_inputs,
-            "exact_base": config.exact_base,
-        }
+            target.update_layer(adapter_name, config, current_key)
+        else:
+            layer = MultiLoraLinear(target, adapter_name, config, current_key, quantization)
+            self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         # The layer has moved its branches to the base layer's device. BaseTuner would move an 8-bit layer as a whole,
@@ -179,8 +161,8 @@ class MultiLoraModel(BaseTuner):
                 f"Target module {name} belongs to an nn.MultiheadAttention, which reads its weight and not its output: "
                 "leave it out with exclude_modules."
             )
-        backend = None if isinstance(base, (nn.Linear, Conv1D)) else backend_of(base, **quantization)
-        if not isinstance(base, (nn.Linear, Conv1D)) and getattr(backend, "layer_type", None) != "linear":
+        dense = isinstance(base, (nn.Linear, Conv1D))
+        if not dense and getattr(backend_of(base, **quantization), "layer_type", None) != "linear":
             raise ValueError(
                 f"Target module {name} is a {type(base).__name__}, which is not supported: MultiLoRA adapts nn.Linear, "
                 "transformers' Conv1D and quantized linear layers."
