@@ -90,8 +90,11 @@ class MultiLoraConfig(PeftConfig):
         for name in ("rank_pattern", "alpha_pattern", "lora_num_pattern"):
             setattr(self, name, getattr(self, name) or {})
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+            elif isinstance(value, str):
+                check_expression(name, value)
         check_hyperparameters(r=self.r, lora_num=self.lora_num, lora_dropout=self.lora_dropout, scaling=self.scaling)
         check_config(vars(self))
         check_save_inputs(self.save_inputs)
@@ -99,9 +102,6 @@ class MultiLoraConfig(PeftConfig):
             check_switch(name, getattr(self, name))
         check_names("modules_to_save", self.modules_to_save)
         check_names("target_parameters", self.target_parameters)
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), str):
-                check_expression(name, getattr(self, name))
         if self.bias not in ("none", "all", "lora_only"):
             raise ValueError(f'bias must be "none", "all" or "lora_only", not {self.bias!r}.')
         if self.bias != "none" and not hasattr(BaseTuner, "_get_learnable_bias_state_dict"):

@@ -85,6 +85,7 @@ class MultiLoraLayer(BaseTunerLayer):
     out_features: Any
     fan_in_fan_out: bool  # whether the weight is stored as (…, K, N)
     num_experts: int | None = None
+    quantization_backend: Any
     multilora_branches: Any  # an nn.ModuleDict: the MultiLoraBranches of each adapter by its name
     _modules: Any
 
@@ -135,7 +136,7 @@ class MultiLoraLayer(BaseTunerLayer):
 
     def check_writable(self) -> None:
         """Raise a ValueError if merging cannot write the base weight."""
-        raise NotImplementedError
+        check_writable(self.get_base_layer(), self.quantization_backend)
 
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
         raise NotImplementedError
@@ -258,9 +259,6 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
-
-    def check_writable(self) -> None:
-        check_writable(self.get_base_layer(), self.quantization_backend)
 
     @torch.no_grad()
     def _add_to_weight(self, name: str, sign: float, check: bool = False) -> None:
