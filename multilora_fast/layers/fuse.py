@@ -9,6 +9,7 @@ from torch.func import functional_call
 
 from multilora_fast.layers.fused import FusedMultiLoRALinear
 from multilora_fast.layers.shared_input import assign_groups
+from multilora_fast.ops.backends import choose
 from multilora_fast.ops.checks import check_branches
 from multilora_fast.reference import MultiLoRALinear
 from multilora_fast.validation import check_save_inputs, check_switch
@@ -59,9 +60,7 @@ def fuse(
     """
     check_save_inputs(save_inputs)
     check_switch("exact_base", exact_base)
-    _check_model(model)
-    if backend not in (None, "triton", "torch"):
-        raise ValueError(f'backend must be "triton", "torch" or None, not {backend!r}.')
+    choose(backend, torch.device("meta"))  # checks the name
     report, swapped = FuseReport(), {}
     tried: dict[int, FusedMultiLoRALinear | str] = {}  # by module, what replaces it or why nothing does
 
@@ -88,7 +87,6 @@ def fuse(
 
 def unfuse(model: nn.Module) -> list[str]:
     """Put back the modules that :func:`fuse` replaced, with the current parameters and mode; return their names."""
-    _check_model(model)
     names: list[str] = []
 
     def swap(name: str, module: nn.Module) -> nn.Module | None:
@@ -106,13 +104,10 @@ def unfuse(model: nn.Module) -> list[str]:
     return names
 
 
-def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be an nn.Module, not {type(model).__name__}.")
-
-
 def _swap_children(model: nn.Module, swap) -> None:
     """Replace each submodule, everywhere it is used, by what ``swap(name, module)`` returns, unless None."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be an nn.Module, not {type(model).__name__}.")
     for prefix, parent in list(model.named_modules()):
         for key, child in list(parent._modules.items()):
             if child is not None:
@@ -190,7 +185,7 @@ def _other_formula(module: Any) -> str | None:
 
     x = draw(module.lora_A[:1, :2])
     parameters = {key: draw(getattr(module, key)) for key in ("lora_A", "lora_B", "lora_scaling")}
-    dropout = cast(nn.Dropout, _dropout(module))
+    dropout = fused.lora_dropout
     training, dropout.training = dropout.training, False
     try:
         theirs, ours = (functional_call(m, parameters, (x,)).double() for m in (module, fused))

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,20 +28,7 @@ SIBLINGS = (
 _NOTHING = (None,) * 5
 
 
-class Layer(Protocol):
-    """What a group reads of its members, fused layers or our PEFT adapters."""
-
-    training: bool
-    lora_A: Any
-    scaling_factor: float
-    backend: str | None
-    save_inputs: str
-    exact_base: bool
-    shared: "SharedInput | None"
-    _modules: Any
-    _parameters: Any
-
-    def base(self, x: Tensor) -> "Base | None": ...
+Layer = Any  # a member of a group: a fused layer, or one of our PEFT adapters
 
 
 def assign_groups(modules: Mapping[str, Layer]) -> None:
@@ -89,12 +76,15 @@ class SharedInput:
         if not member.training or x.is_inference():
             return None
         if self._stopped:
-            self._watch(member, x)
+            # Share again from the next forward on if every layer got this x: a forward that raised may have stopped it.
+            recomputing = torch._C._current_graph_task_id() != -1
+            if not recomputing and self._thread.readers(member, x) == len(self.members):
+                self.disabled_reason, self._abandoned = None, 0
+                self._stopped = self._recomputed = False
             return None
         members = [*self.members.values()]
-        found, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
-        bases = [base for base in found if base is not None]
-        if len(bases) < len(members) or not any(other is member for other in members):  # as for a replica
+        bases, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
+        if None in bases or not any(other is member for other in members):  # as for a replica
             return None
         if "ds_id" in branches[0][0].__dict__:  # ZeRO gathers parameters for one layer at a time
             return None
@@ -149,14 +139,6 @@ class SharedInput:
         self._stopped = not recomputing and (self._recomputed or hooks is None)
         return self._stopped
 
-    def _watch(self, member: Layer, x: Tensor) -> None:
-        """Share again from the next forward on, after one in which every layer got the same x: the group may have
-        stopped because a forward raised."""
-        recomputing = torch._C._current_graph_task_id() != -1
-        if not recomputing and self._thread.readers(member, x) == len(self.members):
-            self.disabled_reason, self._abandoned = None, 0
-            self._stopped = self._recomputed = False
-
 
 def _settings(x: Tensor, bases: list[Base], branches: list, options: tuple) -> GroupSettings | None:
     """The settings of layers that can share x, None for others."""
@@ -172,7 +154,8 @@ def _settings(x: Tensor, bases: list[Base], branches: list, options: tuple) -> G
     if len(alike) > 1:
         return None
     counts, ranks = zip(*[A.shape[:2] for A in As], strict=True)
-    return GroupSettings(each, counts, ranks, each[0].dtype, each[0].backend, each[0].save_inputs)
+    widths = tuple([n * r for n, r in zip(counts, ranks, strict=True)])
+    return GroupSettings(each, widths, len(set(ranks)) == 1, each[0].dtype, each[0].backend, each[0].save_inputs)
 
 
 class Waiting:
@@ -203,18 +186,17 @@ class _Thread(threading.local):
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether ``module`` has hooks or a forward set on the object."""
+    """Whether ``module`` has hooks of torch's or a forward set on the object."""
     return has_hooks(module) or "forward" in module.__dict__
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether ``module`` has hooks of torch's."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def parameter(module: nn.Module | Layer, name: str) -> Any:
+def parameter(module: Layer, name: str) -> Any:
     """``getattr(module, name)``, three times faster for parameters."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
