@@ -74,7 +74,7 @@ def forward(
 def backward(
     dy, x, scale, H, weight, lora_A, lora_B, lora_scaling, seed, call: Call, needs: Needs, new: int | None = None
 ) -> list[Tensor | None]:
-    """The gradients in the order of ``needs``, None where not needed."""
+    """The gradients in the order of ``needs``; autograd drops those that are not needed."""
     dtype = call.settings.dtype
     tokens = as_tokens(dy, dtype)
     known = restore(x, scale, dtype) if needs.lora_A or needs.weight else None
@@ -82,7 +82,7 @@ def backward(
     inputs = (tokens, known if needs.lora_A else None, H, base, lora_A, lora_B, lora_scaling, seed)
     dx, dA, dB, ds = call.run(equations.backward, inputs, needs, dy.shape, new=new)
     dw, db = _base_gradients(tokens, known, needs)
-    return [dx, dw, db, dA, dB if needs.lora_B else None, _scale_gradient(ds, lora_scaling, needs)]
+    return [dx, dw, db, dA, dB, _scale_gradient(ds, lora_scaling, needs)]
 
 
 class GroupFunction(torch.autograd.Function):
@@ -107,7 +107,7 @@ class GroupFunction(torch.autograd.Function):
             ]
         else:
             bases = cast_all(weights, dtype)
-        below = _below(lora_As, settings.ranks)
+        below = _below(lora_As, settings)
         inputs = (as_tokens(x, dtype), below, seed, *bases, *cast_all(biases, dtype), *lora_Bs, *scales)
         *outs, H = _run(ctx, equations.group_forward, inputs, x.shape, new=0)
         known, scale, H = saved(x, H, settings, ctx.any_needs)
@@ -138,10 +138,10 @@ def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
     """dx, and the gradients of the ``present`` layers, kind by kind."""
     x, scale, seed, H, *tensors = ctx.saved_tensors
     needs, any_needs, settings = ctx.needs, ctx.any_needs, ctx.call.settings
-    counts, ranks, dtype = settings.counts, settings.ranks, settings.dtype
+    dtype = settings.dtype
     weights, lora_As, lora_Bs, scales = by_kind(tensors, 4)
     if len(present) < len(dys):
-        dys, needs, counts, ranks = (tuple([t[i] for i in present]) for t in (dys, needs, counts, ranks))
+        dys, needs = (tuple([t[i] for i in present]) for t in (dys, needs))
         weights, lora_As, lora_Bs, scales = ([kind[i] for i in present] for kind in (weights, lora_As, lora_Bs, scales))
         any_needs = _union(needs)
     tokens = [as_tokens(dy, dtype) for dy in dys]
@@ -153,28 +153,18 @@ def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
     else:
         weights = cast_all(weights, dtype)
     inputs = (
-        *tokens, known if any_needs.lora_A else None, _below(lora_As, ranks), seed, H, *weights, *lora_Bs, *scales,
+        *tokens, known if any_needs.lora_A else None, _below(lora_As, settings), seed, H, *weights, *lora_Bs, *scales,
     )  # fmt: skip
     shape, new = dys[0].shape, ctx.new and len(present)
     dx, dA, *others = _run(ctx, equations.group_backward, inputs, present, needs, shape, new=new)
     dBs, dss = by_kind(others, 2)
     dAs: Sequence[Tensor | None] = [None] * len(present)
-    if dA is not None and _one_rank(ranks):
-        dAs = dA.split_with_sizes(counts)
-    elif dA is not None:
-        sizes = [n * r for n, r in zip(counts, ranks, strict=True)]
-        dAs = [part.view(A.shape) for part, A in zip(dA[0].split_with_sizes(sizes), lora_As, strict=True)]
-    dws: Sequence[Tensor | None] = [None] * len(present)
-    dbs = dws
-    if any_needs.weight or any_needs.bias:
-        base = [_base_gradients(dy, known, need) for dy, need in zip(tokens, needs, strict=True)]
-        dws, dbs = zip(*base, strict=True)
-    return (
-        dx, dws, dbs,
-        [dA if need.lora_A else None for dA, need in zip(dAs, needs, strict=True)],
-        [dB if need.lora_B else None for dB, need in zip(dBs, needs, strict=True)],
-        [_scale_gradient(ds, s, need) for ds, s, need in zip(dss, scales, needs, strict=True)],
-    )  # fmt: skip
+    if dA is not None:
+        parts = dA.view(-1, dA.shape[2]).split_with_sizes([settings.widths[i] for i in present])
+        dAs = [part.view(A.shape) for part, A in zip(parts, lora_As, strict=True)]
+    base = [_base_gradients(dy, known, need) for dy, need in zip(tokens, needs, strict=True)]
+    dws, dbs = zip(*base, strict=True)
+    return dx, dws, dbs, dAs, dBs, [_scale_gradient(*each) for each in zip(dss, scales, needs, strict=True)]
 
 
 def _run(ctx, function, inputs: Sequence, *options, new: int | None) -> Sequence:
@@ -242,10 +232,6 @@ def _scale_gradient(ds: Tensor | None, lora_scaling: Tensor, needs: Needs) -> Te
     return ds if ds.is_contiguous() else ds.contiguous()
 
 
-def _below(lora_As: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+def _below(lora_As: Sequence[Tensor], settings: GroupSettings) -> Tensor:
     """The branches of all layers stacked, (Σn, r, K), or (1, ΣR, K) if their ranks differ."""
-    return torch.cat([*lora_As]) if _one_rank(ranks) else torch.cat([A.flatten(0, 1) for A in lora_As])[None]
-
-
-def _one_rank(ranks: Sequence[int]) -> bool:
-    return min(ranks) == max(ranks)
+    return torch.cat([*lora_As]) if settings.one_rank else torch.cat([A.flatten(0, 1) for A in lora_As])[None]

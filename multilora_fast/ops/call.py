@@ -47,11 +47,7 @@ class Call:
             outputs = plan.replay(*inputs)
             if outputs is not None:
                 return outputs
-        return self._replay_or_record(key, planning, function, inputs, options)
-
-    def _replay_or_record(self, key: Hashable, planning, function: Callable, inputs: Sequence, options) -> Sequence:
-        """The same, for inputs aligned differently from the last run of this ``key``."""
-        aligned = key, alignments(inputs)
+        aligned = key, alignments(inputs)  # differently from the last run of this key
         plan = self.plans.get(aligned)
         if plan is None:
             outputs, plan = planning.record(function, inputs, self.settings, *options)

@@ -53,11 +53,10 @@ def _(dy, x, H, weight, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend
 
 def _setup(ctx, inputs, output):
     x, _, weight, _, *rest = inputs[:8]
-    scaling_factor, dropout_p, dtype, backend, exact_base = (*inputs[8:], False)[:5]  # a default may be left out
+    *ctx.settings, ctx.exact_base = (*inputs[8:], False)[:5]  # a default may be left out
     ctx.needs, ctx.y_needed = needs_of(tuple(ctx.needs_input_grad[:7]))
-    ctx.exact_base, ctx.rest = exact_base, len(inputs) - 7
-    ctx.settings = (scaling_factor, dropout_p, dtype, backend)
-    x, _, H = saved(x, output[1], OpSettings(scaling_factor, dropout_p, dtype, backend), ctx.needs)
+    ctx.rest = len(inputs) - 7
+    x, _, H = saved(x, output[1], OpSettings(*ctx.settings), ctx.needs)
     ctx.save_for_backward(x, H, weight, *rest)
 
 

@@ -38,15 +38,11 @@ class GroupSettings(NamedTuple):
     """The settings of layers that share an input, which differ in scaling_factor and exact_base alone."""
 
     each: tuple[OpSettings, ...]
-    counts: tuple[int, ...]  # n of each
-    ranks: tuple[int, ...]  # r of each
+    widths: tuple[int, ...]  # n·r of each
+    one_rank: bool  # whether r is the same for all
     dtype: torch.dtype
     backend: str
     save_inputs: str
-
-    def columns(self, H: Tensor) -> Sequence[Tensor]:
-        """The columns of each layer, (M, R), in the H of all."""
-        return H.split([n * r for n, r in zip(self.counts, self.ranks, strict=True)], dim=1)
 
 
 class Needs(NamedTuple):
@@ -72,7 +68,7 @@ def forward(
     c, p, w = settings.scaling_factor, settings.dropout_p, lora_B.transpose(1, 2)
     ops, scale = _products("forward", x, lora_A, settings), per_column(lora_scaling, w)
     mask = ops.draw(seed, *x.shape, p, settings.dtype)
-    out = _new(x, shape, lora_B.shape[1])
+    out = x.new_empty((*shape[:-1], lora_B.shape[1]))
     tokens = as_tokens(out, settings.dtype)
     H = ops.layer(tokens, x, weight, bias, lora_A, w, scale, c, mask, p, exact=settings.exact_base)
     return out, H
@@ -82,31 +78,9 @@ def backward(
     dy: Tensor, x: Tensor | None, H: Tensor | None, weight: Tensor | None, lora_A: Tensor, lora_B: Tensor,
     lora_scaling: Tensor, seed: Tensor | None, settings: OpSettings, needs: Needs, shape: torch.Size,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx (..., K), dÃ as (n, r, K), dB and ds (n, N), each None where it is not needed.
-
-    The reduces come last, so that the product hides their launches.
-    """
-    c, p, dtype = settings.scaling_factor, settings.dropout_p, settings.dtype
-    n, _, K = lora_A.shape
-    w = lora_B.transpose(1, 2)
-    ops, scale = _products("backward", dy, w, settings), per_column(lora_scaling, w)
-    dx = dA = dB = ds = dH = mask = None
-    if needs.x or needs.lora_A:
-        dH = ops.shrink(dy, w, scale, c)
-        mask = ops.draw(seed, dy.shape[0], K, p, dtype)
-    if needs.x:
-        dx = _new(dy, shape, K)
-        target, exact = as_tokens(dx, dtype), settings.exact_base
-        if weight is None:
-            ops.expand(target, dH, lora_A, None, 1.0, mask, p, accumulate=False)
-        else:
-            ops.linear(target, dy, weight, None, dH, lora_A, None, 1.0, mask, p, transposed=False, exact=exact)
-    if needs.lora_A and (needs.lora_B or needs.lora_scaling):
-        dB, ds, dA = ops.reduce_all(H, dy, w, scale, c, dH, x, lora_A.dtype, mask, p)
-    elif needs.lora_A:
-        dA = ops.reduce(dH, x, n, lora_A.dtype, mask, p)
-    elif needs.lora_B or needs.lora_scaling:
-        dB, ds = ops.reduce_scaled(H, dy, w, scale, c)
+    """dx (..., K), dÃ as (n, r, K), dB and ds (n, N), each None where it is not needed."""
+    layer = [dy], [H], [weight], [lora_B], [lora_scaling], [settings], [needs]
+    dx, dA, (dB,), (ds,) = _backward(x, lora_A, seed, shape, *layer)
     return dx, dA, dB, ds
 
 
@@ -120,9 +94,9 @@ def group_forward(x: Tensor, lora_A: Tensor, seed: Tensor | None, *rest: Any) ->
     weights, biases, lora_Bs, scales = by_kind(tensors, 4)
     H = x.new_empty(len(x), lora_A.shape[0] * lora_A.shape[1])
     _shrink(x, lora_A, seed, settings.each[0], H)
-    outs = [_new(x, shape, lora_B.shape[1]) for lora_B in lora_Bs]
+    outs = [x.new_empty((*shape[:-1], lora_B.shape[1])) for lora_B in lora_Bs]
     for out, part, weight, bias, lora_B, lora_scaling, one in zip(
-        outs, settings.columns(H), weights, biases, lora_Bs, scales, settings.each, strict=True
+        outs, H.split_with_sizes(settings.widths, 1), weights, biases, lora_Bs, scales, settings.each, strict=True
     ):
         weight = weight() if callable(weight) else weight
         _expand(as_tokens(out, settings.dtype), x, weight, bias, part, lora_B, lora_scaling, one)
@@ -139,8 +113,20 @@ def group_backward(*inputs: Any) -> tuple[Tensor | None, ...]:
     *tensors, settings, present, needs, shape = inputs
     m = len(present)
     dys, (x, lora_A, seed, H) = tensors[:m], tensors[m : m + 4]
-    weights, lora_Bs, scales = by_kind(tensors[m + 4 :], 3)
+    parts = None if H is None else H.split_with_sizes(settings.widths, 1)
+    Hs = [None if parts is None else parts[i] for i in present]
     each = [settings.each[i] for i in present]
+    weights, lora_Bs, scales = by_kind(tensors[m + 4 :], 3)
+    dx, dA, dBs, dss = _backward(x, lora_A, seed, shape, dys, Hs, weights, lora_Bs, scales, each, needs)
+    return dx, dA, *dBs, *dss
+
+
+def _backward(
+    x: Tensor | None, lora_A: Tensor, seed: Tensor | None, shape: torch.Size, dys: Sequence[Tensor],
+    Hs: Sequence[Tensor | None], weights: Sequence, lora_Bs: Sequence[Tensor], scales: Sequence[Tensor],
+    each: Sequence[OpSettings], needs: Sequence[Needs],
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None], Sequence[Tensor | None]]:  # fmt: skip
+    """dx, dÃ, every dB and every ds. The reduces come last, so that the products hide their launches."""
     p, dtype, (n, r, K) = each[0].dropout_p, each[0].dtype, lora_A.shape
     ws = [lora_B.transpose(1, 2) for lora_B in lora_Bs]
     scales = [per_column(lora_scaling, w) for lora_scaling, w in zip(scales, ws, strict=True)]
@@ -156,23 +142,29 @@ def group_backward(*inputs: Any) -> tuple[Tensor | None, ...]:
             ops.shrink(dy, w, scale, one.scaling_factor, out=out)
         mask = ops.draw(seed, len(dH), K, p, dtype)
     if wants_x:
-        dx = _new(dys[0], shape, K)
-        target = as_tokens(dx, dtype)
+        dx = dys[0].new_empty((*shape[:-1], K))
+        target, exact = as_tokens(dx, dtype), each[0].exact_base
         for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
             weight = weight() if callable(weight) else weight
-            if i == 0:
-                exact = each[0].exact_base
-                ops.linear(target, dy, weight, None, dH, lora_A, None, 1.0, mask, p, transposed=False, exact=exact)
-            else:
+            if i > 0:
                 ops.multiply(target, dy, weight)
+            elif weight is None:
+                ops.expand(target, dH, lora_A, None, 1.0, mask, p, accumulate=False)
+            else:
+                ops.linear(target, dy, weight, None, dH, lora_A, None, 1.0, mask, p, transposed=False, exact=exact)
+    wanted = [need.lora_B or need.lora_scaling for need in needs]
+    if wants_A and wanted == [True]:
+        c = each[0].scaling_factor
+        dB, ds, dA = ops.reduce_all(Hs[0], dys[0], ws[0], scales[0], c, dH, x, lora_A.dtype, mask, p)
+        return dx, dA, [dB], [ds]
     if wants_A:
         dA = ops.reduce(dH, x, n, lora_A.dtype, mask, p)
-    Hs = [None] * m if H is None else [settings.columns(H)[i] for i in present]
     pairs = [
-        ops.reduce_scaled(part, dy, w, scale, one.scaling_factor) if need.lora_B or need.lora_scaling else (None, None)
-        for part, dy, w, scale, one, need in zip(Hs, dys, ws, scales, each, needs, strict=True)
+        ops.reduce_scaled(H, dy, w, scale, one.scaling_factor) if want else (None, None)
+        for H, dy, w, scale, one, want in zip(Hs, dys, ws, scales, each, wanted, strict=True)
     ]
-    return dx, dA, *(dB for dB, _ in pairs), *(ds for _, ds in pairs)
+    dBs, dss = zip(*pairs, strict=True)
+    return dx, dA, dBs, dss
 
 
 def by_kind(tensors: Sequence, kinds: int) -> list[Sequence]:
@@ -197,10 +189,6 @@ def _expand(
         ops.expand(out, H, w, scale, c)
     else:
         ops.linear(out, x, weight, bias, H, w, scale, c, None, 0.0, transposed=True, exact=settings.exact_base)
-
-
-def _new(tokens: Tensor, shape: torch.Size, width: int) -> Tensor:
-    return tokens.new_empty((*shape[:-1], width))
 
 
 def _products(direction: str, tokens: Tensor, w: Tensor, settings: OpSettings) -> Backend:

@@ -154,9 +154,7 @@ def product(x: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor
 
 def inverse(perm: Tensor) -> Tensor:
     """The sorted row of each place token·k + slot."""
-    places = torch.empty_like(perm)
-    places[perm] = torch.arange(len(perm), device=perm.device)
-    return places
+    return torch.empty_like(perm).scatter_(0, perm, torch.arange(len(perm), device=perm.device))
 
 
 def add_slots(rows: Tensor, perm: Tensor, tokens: int) -> Tensor:
