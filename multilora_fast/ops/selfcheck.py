@@ -3,6 +3,7 @@ input there and is compared with torch in float64. It takes milliseconds, beside
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,25 +22,18 @@ def check(direction: str, tokens: Tensor, w: Tensor, settings) -> None:
         RuntimeError: a kernel differs from torch by more than rounding.
     """
     from multilora_fast.kernels.configs import size_class
-    from multilora_fast.kernels.launch import unrecorded
 
     M, (n, r, _) = TOKENS[size_class(len(tokens))], w.shape
-    with unrecorded():
-        _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, settings.dropout_p, M)
+    _check(direction, tokens.device, settings.dtype, w.dtype, n, r, settings.scaling_factor, settings.dropout_p, M)
 
 
 def check_grouped(x: Tensor, n: int, r: int, own: torch.dtype, settings) -> None:
     """The same for the kernels of experts, in both directions, for branches (E, n, r, …) in ``own``."""
-    from multilora_fast.kernels.launch import unrecorded
-
-    with unrecorded():
-        _check_grouped(x.device, settings.dtype, own, n, r, settings.scaling_factor, settings.dropout_p)
+    _check_grouped(x.device, settings.dtype, own, n, r, settings.scaling_factor, settings.dropout_p)
 
 
 @cache
 def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: float, M: int) -> None:
-    kernels, mask, keep, tensors = _problem((), M, device, dtype, own, n, r, p)
-
     def products(ops, mask, x, dy, h, A, B, scale):
         w = B.transpose(1, 2)
         if direction == "forward":
@@ -56,18 +50,17 @@ def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: floa
             "reduce (lora_scaling)": ds,
         }
 
-    dropped = lambda: None if keep is None else torch_backend.Mask(keep.clone())  # noqa: E731
-    _compare(products, (kernels, mask), (torch_backend, dropped), tensors)
+    dropped = lambda keep: torch_backend.Mask(keep.clone())  # noqa: E731
+    _compare(products, load("triton"), torch_backend, dropped, (), M, device, dtype, own, n, r, p)
 
 
 @cache
 def _check_grouped(device, dtype, own, n: int, r: int, c: float, p: float) -> None:
     E, S = 3, 80
-    _, mask, keep, tensors = _problem((E,), S, device, dtype, own, n, r, p)
-    ends = torch.tensor([50, 50, S], dtype=torch.int32, device=device)
-    ids = torch.arange(S - 1, -1, -1, device=device)
 
     def products(ops, mask, x, dy, h, A, B, scale):
+        ends = torch.tensor([50, 50, S], dtype=torch.int32, device=device)
+        ids = torch.arange(S - 1, -1, -1, device=device)
         w, drop = B.transpose(2, 3), {"ids": ids, "bits": mask(), "p": p}
         db, ds = ops.reduce_scaled(h, dy, w, ends, scale, c)
         return {
@@ -80,13 +73,17 @@ def _check_grouped(device, dtype, own, n: int, r: int, c: float, p: float) -> No
             "grouped reduce (lora_scaling)": ds,
         }
 
-    _compare(products, (load_grouped("triton"), mask), (load_grouped("torch"), lambda: keep), tensors)
+    exact = load_grouped("torch")
+    _compare(products, load_grouped("triton"), exact, lambda keep: keep, (E,), S, device, dtype, own, n, r, p)
 
 
-def _problem(experts: tuple[int, ...], M: int, device, dtype, own, n: int, r: int, p: float):
-    """The Triton kernels, the mask as they take it and in float64, each None without dropout, and x, dy, H and the
-    branches."""
-    from multilora_fast.kernels.launch import check_not_capturing
+def _compare(
+    products: Callable[..., dict], ours, exact, dropped: Callable[[Tensor], Any], experts: tuple[int, ...], M: int,
+    device, dtype, own, n: int, r: int, p: float,
+) -> None:  # fmt: skip
+    """‖error‖ ≤ 4·eps·‖the same formula on absolute values‖ for each product of ``ours``, against those of ``exact`` in
+    float64, which take the mask as ``dropped`` makes it of a keep-mask."""
+    from multilora_fast.kernels.launch import check_not_capturing, unrecorded
 
     K, N = 208, 144
     check_not_capturing((M, K))
@@ -94,27 +91,24 @@ def _problem(experts: tuple[int, ...], M: int, device, dtype, own, n: int, r: in
     def draw(seed: int, to: torch.dtype, *size: int) -> Tensor:
         return torch.randn(*size, generator=torch.Generator(device).manual_seed(seed), device=device).to(to)
 
-    tensors = [draw(i, dtype, M, size) for i, size in enumerate((K, N, n * r))]
-    tensors += [draw(3 + i, own, *experts, n, *size) for i, size in enumerate(((r, K), (N, r), (N,)))]
-    kernels, seed = load("triton"), torch.tensor([7], device=device)
-    bits = kernels.draw(seed, M, K, p, dtype)
-    keep = None if bits is None else kernels.dropout_mask(seed, M, K, p).double()
-    return kernels, lambda: bits, keep, tensors
-
-
-def _compare(products: Callable[..., dict], ours: tuple, exact: tuple, tensors: list[Tensor]) -> None:
-    """‖error‖ ≤ 4·eps·‖the same formula on absolute values‖ for each product, against ``exact`` in float64."""
-    found = products(*ours, *tensors)
-    truths = products(*exact, *[t.double() for t in tensors])
-    sizes = products(*exact, *[t.double().abs() for t in tensors])
-    eps = max(torch.finfo(t.dtype).eps for t in tensors)
-    for name, got in found.items():
-        error, bound = (got.double() - truths[name]).norm().item(), 4 * eps * sizes[name].norm().item()
-        if not error <= bound:
-            raise RuntimeError(
-                f"Triton kernel {name} is wrong on {got.device} in {tensors[0].dtype}: "
-                f'error {error:.2e} where {bound:.2e} is rounding; use backend="torch".'
-            )
+    with unrecorded():
+        tensors = [draw(i, dtype, M, size) for i, size in enumerate((K, N, n * r))]
+        tensors += [draw(3 + i, own, *experts, n, *size) for i, size in enumerate(((r, K), (N, r), (N,)))]
+        kernels, seed = load("triton"), torch.tensor([7], device=device)
+        bits = kernels.draw(seed, M, K, p, dtype)
+        keep = None if bits is None else kernels.dropout_mask(seed, M, K, p).double()
+        mask = lambda: None if keep is None else dropped(keep)  # noqa: E731
+        found = products(ours, lambda: bits, *tensors)
+        truths = products(exact, mask, *[t.double() for t in tensors])
+        sizes = products(exact, mask, *[t.double().abs() for t in tensors])
+        eps = max(torch.finfo(t.dtype).eps for t in tensors)
+        for name, got in found.items():
+            error, bound = (got.double() - truths[name]).norm().item(), 4 * eps * sizes[name].norm().item()
+            if not error <= bound:
+                raise RuntimeError(
+                    f"Triton kernel {name} is wrong on {got.device} in {tensors[0].dtype}: "
+                    f'error {error:.2e} where {bound:.2e} is rounding; use backend="torch".'
+                )
 
 
 def _into(y: Tensor, expand: Callable, *rest, **options) -> Tensor:
