@@ -65,7 +65,7 @@ def forward(
     if y is not None:
         y, weight, bias = y.clone(memory_format=torch.contiguous_format), None, None
     else:
-        weight = cast(weight, dtype) if isinstance(weight, Tensor) else _dense(weight, dtype, x, bias, lora_B.shape[1])
+        weight = cast(weight if isinstance(weight, Tensor) else _dense(weight, x, bias, lora_B.shape[1]), dtype)
         bias = None if bias is None else cast(bias, dtype)
     inputs = (as_tokens(x, dtype), y, weight, bias, lora_A, lora_B, lora_scaling, seed)
     return call.run(equations.forward, inputs, x.shape, new=new)
@@ -98,20 +98,17 @@ class GroupFunction(torch.autograd.Function):
         ctx.needs, ctx.any_needs = group_needs(ctx.needs_input_grad)
         ctx.call, ctx.waiting, ctx.new = call, waiting, new_in_backward()
         ctx.dense = None if isinstance(weights[0], Tensor) else weights
-        kept: Sequence = weights
         if ctx.dense:
-            kept = [None] * len(weights)
-            bases: Sequence = [
-                partial(_dense, weight, dtype, x, bias, B.shape[1])
-                for weight, bias, B in zip(weights, biases, lora_Bs, strict=True)
-            ]
+            sides = zip(weights, biases, lora_Bs, strict=True)
+            bases: Sequence = [partial(_dense, weight, x, bias, B.shape[1]) for weight, bias, B in sides]
+            weights = [None] * len(bases)
         else:
             bases = cast_all(weights, dtype)
         below = _below(lora_As, settings)
         inputs = (as_tokens(x, dtype), below, seed, *bases, *cast_all(biases, dtype), *lora_Bs, *scales)
         *outs, H = _run(ctx, equations.group_forward, inputs, x.shape, new=0)
         known, scale, H = saved(x, H, settings, ctx.any_needs)
-        ctx.save_for_backward(known, scale, seed, H, *kept, *lora_As, *lora_Bs, *scales)
+        ctx.save_for_backward(known, scale, seed, H, *weights, *lora_As, *lora_Bs, *scales)
         return tuple(outs)
 
     @staticmethod
@@ -146,11 +143,9 @@ def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
         any_needs = _union(needs)
     tokens = [as_tokens(dy, dtype) for dy in dys]
     known = restore(x, scale, dtype) if any_needs.lora_A or any_needs.weight else None
-    if not any_needs.x:
-        weights = [None] * len(present)
-    elif ctx.dense:
-        weights = [partial(_dense, ctx.dense[i], dtype) for i in present]
-    else:
+    if ctx.dense:
+        weights = [ctx.dense[i] for i in present]
+    elif any_needs.x:
         weights = cast_all(weights, dtype)
     inputs = (
         *tokens, known if any_needs.lora_A else None, _below(lora_As, settings), seed, H, *weights, *lora_Bs, *scales,
@@ -206,13 +201,11 @@ def saved(x: Tensor, H: Tensor | None, settings: OpSettings | GroupSettings, nee
     return *save_input(wanted_x, settings.save_inputs), wanted_H
 
 
-def _dense(weight: Callable[[], Tensor], dtype: torch.dtype, *base) -> Tensor:
-    """What ``weight`` returns, in ``dtype``; checked if ``base``, which is x, bias and N, is given."""
+def _dense(weight: Callable[[], Tensor], x: Tensor, bias: Tensor | None, N: int) -> Tensor:
+    """What ``weight`` returns, checked."""
     found = weight()
-    if base:
-        x, bias, N = base
-        check_base(x, found, bias, N, autocast=True)  # cast below, as under autocast
-    return cast(found, dtype)
+    check_base(x, found, bias, N, autocast=True)  # cast by the caller, as under autocast
+    return found
 
 
 def _base_gradients(dy: Tensor, x: Tensor | None, needs: Needs) -> tuple[Tensor | None, Tensor | None]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from multilora_fast.ops import selfcheck
 from multilora_fast.ops.backends import Backend, load
-from multilora_fast.ops.saved_input import as_tokens
+from multilora_fast.ops.saved_input import as_tokens, cast
 
 
 class OpSettings(NamedTuple):
@@ -98,7 +98,7 @@ def group_forward(x: Tensor, lora_A: Tensor, seed: Tensor | None, *rest: Any) ->
     for out, part, weight, bias, lora_B, lora_scaling, one in zip(
         outs, H.split_with_sizes(settings.widths, 1), weights, biases, lora_Bs, scales, settings.each, strict=True
     ):
-        weight = weight() if callable(weight) else weight
+        weight = cast(weight(), settings.dtype) if callable(weight) else weight
         _expand(as_tokens(out, settings.dtype), x, weight, bias, part, lora_B, lora_scaling, one)
     return *outs, H
 
@@ -145,7 +145,7 @@ def _backward(
         dx = dys[0].new_empty((*shape[:-1], K))
         target, exact = as_tokens(dx, dtype), each[0].exact_base
         for i, (dy, weight) in enumerate(zip(dys, weights, strict=True)):
-            weight = weight() if callable(weight) else weight
+            weight = cast(weight(), dtype) if callable(weight) else weight
             if i > 0:
                 ops.multiply(target, dy, weight)
             elif weight is None:
