@@ -46,9 +46,8 @@ class MultiLoraPlugin(BasePlugin):
         config = as_multilora(load_lora(model, cfg, config_only=True)[1], **cfg.multilora or {})
         if config_only:
             return None, config
-        options = {}
-        if cfg.peft_autocast_adapter_dtype is not None:
-            options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        cast = cfg.peft_autocast_adapter_dtype
+        options = {} if cast is None else {"autocast_adapter_dtype": cast}
         if cfg.lora_model_dir:
             return PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **options), config
         return get_peft_model(model, config, **options), config

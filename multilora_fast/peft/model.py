@@ -6,10 +6,13 @@ import re
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from peft import LoraConfig
+from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
 from torch import nn
@@ -25,7 +28,7 @@ from multilora_fast.peft.layer import MultiLoraLayer, MultiLoraLinear, named_lay
 from multilora_fast.peft.precision import warn_of_half_scales
 from multilora_fast.peft.quantization import backend_of, get_quantization_kwargs
 from multilora_fast.peft.targets import (
-    check_mamba,
+    Bypassed,
     check_parallel,
     choose_all_linear,
     choose_parameters,
@@ -151,8 +154,15 @@ class MultiLoraModel(BaseTuner):
         # with branches that are still on the meta device.
         setattr(parent, child_name, new_module)
 
-    def _check_target_module_compatiblity(self, peft_config, model: nn.Module, target_name: str) -> None:
-        check_mamba(model, target_name)
+    def _check_target_module_compatiblity(self, peft_config, model: Any, target_name: str) -> None:
+        try:
+            super()._check_target_module_compatiblity(LoraConfig(), model, target_name)
+        except ValueError:
+            raise Bypassed(
+                f"Target module {target_name} is incompatible with Mamba-based models (model_type="
+                f"{model.config.model_type!r}), whose kernels read its weight and not its output: leave it out with "
+                "exclude_modules."
+            ) from None
 
     def _check_base(self, name: str, base: nn.Module, quantization: dict) -> None:
         check_parallel(self.model, base)
@@ -200,7 +210,8 @@ class MultiLoraModel(BaseTuner):
         for module in self.modules():
             if isinstance(module, (MultiLoraLinear, AuxiliaryTrainingWrapper)):
                 names = [name for name in adapter_names for _ in range(1 if module in unrepeated else beams)]
-                handles.append(module.register_forward_pre_hook(_with_names(names), with_kwargs=True))
+                hook = partial(_adapter_names_pre_forward_hook, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
@@ -253,10 +264,6 @@ class MultiLoraModel(BaseTuner):
             for name in NAMES:
                 tensor = getattr(summed, name)
                 getattr(module, name).data = tensor.expand(getattr(module, name).shape).contiguous()
-
-
-def _with_names(adapter_names: list[str]):
-    return lambda module, args, kwargs: (args, {**kwargs, "adapter_names": adapter_names})
 
 
 def _check_loaded(model: MultiLoraModel, keys) -> None:

@@ -15,9 +15,6 @@ from multilora_fast.peft.experts import is_experts, projections
 
 # Names in checkpoints of the projections that transformers keeps as one parameter for all experts.
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
-# Mamba's kernels read the weights of these layers and not their outputs, so PEFT refuses them for LoRA.
-_MAMBA = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
-_MAMBA_LAYERS = ("out_proj", "conv1d")
 
 
 class Bypassed(ValueError):
@@ -56,16 +53,6 @@ def choose_all_linear(config: Any, model: nn.Module) -> None:
         warnings.warn(
             f"all-linear leaves out {', '.join(asked)}: an nn.MultiheadAttention reads its weight and not its output.",
             stacklevel=2,
-        )
-
-
-def check_mamba(model: nn.Module, name: str) -> None:
-    """Raise Bypassed if ``name`` is a module that Mamba's kernels bypass."""
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in _MAMBA and name in _MAMBA_LAYERS:
-        raise Bypassed(
-            f"Target module {name} is incompatible with Mamba-based models (model_type={kind!r}), whose kernels read "
-            "its weight and not its output: leave it out with exclude_modules."
         )
 
 

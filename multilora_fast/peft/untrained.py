@@ -58,7 +58,6 @@ def init_adapter(
             targets that match no module, or an adapter with copies of base weights: modules_to_save, biases, new heads.
     """
     check_new_folder("out", out, overwrite)
-    folder = Path(out)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, not {dtype!r}.")
     if not isinstance(seed, int) or not 0 <= seed < 2**64:
@@ -78,7 +77,7 @@ def init_adapter(
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         made: Any = get_peft_model(base, config)
-    with atomic_dir(folder, last=CONFIG) as stage:
+    with atomic_dir(Path(out), last=CONFIG) as stage:
         made.save_pretrained(stage, save_embedding_layers=False)
         (stage / "README.md").unlink()  # PEFT's template of a model card
         (stage / WEIGHTS).chmod((stage / CONFIG).stat().st_mode)
@@ -117,10 +116,9 @@ def _check_targets(base: nn.Module, config: MultiLoraConfig) -> None:
     wanted = config.target_modules
     if wanted is None or is_all_linear(config):
         return
-    names = [wanted] if isinstance(wanted, str) else sorted(wanted)
-    nothing = [] if isinstance(wanted, str) else unmatched(base, names)
-    if not any(check_target_module_exists(config, name) for name, _ in base.named_modules()):
-        nothing = nothing or names
+    nothing = [] if isinstance(wanted, str) else unmatched(base, wanted)
+    if not nothing and not any(check_target_module_exists(config, name) for name, _ in base.named_modules()):
+        nothing = [wanted] if isinstance(wanted, str) else sorted(wanted)
     if nothing:
         raise ValueError(
             f"target_modules {', '.join(nothing)} match nothing: the linear layers end in {linear_kinds(base)}."
