@@ -126,9 +126,8 @@ def _why_not(module: Any) -> str | None:
         return "its branches are merged into the weight"
     if extra := {*module._parameters, *module._buffers} - set(_PARAMETERS):
         return f"it holds {', '.join(sorted(extra))}, which the fused layer does not"
-    missing = [key for key in _PARAMETERS if key not in module._parameters]
-    others = [key for key in missing if key != "bias" or module.bias is not None]
-    if others:
+    given = [key for key in _PARAMETERS if key != "bias" or module.bias is not None]
+    if others := [key for key in given if key not in module._parameters]:
         return f"{', '.join(others)} is not a plain Parameter"
     if any(value for key, value in vars(module).items() if key.endswith("_hooks")):
         return "it has hooks"

@@ -113,8 +113,7 @@ def group_backward(*inputs: Any) -> tuple[Tensor | None, ...]:
     *tensors, settings, present, needs, shape = inputs
     m = len(present)
     dys, (x, lora_A, seed, H) = tensors[:m], tensors[m : m + 4]
-    parts = None if H is None else H.split_with_sizes(settings.widths, 1)
-    Hs = [None if parts is None else parts[i] for i in present]
+    Hs = [None] * m if H is None else [H.split_with_sizes(settings.widths, 1)[i] for i in present]
     each = [settings.each[i] for i in present]
     weights, lora_Bs, scales = by_kind(tensors[m + 4 :], 3)
     dx, dA, dBs, dss = _backward(x, lora_A, seed, shape, dys, Hs, weights, lora_Bs, scales, each, needs)

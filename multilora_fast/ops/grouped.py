@@ -159,9 +159,8 @@ def inverse(perm: Tensor) -> Tensor:
 
 def add_slots(rows: Tensor, perm: Tensor, tokens: int) -> Tensor:
     """The sum (T, D) of every token's rows of (S, D), in the order of its slots."""
-    places = inverse(perm)
     out = rows.new_empty(tokens, rows.shape[1])
-    for part, into in zip(places.view(tokens, -1).split(_CHUNK), out.split(_CHUNK), strict=True):
+    for part, into in zip(inverse(perm).view(tokens, -1).split(_CHUNK), out.split(_CHUNK), strict=True):
         torch.sum(rows[part], 1, out=into)
     return out
 

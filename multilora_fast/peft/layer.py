@@ -103,11 +103,7 @@ class MultiLoraLayer(BaseTunerLayer):
 
     def active_branches(self) -> list[MultiLoraBranches]:
         """The adapters that the forward adds: none if disabled or merged."""
-        if self._disable_adapters or self.merged_adapters:
-            return []
-        known: Any = self._modules["multilora_branches"]
-        known, names = known._modules, self._active_adapter
-        return [known[name] for name in ([names] if isinstance(names, str) else names) if name in known]
+        return [] if self._disable_adapters or self.merged_adapters else self.chosen()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active adapters, or ``adapter_names``, to the base weight. With ``safe_merge``, a weight that would
@@ -159,7 +155,8 @@ class MultiLoraLayer(BaseTunerLayer):
 
     def chosen(self) -> list[MultiLoraBranches]:
         """The active adapters that are on this layer, also if disabled or merged."""
-        return [self.multilora_branches[name] for name in self.active_adapters if name in self.multilora_branches]
+        known, names = self._modules["multilora_branches"]._modules, self._active_adapter
+        return [known[name] for name in ([names] if isinstance(names, str) else names) if name in known]
 
 
 def named_layers(model: nn.Module) -> list[tuple[str, MultiLoraLayer]]:

@@ -3,7 +3,6 @@ in versions of PEFT without them."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from peft.import_utils import is_bnb_available
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from multilora_fast.ops.call import no_autocast
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
@@ -105,8 +106,7 @@ def compute_as(base: Any, x: Tensor):
     dtype = base.compute_dtype or x.dtype
     if x.dtype == torch.float32 and dtype in (torch.bfloat16, torch.float16):
         return x, torch.autocast(x.device.type, dtype)
-    off = torch.autocast(x.device.type, enabled=False)
-    return x.to(dtype), off if torch.is_autocast_enabled(x.device.type) else nullcontext()
+    return x.to(dtype), no_autocast(x.device.type)
 
 
 def _is(base: nn.Module, name: str) -> bool:
