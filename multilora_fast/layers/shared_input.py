@@ -28,10 +28,7 @@ SIBLINGS = (
 _NOTHING = (None,) * 5
 
 
-Layer = Any  # a member of a group: a fused layer, or one of our PEFT adapters
-
-
-def assign_groups(modules: Mapping[str, Layer]) -> None:
+def assign_groups(modules: Mapping[str, Any]) -> None:
     """Set ``shared`` on those of ``modules`` (by path) that read the same x: siblings by name, with equal K."""
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in modules):
         for names in SIBLINGS:
@@ -58,14 +55,14 @@ class SharedInput:
     ``disabled_reason`` is None, or why the group stopped sharing: its layers were given different tensors.
     """
 
-    def __init__(self, members: dict[str, Layer]):
+    def __init__(self, members: dict[str, Any]):
         self.members = members
         self.disabled_reason: str | None = None
         self._stopped = self._recomputed = False
         self._abandoned = 0
         self._thread = _Thread()
 
-    def take(self, member: Layer, x: Tensor) -> Tensor | None:
+    def take(self, member: Any, x: Tensor) -> Tensor | None:
         """The output of ``member``, or None if it must run alone in this call."""
         if torch.compiler.is_compiling() or is_seen_through():
             return None
@@ -106,7 +103,7 @@ class SharedInput:
             outputs[id(other)] = out, other.scaling_factor, base, own, _version(base, own)
         return outputs.pop(id(member))[0]
 
-    def finished(self, member: Layer, x: Tensor) -> Tensor | None:
+    def finished(self, member: Any, x: Tensor) -> Tensor | None:
         """The output of ``member`` if another member's call computed it."""
         waiting = self._thread.waiting
         if waiting is None or waiting.x() is not x or waiting.state != _state(x):
@@ -177,7 +174,7 @@ class _Thread(threading.local):
     def __reduce__(self):
         return _Thread, ()
 
-    def readers(self, member: Layer, x: Tensor) -> int:
+    def readers(self, member: Any, x: Tensor) -> int:
         """How many members in a row were called on x, up to ``member``."""
         if self.last is None or self.last() is not x:
             self.last, self.seen = weakref.ref(x), set()
@@ -196,18 +193,18 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def parameter(module: Layer, name: str) -> Any:
+def parameter(module: Any, name: str) -> Any:
     """``getattr(module, name)``, three times faster for parameters."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
 
 
-def branches_of(member: Layer) -> tuple[Tensor, Tensor, Tensor]:
+def branches_of(member: Any) -> tuple[Tensor, Tensor, Tensor]:
     """lora_A, lora_B and lora_scaling."""
     return parameter(member, "lora_A"), parameter(member, "lora_B"), parameter(member, "lora_scaling")
 
 
-def options_of(member: Layer) -> tuple:
+def options_of(member: Any) -> tuple:
     """The ``options`` of :func:`multilora_fast.ops.functional.apply`."""
     dropout = member._modules["lora_dropout"]
     p, training = dropout.p, dropout.training

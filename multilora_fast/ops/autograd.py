@@ -106,7 +106,8 @@ class GroupFunction(torch.autograd.Function):
             bases = cast_all(weights, dtype)
         below = _below(lora_As, settings)
         inputs = (as_tokens(x, dtype), below, seed, *bases, *cast_all(biases, dtype), *lora_Bs, *scales)
-        *outs, H = _run(ctx, equations.group_forward, inputs, x.shape, new=0)
+        run = call.run_once if ctx.dense else partial(call.run, new=0)  # a plan cannot record functions
+        *outs, H = run(equations.group_forward, inputs, x.shape)
         known, scale, H = saved(x, H, settings, ctx.any_needs)
         ctx.save_for_backward(known, scale, seed, H, *weights, *lora_As, *lora_Bs, *scales)
         return tuple(outs)
@@ -150,8 +151,8 @@ def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
     inputs = (
         *tokens, known if any_needs.lora_A else None, _below(lora_As, settings), seed, H, *weights, *lora_Bs, *scales,
     )  # fmt: skip
-    shape, new = dys[0].shape, ctx.new and len(present)
-    dx, dA, *others = _run(ctx, equations.group_backward, inputs, present, needs, shape, new=new)
+    run = ctx.call.run_once if ctx.dense else partial(ctx.call.run, new=ctx.new and len(present))
+    dx, dA, *others = run(equations.group_backward, inputs, present, needs, dys[0].shape)
     dBs, dss = by_kind(others, 2)
     dAs: Sequence[Tensor | None] = [None] * len(present)
     if dA is not None:
@@ -160,12 +161,6 @@ def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
     base = [_base_gradients(dy, known, need) for dy, need in zip(tokens, needs, strict=True)]
     dws, dbs = zip(*base, strict=True)
     return dx, dws, dbs, dAs, dBs, [_scale_gradient(*each) for each in zip(dss, scales, needs, strict=True)]
-
-
-def _run(ctx, function, inputs: Sequence, *options, new: int | None) -> Sequence:
-    if ctx.dense:  # a plan cannot record functions
-        return ctx.call.run_once(function, inputs, *options)
-    return ctx.call.run(function, inputs, *options, new=new)
 
 
 def new_in_backward() -> int | None:
