@@ -107,14 +107,16 @@ class MultiLoraExperts(nn.Module):
                 "MultiLoRA reads the weights of experts, but these have hooks or a forward of their own, as offloading "
                 "gives them: keep the experts on one device."
             )
-        top_k = top_k_index.shape[-1]
         perm, ends = route(top_k_index, base.num_experts)
         experts = top_k_index.reshape(-1)[perm]
-        h = project(base, first, active.get(first, []), hidden_states, perm, ends, top_k)
-        h = _add_bias(base, first, h, experts)
+
+        def projected(name: str, x: Tensor, top_k: int | None = None) -> Tensor:
+            y = project(base, name, active.get(name, []), x, perm, ends, top_k)
+            return y.add_(getattr(base, f"{name}_bias")[experts]) if base.has_bias else y
+
+        h = projected(first, hidden_states, top_k_index.shape[-1])
         h = base._apply_gate(h) if base.has_gate else base.act_fn(h)
-        y = project(base, second, active.get(second, []), h, perm, ends)
-        y = _add_bias(base, second, y, experts)
+        y = projected(second, h)
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[perm].unsqueeze(-1)
@@ -155,7 +157,3 @@ def project(
         )  # fmt: skip
         base = {"weight": None, "y": y}
     return y
-
-
-def _add_bias(base: Any, name: str, y: Tensor, experts: Tensor) -> Tensor:
-    return y.add_(getattr(base, f"{name}_bias")[experts]) if base.has_bias else y

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from peft import LoraConfig
 from peft.tuners.lora.model import _adapter_names_pre_forward_hook
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, AuxiliaryTrainingWrapper, _get_submodules
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -93,11 +93,9 @@ class MultiLoraModel(BaseTuner):
         """Adapt the ``target_parameters``: projections of experts, and weights of linear layers."""
         found = choose_parameters(peft_config.target_parameters or (), model)
         for path, name, wanted in found.values():
-            module = model.get_submodule(path)
+            parent, module, child = _get_submodules(model, path)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 if isinstance(module, (nn.Linear, MultiLoraLinear)):
-                    owner, child = path.rpartition(".")[::2]
-                    parent = model.get_submodule(owner)
                     self._create_and_replace(peft_config, adapter_name, module, child, parent, current_key=path)
                 else:
                     self._adapt_experts(peft_config, adapter_name, model, path, name, wanted)
