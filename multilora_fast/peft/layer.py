@@ -192,8 +192,7 @@ class MultiLoraLinear(nn.Module, MultiLoraLayer):
         because training does not need it."""
         return backend_of(self.get_base_layer(), **self._quantization)
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
+    def forward(self, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         active = self.active_branches()
