@@ -17,7 +17,7 @@ from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.branches import collect
 from multilora_fast.demo.scoring import Encoded
 from multilora_fast.memory import peak_bytes
-from multilora_fast.memory.methods import LORA, adapt, add_branches
+from multilora_fast.memory.methods import LORA, REFERENCE, adapt
 from multilora_fast.models import LINEARS, target_linears
 
 
@@ -62,7 +62,7 @@ def adapted(base: nn.Module, name: str, rank: int) -> nn.Module:
     if method.kind == "lora":
         return adapt(model, LORA, target_linears(model, LINEARS), r=rank, lora_num=1, task_type="CAUSAL_LM")
     if method.kind == "multilora":
-        add_branches(model, LINEARS, r=rank // method.n, lora_num=method.n)
+        adapt(model, REFERENCE, target_linears(model, LINEARS), r=rank // method.n, lora_num=method.n)
         for layer in collect(model).values():
             if method.scaling == "scalar":
                 layer.lora_scaling = nn.Parameter(layer.lora_scaling.data[:, :1].clone())

@@ -22,8 +22,8 @@ from multilora_fast.demo.training import check_packing, pack, train
 from multilora_fast.devices import choose_device, choose_dtype, environment
 from multilora_fast.files import atomic_dir
 from multilora_fast.layers.fuse import fuse
-from multilora_fast.memory.methods import add_branches
-from multilora_fast.models import PACKAGED, load_model, load_tokenizer, model_source
+from multilora_fast.memory.methods import REFERENCE, adapt
+from multilora_fast.models import PACKAGED, load_model, load_tokenizer, model_source, target_linears
 
 
 def run(settings: DemoSettings, tasks: Sequence[Task] | None = None) -> list[report.TaskResult]:
@@ -42,8 +42,12 @@ def run(settings: DemoSettings, tasks: Sequence[Task] | None = None) -> list[rep
     tokenizer, model = load_tokenizer(settings.model), load_model(settings.model, dtype, device)
     training, held_out = _mixture(settings, tokenizer, tasks)
     set_seed(settings.seed)
-    names = add_branches(model, settings.target_modules, **settings.branches, dtype=torch.float32)
+    names = target_linears(model, settings.target_modules)
+    adapt(model, REFERENCE, names, **settings.branches)
     fuse(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     model.eval()
     check_packing(model, training)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

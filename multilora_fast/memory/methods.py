@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any, cast
 
-import torch
 from torch import nn
 
-from multilora_fast.models import shallow_copy, target_linears
+from multilora_fast.models import shallow_copy
 from multilora_fast.reference import MultiLoRALinear
 
 FULL, LORA, REFERENCE, OURS = METHODS = ("full fine-tuning", "PEFT LoRA", "reference loop", "ours")
@@ -166,32 +165,3 @@ def draw_scales(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("lora_scaling"):
             nn.init.normal_(parameter, std=0.1)
-
-
-def add_branches(
-    model: nn.Module,
-    target_modules: Iterable[str],
-    *,
-    r: int,
-    lora_num: int,
-    lora_alpha: float | None = None,
-    lora_dropout: float = 0.0,
-    dtype: torch.dtype | None = None,
-) -> list[str]:
-    """Freeze ``model`` and replace each target by a :class:`MultiLoRALinear`, without PEFT.
-
-    ``dtype`` is the branches' (None: that of their layer). Returns the names of the replaced layers.
-
-    Raises:
-        ValueError: a target that names no nn.Linear of this model.
-    """
-    names = target_linears(model, target_modules)
-    model.requires_grad_(False)
-    for name in names:
-        base = cast(nn.Linear, model.get_submodule(name))
-        layer = MultiLoRALinear(base, r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout)
-        for parameter in (layer.lora_A, layer.lora_B, layer.lora_scaling):
-            parameter.data = parameter.data.to(dtype or layer.weight.dtype)
-        layer.reset_branches()
-        model.set_submodule(name, layer)
-    return names

@@ -21,8 +21,8 @@ from multilora_fast.demo.tasks import Example, Task, load_tasks, majority_rate, 
 from multilora_fast.demo.training import check_packing, pack
 from multilora_fast.files import atomic_dir
 from multilora_fast.memory import peak_bytes
-from multilora_fast.memory.methods import add_branches
-from multilora_fast.models import LINEARS, shallow_copy
+from multilora_fast.memory.methods import REFERENCE, adapt
+from multilora_fast.models import LINEARS, shallow_copy, target_linears
 
 CPU = torch.device("cpu")
 COLOURS = ["red", "green", "blue", "w1 blue"]
@@ -132,7 +132,8 @@ def test_sample_is_deterministic_distinct_and_short(tokenizer):
 def test_branches_change_nothing_at_first_and_alone_train():
     model, tokens = llama(), torch.arange(12).view(1, -1)
     before = model(tokens).logits
-    names = add_branches(model, LINEARS, r=2, lora_num=3, dtype=torch.float32)
+    names = target_linears(model, LINEARS)
+    adapt(model, REFERENCE, names, r=2, lora_num=3)
     assert len(names) == 14
     assert all(isinstance(model.get_submodule(name), MultiLoRALinear) for name in names)
     assert torch.equal(model(tokens).logits, before)
@@ -142,7 +143,7 @@ def test_branches_change_nothing_at_first_and_alone_train():
 
 def test_unknown_target_modules_are_named():
     with pytest.raises(ValueError, match=r"--target-modules qkv.*v_proj"):
-        add_branches(llama(), ("q_proj", "qkv"), r=2, lora_num=3)
+        target_linears(llama(), ("q_proj", "qkv"))
 
 
 def test_methods_share_the_base_and_leave_it_alone():
