@@ -83,10 +83,11 @@ class FlashAttention(torch.autograd.Function):
 
 @contextmanager
 def kernels():
-    """Inside, the ops allocate what their Triton kernels do for dropout: a mask of one bit per element within a forward
-    and within a backward."""
+    """:func:`cuda_operations`, and the ops allocate what their Triton kernels do for dropout: a mask of one bit per
+    element within a forward and within a backward."""
     products, experts = _packing(load("torch")), _packing(load_grouped("torch"))
     with (
+        cuda_operations(),
         patch.object(equations, "load", lambda name: products),
         patch.object(grouped, "load_grouped", lambda name: experts),
     ):

@@ -14,8 +14,8 @@ from multilora_fast.reference import MultiLoRALinear
 FULL, LORA, REFERENCE, OURS = METHODS = ("full fine-tuning", "PEFT LoRA", "reference loop", "ours")
 
 
-class CannotAdapt(ValueError):
-    """The method cannot adapt the modules; the message says why."""
+class CannotPlan(ValueError):
+    """The method cannot adapt the modules, or its step depends on the values of tensors; the message says why."""
 
 
 def adapt(
@@ -37,12 +37,13 @@ def adapt(
     ``loop`` is the class of the loop's layers.
 
     Raises:
-        CannotAdapt: modules that their model never calls, or that PEFT's LoRA cannot adapt without others.
+        CannotPlan: modules that their model never calls, or that PEFT's LoRA cannot adapt without others.
         ValueError: targets that match nothing, or that are no linear layers.
     """
     from peft import get_peft_model  # imported lazily: most importers need only the names above
 
     from multilora_fast.peft import MultiLoraConfig
+    from multilora_fast.peft.layer import named_layers
     from multilora_fast.peft.targets import Bypassed
 
     if method == FULL:
@@ -53,38 +54,26 @@ def adapt(
         if method == LORA:
             # Its layers are on the meta device, and draw no random numbers.
             example = get_peft_model(cast(Any, shallow_copy(model)), ours, low_cpu_mem_usage=True)
-            return _as_lora(model, example, {**options, "lora_dropout": lora_dropout})
+            layers = dict(named_layers(example.get_base_model()))
+            return _as_lora(model, layers, {**options, "lora_dropout": lora_dropout})
         adapted = get_peft_model(cast(Any, model), ours, autocast_adapter_dtype=False)
     except Bypassed as error:
-        raise CannotAdapt(str(error)) from error
-    return _as_loops(adapted, loop, ours) if method == REFERENCE else adapted
+        raise CannotPlan(str(error)) from error
+    if method == OURS:
+        return adapted
+    base = adapted.get_base_model()
+    for name, layer in named_layers(base):
+        base.set_submodule(name, _as_loop(name, layer, loop, ours))
+    return base
 
 
-def _layers(adapted: Any) -> dict[str, Any]:
-    """The MultiLoRA layers of a PEFT model by their names in the base model; of experts, by their parameters' names."""
-    from multilora_fast.peft.layer import named_layers
-
-    return dict(named_layers(adapted.get_base_model()))
-
-
-def _lora_layers(adapted: Any) -> set[str]:
-    """The same names for the layers of PEFT's LoRA."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    names = set()
-    for name, layer in adapted.get_base_model().named_modules():
-        if isinstance(layer, BaseTunerLayer):
-            parameter: Any = getattr(layer, "parameter_name", None)  # PEFT nests the wrappers of one experts module
-            names.add(name if parameter is None else f"{name.replace('.base_layer', '')}.{parameter}")
-    return names
-
-
-def _as_lora(model: Any, example: Any, options: dict[str, Any]) -> Any:
-    """``model`` with PEFT's LoRA on the modules adapted in ``example``, at equal total ranks."""
+def _as_lora(model: Any, layers: dict[str, Any], options: dict[str, Any]) -> Any:
+    """``model`` with PEFT's LoRA in place of the MultiLoRA ``layers``, at equal total ranks. Experts are named by their
+    parameters."""
     from peft import LoraConfig, get_peft_model
 
     ranks, alphas, experts = {}, {}, []
-    for name, layer in _layers(example).items():
+    for name, layer in layers.items():
         (branches,) = layer.multilora_branches.values()
         ranks[name] = branches.lora_A.shape[-3] * branches.lora_A.shape[-2]
         alphas[name] = branches.scaling_factor * ranks[name]
@@ -105,10 +94,11 @@ def _as_lora(model: Any, example: Any, options: dict[str, Any]) -> Any:
     try:
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
     except ValueError as error:
-        raise CannotAdapt(_reason(config, experts, str(error))) from error
-    others = ", ".join(sorted(_lora_layers(adapted) ^ set(ranks))[:2])
+        raise CannotPlan(_reason(config, experts, str(error))) from error
+    tuner = adapted.base_model
+    others = ", ".join(sorted({*tuner.targeted_module_names, *tuner.targeted_parameter_names} ^ set(ranks))[:2])
     if others:
-        raise CannotAdapt(_reason(config, experts, f"{others} would be adapted by one of {LORA} and {OURS} alone."))
+        raise CannotPlan(_reason(config, experts, f"{others} would be adapted by one of {LORA} and {OURS} alone."))
     return adapted
 
 
@@ -129,35 +119,21 @@ def _reason(config: Any, experts: list[str], otherwise: str) -> str:
     )
 
 
-def _as_loops(adapted: Any, loop: type[MultiLoRALinear], config: Any) -> nn.Module:
-    """The base model with a loop in place of every MultiLoRA layer."""
-    model = adapted.get_base_model()
-    for name, layer in _layers(adapted).items():
-        (branches,) = layer.multilora_branches.values()
-        if branches.lora_A.dim() == 4:
-            raise CannotAdapt(f"the loop adapts linear layers, and {name} is a parameter of experts.")
-        n, r, _ = branches.lora_A.shape
-        made = loop(
-            _as_linear(layer.base_layer),
-            r=r,
-            lora_num=n,
-            lora_alpha=branches.scaling_factor * r,
-            lora_dropout=config.lora_dropout,
-            scaling=config.scaling,
-        )
-        model.set_submodule(name, made)
-    return model
-
-
-def _as_linear(base: Any) -> nn.Linear:
-    """``base``, or a plain nn.Linear with its weight and bias for a Conv1D or a subclass, which the loop refuses."""
-    if type(base) is nn.Linear or type(base.weight) is not nn.Parameter:
-        return base
-    weight = base.weight if isinstance(base, nn.Linear) else nn.Parameter(base.weight.t(), requires_grad=False)
-    N, K = weight.shape
-    linear = nn.Linear(K, N, device="meta")
-    linear.weight, linear.bias = weight, base.bias
-    return linear
+def _as_loop(name: str, layer: Any, loop: type[MultiLoRALinear], config: Any) -> MultiLoRALinear:
+    """The loop in place of a MultiLoRA layer. It refuses a Conv1D or a subclass of nn.Linear, and gets a plain one."""
+    (branches,) = layer.multilora_branches.values()
+    if branches.lora_A.dim() == 4:
+        raise CannotPlan(f"the loop adapts linear layers, and {name} is a parameter of experts.")
+    n, r, _ = branches.lora_A.shape
+    base = layer.base_layer
+    if type(base) is not nn.Linear and type(base.weight) is nn.Parameter:
+        weight = base.weight if isinstance(base, nn.Linear) else nn.Parameter(base.weight.t(), requires_grad=False)
+        N, K = weight.shape
+        linear = nn.Linear(K, N, device="meta")
+        linear.weight, linear.bias = weight, base.bias
+        base = linear
+    alpha = branches.scaling_factor * r
+    return loop(base, r=r, lora_num=n, lora_alpha=alpha, lora_dropout=config.lora_dropout, scaling=config.scaling)
 
 
 def draw_scales(model: nn.Module) -> None:

@@ -19,13 +19,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from multilora_fast.console import progress
 from multilora_fast.memory import fsdp as sharding
-from multilora_fast.memory.methods import FULL, METHODS, CannotAdapt
+from multilora_fast.memory.methods import FULL, METHODS, CannotPlan
 from multilora_fast.memory.report import MemoryPlan, MethodPlan, parse_memory
 from multilora_fast.memory.step import (
     OPTIMIZERS,
     PACKED,
     PHASES,
-    CannotCount,
     Step,
     StepSettings,
     build,
@@ -99,6 +98,7 @@ def plan_memory(
         ValueError: an argument out of its range, more tokens than the model has a table of positions for, or a config
             that cannot be found, is not a causal LM's, or whose step depends on the values of its tensors.
     """
+    given = dict(locals())
     check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout, scaling=options.get("scaling", "vector"))
     counts = {"batch": batch, "seq_len": seq_len, "gradient_accumulation": gradient_accumulation}
     for name, value in (counts if fsdp is None else {**counts, "fsdp": fsdp}).items():
@@ -113,34 +113,17 @@ def plan_memory(
     _check_choice("quantization", quantization, (None, *PACKED))
     _check_choice("optimizer", optimizer, OPTIMIZERS)
     _check_choice("device", device, ("cuda", "cpu"))
-    base_dtype = _dtype("dtype", dtype)
-    own = _dtype("adapter_dtype", adapter_dtype or torch.promote_types(base_dtype, torch.float32))
+    given["dtype"] = base = _dtype("dtype", dtype)
+    given["adapter_dtype"] = _dtype("adapter_dtype", adapter_dtype or torch.promote_types(base, torch.float32))
+    given["target_modules"] = "all-linear" if target_modules is None else target_modules
     available = None if device_memory is None else parse_memory(device_memory)
     budget = None if available is None else int(available * (1 - headroom))
     config = load_config(model_or_config)
-    settings = StepSettings(
-        seq_len=seq_len,
-        r=r,
-        lora_num=lora_num,
-        dtype=base_dtype,
-        adapter_dtype=own,
-        lora_dropout=lora_dropout,
-        target_modules="all-linear" if target_modules is None else target_modules,
-        quantization=quantization,
-        checkpointing=checkpointing,
-        optimizer=optimizer,
-        device=device,
-        gradient_accumulation=gradient_accumulation,
-        fsdp=fsdp,
-        options=options,
-    )
+    settings = StepSettings(**{field.name: given[field.name] for field in fields(StepSettings)})
     notes = _check_positions(config, settings)
     whole = not _equal_layers(config, settings)
     with sharding.world(fsdp):
-        rows = {
-            method: _plan(config, method, settings, whole, batch, budget)
-            for method in progress(METHODS, "counting steps")
-        }
+        rows = {m: _plan(config, m, settings, whole, batch, budget) for m in progress(METHODS, "counting steps")}
     plans = [row for row in rows.values() if isinstance(row, MethodPlan)]
     refused = {method: row for method, row in rows.items() if isinstance(row, str)}
     shown = {
@@ -162,9 +145,7 @@ def _plan(config, method: str, settings: StepSettings, whole: bool, batch: int, 
     try:
         count = cache(counter(config, method, settings, whole=whole))
         plan = MethodPlan.of(method, count(batch))
-    except CannotAdapt as error:
-        return str(error)
-    except CannotCount as error:
+    except CannotPlan as error:
         if method == FULL:  # then no method can be counted
             raise
         return str(error)

@@ -5,7 +5,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from multilora_fast.memory import cuda, fsdp
 from multilora_fast.memory.measure import AliveBytes
-from multilora_fast.memory.methods import LORA, OURS, adapt
+from multilora_fast.memory.methods import LORA, OURS, CannotPlan, adapt
 
 FORWARD, TOP, REST, STEP = PHASES = ("forward", "backward of the last layer", "backward", "optimizer step")
 OPTIMIZERS = {
@@ -54,8 +54,8 @@ def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
     unless ``config`` asks for eager attention or batched_mm experts.
 
     Raises:
-        CannotCount: it cannot be built.
-        CannotAdapt, ValueError: as :func:`adapt`.
+        CannotPlan: it cannot be built, or as :func:`adapt`.
+        ValueError: as :func:`adapt`.
     """
     config = copy.deepcopy(config)
     if config._attn_implementation != "eager":  # chosen on another machine, or needs packages that may be missing
@@ -78,18 +78,14 @@ OF_MODELS = (RuntimeError, AttributeError, TypeError, ValueError, LookupError, A
 UNCOUNTED = "whose step cannot be counted without its values"
 
 
-class CannotCount(ValueError):
-    """A model that cannot be built from its config, or whose step depends on the values of its tensors."""
-
-
 @contextmanager
 def explained(config: PreTrainedConfig, what: str) -> Iterator[None]:
-    """Turn an error of the model's code into a CannotCount that names the model and ``what`` cannot be done."""
+    """Turn an error of the model's code into a CannotPlan that names the model and ``what`` cannot be done."""
     try:
         yield
     except OF_MODELS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CannotCount(f"model_or_config is a {type(config).__name__}, {what}: {reason}") from error
+        raise CannotPlan(f"model_or_config is a {type(config).__name__}, {what}: {reason}") from error
 
 
 @contextmanager
@@ -164,7 +160,10 @@ class Step:
         s, found = self.settings, self.fixed()
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         held = [fsdp.local(t) for t in (*self.model.parameters(), *self.model.buffers())]
-        with self.mode, self._as_run(), explained(self.config, UNCOUNTED), _quiet():
+        # Fake tensors count as traced ones for transformers, and are on the CPU.
+        masks = patch("transformers.masking_utils.is_tracing", lambda *_: False)
+        run = cuda.kernels() if s.device == "cuda" else nullcontext()
+        with self.mode, masks, run, explained(self.config, UNCOUNTED), _quiet():
             ids = torch.zeros(batch, s.seq_len, dtype=torch.long)
             if s.fsdp is not None:  # the first step allocates the storages for gathered weights, and keeps them
                 with AliveBytes(held):
@@ -189,12 +188,15 @@ class Step:
                     optimizer.step()
             for handle in handles:
                 handle.remove()
-            found["optimizer"] = self._state(optimizer, own)
+            # Two moments of a byte with a float32 per block of 256; small tensors keep float32 moments.
+            moments = (2 * (p.numel() + p.numel() // 64) if p.numel() >= 4096 else 8 * p.numel() for p in own)
+            formula = 0 if optimizer else sum(moments)
+            states = optimizer.state.values() if optimizer else ()
+            found["optimizer"] = formula + sum(t.nbytes for state in states for t in state.values())
             self.model.zero_grad()
         always = found["weights"] + found["adapter"] + found["workspace"]
         for phase in (FORWARD, TOP, REST):
             found[phase] = always + found["optimizer"] + self.dense + alive.peaks[phase]
-        formula = found["optimizer"] if optimizer is None else 0
         found[STEP] = always + formula + max(alive.peaks[STEP], found["gradients"])
         alive.at_peak[STEP]["gradients"] = found["gradients"]
         kinds = ("gradients", "activations")
@@ -210,23 +212,6 @@ class Step:
         alive.phase = TOP
         loss.backward()
         return kept
-
-    @contextmanager
-    def _as_run(self) -> Iterator[None]:
-        """Fake tensors count as traced ones for transformers, and are on the CPU. Undo the first, and the second where
-        they stand for a GPU's tensors."""
-        with ExitStack() as stack:
-            stack.enter_context(patch("transformers.masking_utils.is_tracing", lambda *_: False))
-            if self.settings.device == "cuda":
-                stack.enter_context(cuda.cuda_operations())
-                stack.enter_context(cuda.kernels())
-            yield
-
-    def _state(self, optimizer: torch.optim.Optimizer | None, trainable: list[nn.Parameter]) -> int:
-        if optimizer is not None:
-            return sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-        # Two moments of a byte with a float32 per block of 256; small tensors keep float32 moments.
-        return sum(2 * (p.numel() + p.numel() // 64) if p.numel() >= 4096 else 8 * p.numel() for p in trainable)
 
     def _watch(self, alive: AliveBytes, trainable: list[nn.Parameter]) -> list:
         """Register hooks that note the start of the logits, the end of the last layer's backward, and each gradient."""
