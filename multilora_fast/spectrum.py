@@ -6,15 +6,14 @@ matrix is built. Everything runs in float64 on the CPU.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from multilora_fast.adapters.branches import Branches, as_lora, clean, collect
+from multilora_fast.adapters.branches import Branches, as_lora, chosen, clean, collect
 from multilora_fast.adapters.experts import Factors
 from multilora_fast.adapters.files import parse_multilora, read_files
 from multilora_fast.adapters.merge import parse_lora
@@ -48,8 +47,8 @@ def singular_values(
         ValueError: no adapter there, one that is more than B A (DoRA, embeddings, convolutions), ``modules`` that
             match nothing, models of other shapes than ``base``, values that are not finite.
     """
-    found = _updates(source, modules, base, adapter_name)
-    return {name: torch.linalg.svdvals(core()[1]) for name, core in progress(found.items(), "singular values")}
+    found = progress(_updates(source, modules, base, adapter_name).items(), "singular values")
+    return {name: torch.linalg.svdvals(_core(name, *pair, base is not None)[1]) for name, pair in found}
 
 
 def directions(
@@ -67,8 +66,8 @@ def directions(
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}.")
     found = {}
-    for name, core in progress(_updates(source, modules, base, adapter_name).items(), "directions"):
-        Q_b, small, Q_a = core()
+    for name, pair in progress(_updates(source, modules, base, adapter_name).items(), "directions"):
+        Q_b, small, Q_a = _core(name, *pair, base is not None)
         U, S, Vh = torch.linalg.svd(small, full_matrices=False)
         k = min(top, numerical_rank(S))
         U, V = U[:, :k], Vh[:k].T
@@ -116,72 +115,64 @@ def by_kind(values: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
 
 def _updates(
     source: Source, modules: str | Iterable[str] | None, base: nn.Module | None, adapter_name: str | None
-) -> dict[str, Callable[[], Core]]:
-    """By module name, a function that decomposes ΔW. The arguments and errors are those of :func:`singular_values`."""
-    cores: dict[tuple[str, str], Callable[[], Core]] = {}  # by the names of the module and of the expert in it
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By module name what :func:`_core` decomposes. The arguments and errors are those of :func:`singular_values`."""
+    updates: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}  # by the names of the module and of the expert in it
     if base is not None:
-        for name, (before, after) in _differences(base, source).items():
-            cores[name, name] = partial(_dense_core, name, before, after)
+        found = _differences(base, source)
     else:
         found = _of_model(source, adapter_name) if isinstance(source, nn.Module) else _of_directory(source)
-        for name, (A, B) in found.items():
-            if A.dim() == 2:
-                cores[name, name] = partial(_low_rank_core, name, A, B)
-                continue
-            path, _, projection = name.rpartition(".")
-            for e in range(len(A)):
-                cores[name, f"{path}.{e}.{projection}"] = partial(_low_rank_core, name, A[e], B[e])
+    for name, (A, B) in found.items():
+        if A.dim() == 2:
+            updates[name, name] = A, B
+            continue
+        path, _, projection = name.rpartition(".")
+        for e in range(len(A)):
+            updates[name, f"{path}.{e}.{projection}"] = A[e], B[e]
     if modules is None:
-        return {part: core for (_, part), core in cores.items()}
+        return {part: pair for (_, part), pair in updates.items()}
     wanted = [modules] if isinstance(modules, str) else list(modules)
-    hits = {end: {names for names in cores if any(f".{name}".endswith(f".{end}") for name in names)} for end in wanted}
+    hits = {end: {ns for ns in updates if any(f".{name}".endswith(f".{end}") for name in ns)} for end in wanted}
     missing = [end for end, names in hits.items() if not names]
     if missing or not wanted:
-        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in cores))
+        kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in updates))
         raise ValueError(f"modules {missing} match nothing: the adapted modules end in {kinds}.")
-    chosen = set().union(*hits.values())
-    return {names[1]: core for names, core in cores.items() if names in chosen}
+    hit = set().union(*hits.values())
+    return {names[1]: pair for names, pair in updates.items() if names in hit}
 
 
-def _low_rank_core(name: str, A: Tensor, B: Tensor) -> Core:
-    """Of ΔW = B A, with A (R, K) and B (N, R)."""
-    Q_b, R_b = torch.linalg.qr(_exact(B))
-    Q_a, R_a = torch.linalg.qr(_exact(A).T)
-    return Q_b, _finite(name, R_b @ R_a.T), Q_a
-
-
-def _dense_core(name: str, before: Tensor, after: Tensor) -> Core:
-    return None, _finite(name, _exact(after) - _exact(before)), None
+def _core(name: str, first: Tensor, second: Tensor, dense: bool) -> Core:
+    """Of ΔW = B A, with A (R, K) first and B (N, R) second, or if ``dense`` of a weight before and after."""
+    if dense:
+        Q_b, core, Q_a = None, _exact(second) - _exact(first), None
+    else:
+        Q_b, R_b = torch.linalg.qr(_exact(second))
+        Q_a, R_a = torch.linalg.qr(_exact(first).T)
+        core = R_b @ R_a.T
+    if not core.isfinite().all():
+        raise ValueError(f"the update of {name} holds values that are not finite.")
+    return Q_b, core, Q_a
 
 
 def _of_model(model: Any, adapter_name: str | None) -> dict[str, Factors]:
     found = {name: as_lora(Branches.of(module)) for name, module in collect(model, adapter_name).items()}
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     for path, module in inner.named_modules():
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):  # a LoRA layer of PEFT
-            factors = _of_lora_layer(path, module, adapter_name)
-            if factors is not None:
-                found[clean(path)] = factors
+        layer: Any = module
+        if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict):  # no LoRA layer of PEFT
+            continue
+        name = chosen(layer, {*layer.lora_A, *layer.lora_embedding_A}, adapter_name)
+        if name is None:
+            continue
+        variant = layer.use_dora.get(name) or name in getattr(layer, "lora_variant", ())
+        plain = name in layer.lora_A and not variant and not hasattr(layer, "parameter_name")
+        if not plain or layer.lora_A[name].weight.dim() != 2:
+            raise ValueError(f"the adapter {name!r} on {path} is no plain LoRA of a linear layer.")
+        found[clean(path)] = layer.lora_A[name].weight.detach(), _exact(layer.lora_B[name].weight) * layer.scaling[name]
     if not found:
         wanted = "" if adapter_name is None else f" called {adapter_name!r}"
         raise ValueError(f"model holds no MultiLoRA or LoRA adapter{wanted}.")
     return found
-
-
-def _of_lora_layer(path: str, layer: Any, adapter_name: str | None) -> Factors | None:
-    wanted = layer.active_adapters if adapter_name is None else [adapter_name]
-    here = [name for name in wanted if name in layer.lora_A or name in layer.lora_embedding_A]
-    if not here:
-        return None
-    if len(here) > 1:
-        raise ValueError(f"model has several active adapters, {', '.join(here)}: pass adapter_name.")
-    name = here[0]
-    variant = layer.use_dora.get(name) or name in getattr(layer, "lora_variant", ())
-    plain = name in layer.lora_A and not variant and not hasattr(layer, "parameter_name")
-    if not plain or layer.lora_A[name].weight.dim() != 2:
-        raise ValueError(f"the adapter {name!r} on {path} is no plain LoRA of a linear layer.")
-    A, B = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
-    return A, _exact(B) * layer.scaling[name]
 
 
 def _of_directory(directory: str | os.PathLike) -> dict[str, Factors]:
@@ -207,12 +198,6 @@ def _differences(base: nn.Module, tuned: Source) -> dict[str, tuple[Tensor, Tens
             was, now = tuple(weight.shape), tuple(after[name].shape)
             raise ValueError(f"base and source must have equal shapes, but {name} is {was} and {now}.")
     return {name: (weight, after[name]) for name, weight in before.items()}
-
-
-def _finite(name: str, core: Tensor) -> Tensor:
-    if not core.isfinite().all():
-        raise ValueError(f"the update of {name} holds values that are not finite.")
-    return core
 
 
 def _exact(t: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 n branches of rank r, K in_features, N out_features, R = n·r, c the constant scaling factor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,13 +90,18 @@ def collect(model: Any, adapter_name: str | None = None) -> dict[str, nn.Module]
             found[name] = module
         elif CONTAINER in module._modules:
             adapters = getattr(module, CONTAINER)
-            wanted = [adapter_name] if adapter_name is not None else module.active_adapters
-            here = [name for name in wanted if name in adapters]
-            if not here:
+            adapter = chosen(module, adapters, adapter_name)
+            if adapter is None:
                 continue
-            if len(here) > 1:
-                raise ValueError(f"model has several active adapters, {', '.join(here)}: pass adapter_name.")
-            if here[0] in module.merged_adapters:
-                raise ValueError(f"model has the adapter {here[0]!r} merged into its weights: unmerge it first.")
-            found[name] = adapters[here[0]]
+            if adapter in module.merged_adapters:
+                raise ValueError(f"model has the adapter {adapter!r} merged into its weights: unmerge it first.")
+            found[name] = adapters[adapter]
     return found
+
+
+def chosen(layer: Any, held: Container[str], adapter_name: str | None) -> str | None:
+    """``adapter_name``, or the PEFT ``layer``'s active adapter, if it is one of ``held``."""
+    here = [name for name in ([adapter_name] if adapter_name is not None else layer.active_adapters) if name in held]
+    if len(here) > 1:
+        raise ValueError(f"model has several active adapters, {', '.join(here)}: pass adapter_name.")
+    return here[0] if here else None

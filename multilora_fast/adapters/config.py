@@ -1,29 +1,40 @@
 """The fields of an adapter's config that shape each module: ranks, branch counts, alphas, target modules."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from multilora_fast.adapters.branches import Branches
-from multilora_fast.validation import check_config, check_names, check_switch, check_text
+from multilora_fast.validation import check_config, check_hyperparameters, check_names, check_switch, check_text
 
 _TEXTS = ("base_model_name_or_path", "base_model_type", "revision", "task_type", "bias")
 _SWITCHES = ("fan_in_fan_out", "use_rslora", "use_dora", "lora_bias", "use_qalora", "use_bdlora")
 
 
-def check_fields(config: Mapping) -> None:
-    """Raise ValueError naming the first field of a MultiLoRA or LoRA config that has the wrong type. A text such as
-    "false" is no switch: it would count as true."""
-    for field in _TEXTS:
-        check_text(field, config.get(field))
-    for field in _SWITCHES:
-        if config.get(field) is not None:
-            check_switch(field, config[field])
-    check_names("modules_to_save", config.get("modules_to_save"))
-    for field in ("target_modules", "exclude_modules", "target_parameters"):
-        if not isinstance(config.get(field), str):
-            check_names(field, config.get(field))
-    check_config(config)
+def check_fields(where: os.PathLike, config: Mapping, method: str, needed: Iterable[str]) -> None:
+    """Raise ValueError if the config in the file ``where`` is of another method, or naming the first field that is
+    missing or has the wrong type. A text such as "false" is no switch: it would count as true."""
+    if config.get("peft_type") != method.upper():
+        raise ValueError(f"{where} describes a {config.get('peft_type')} adapter, not a {method} adapter.")
+    missing = sorted(set(needed) - set(config))
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}.")
+    try:
+        for field in _TEXTS:
+            check_text(field, config.get(field))
+        for field in _SWITCHES:
+            if config.get(field) is not None:
+                check_switch(field, config[field])
+        check_names("modules_to_save", config.get("modules_to_save"))
+        for field in ("target_modules", "exclude_modules", "target_parameters"):
+            if not isinstance(config.get(field), str):
+                check_names(field, config.get(field))
+        check_config(config)
+        shared = {field: config[field] for field in ("lora_dropout", "scaling") if field in needed}
+        check_hyperparameters(**{"r": 1, "lora_num": 1, "lora_dropout": 0.0, **shared})
+    except ValueError as error:
+        raise ValueError(f"{where} is wrong: {error}") from None
 
 
 def pattern_value(pattern: Mapping[str, object] | None, name: str, default):

@@ -97,7 +97,11 @@ def export_lora(
         config, modules, whole = _from_model(source, adapter_name)
     else:
         config, modules, whole = read_multilora(source)
-    _check_config(config)
+    whole_modules = sorted(set(config.get("modules_to_save") or ()) - set(HEADS.get(config.get("task_type"), ())))
+    if whole_modules:
+        raise ValueError(f"the adapter has modules_to_save {whole_modules}, which no LoRA holds.")
+    if (config.get("bias") or "none") != "none":
+        raise ValueError(f"the adapter has bias={config['bias']!r}, which no LoRA that servers take holds.")
     kind = base_model_type(config)
     factors: dict[str, Factors] = {}
     for name, branches in progress(modules.items(), "export"):
@@ -130,14 +134,6 @@ def export_lora(
         max(ranks.values(), default=None),
         padding + sum(t.nbytes for t in empty.values()),
     )
-
-
-def _check_config(config: dict) -> None:
-    whole = sorted(set(config.get("modules_to_save") or ()) - set(HEADS.get(config.get("task_type"), ())))
-    if whole:
-        raise ValueError(f"the adapter has modules_to_save {whole}, which no LoRA holds.")
-    if (config.get("bias") or "none") != "none":
-        raise ValueError(f"the adapter has bias={config['bias']!r}, which no LoRA that servers take holds.")
 
 
 def _from_model(model: Any, adapter_name: str | None) -> Adapter:
@@ -180,9 +176,7 @@ def rounded(B: Tensor, branches: Branches) -> Tensor:
 def _lora_config(config: dict, rank: int) -> dict:
     return {
         "peft_type": "LORA",
-        "task_type": config.get("task_type"),
-        "base_model_name_or_path": config.get("base_model_name_or_path"),
-        "revision": config.get("revision"),
+        **{field: config.get(field) for field in ("task_type", "base_model_name_or_path", "revision")},
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,

@@ -21,7 +21,6 @@ from multilora_fast.adapters.config import check_fields, describe, shape_options
 from multilora_fast.files import as_path, atomic_dir, check_folder
 from multilora_fast.layers.fused import FusedMultiLoRALinear
 from multilora_fast.reference import MultiLoRALinear
-from multilora_fast.validation import check_hyperparameters
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 RECORD = "train.json"  # the settings of a training run, in its output directory
@@ -129,43 +128,47 @@ def read_multilora(directory: str | os.PathLike) -> Adapter:
 
 def parse_multilora(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> Adapter:
     """The adapter in ``directory``, from its config and tensors."""
-    directory = Path(directory)
-    if config.get("peft_type") != "MULTILORA":
-        raise ValueError(f"{directory / CONFIG} does not describe a MultiLoRA adapter.")
-    missing = {"r", "lora_num", "lora_alpha", "lora_dropout", "scaling"} - set(config)
-    if missing:
-        raise ValueError(f"{directory / CONFIG} lacks {', '.join(sorted(missing))}.")
-    try:
-        check_fields(config)
-        check_hyperparameters(**{k: config[k] for k in ("r", "lora_num", "lora_dropout", "scaling")})
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG} is wrong: {error}") from None
-    found: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name, suffix, branch = key.removeprefix(PREFIX).rpartition(_SUFFIX)
-        if key.startswith(PREFIX) and suffix and branch in NAMES:
-            found.setdefault(name, {})[branch] = tensor
-        elif branch.partition(".")[2] not in NAMES:  # PEFT before 0.20 also saves the model's other adapters, by name
-            others[key] = tensor
-    for key in others:
-        if not is_whole(key, config, found):
-            raise ValueError(f"{directory / WEIGHTS} holds {key}, which is no MultiLoRA tensor.")
-    if not found:
-        raise ValueError(f"{directory / WEIGHTS} holds no MultiLoRA tensor.")
+    needed = ("r", "lora_num", "lora_alpha", "lora_dropout", "scaling")
+    check_fields(Path(directory, CONFIG), config, "MultiLoRA", needed)
+    # PEFT before 0.20 also saves the model's other adapters, by name.
+    own = {key: t for key, t in tensors.items() if key.rpartition(_SUFFIX)[2].partition(".")[2] not in NAMES}
+    found, whole = sort_tensors(directory, config, own, {f"{_SUFFIX}{name}": name for name in NAMES})
     modules = {}
     for name, branches in found.items():
-        lacking = sorted(set(NAMES) - set(branches))
-        if lacking:
-            raise ValueError(f"{directory / WEIGHTS} lacks {', '.join(lacking)} of {name}.")
         r, lora_num, alpha = shape_options(config, name).values()
         modules[clean(name)] = one = Branches(**branches, scaling_factor=alpha / r)
         K, N = ((0, 0, *t.shape)[axis] for t, axis in ((one.lora_A, -1), (one.lora_B, -2)))
         _check_shapes(directory, name, one, K, N, r=r, lora_num=lora_num, scaling=config["scaling"])
-    return Adapter(config, modules, {clean(key).removeprefix(PREFIX): tensor for key, tensor in others.items()})
+    return Adapter(config, modules, whole)
 
 
-def is_whole(key: str, config: Mapping, adapted: Collection[str]) -> bool:
+def sort_tensors(
+    directory: str | os.PathLike, config: Mapping, tensors: Mapping[str, Tensor], ends: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """By module the tensors whose keys have one of ``ends``, under its name, and those that PEFT stores whole."""
+    found: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        end = next((end for end in ends if key != name and name.endswith(end)), None)
+        if end is None:
+            whole[key] = tensor
+        else:
+            found.setdefault(name.removesuffix(end), {})[ends[end]] = tensor
+    where = Path(directory, WEIGHTS)
+    for key, tensor in whole.items():
+        if not _is_whole(key, config, found):
+            raise ValueError(f"{where} holds {key} {tuple(tensor.shape)}, which is none of the adapter's tensors.")
+    if not found:
+        raise ValueError(f"{where} holds none of the adapter's tensors.")
+    for name, parts in found.items():
+        lacking = sorted(set(ends.values()) - set(parts))
+        if lacking:
+            raise ValueError(f"{where} lacks {', '.join(lacking)} of {name}, but holds {', '.join(parts)} of it.")
+    return found, {clean(key).removeprefix(PREFIX): tensor for key, tensor in whole.items()}
+
+
+def _is_whole(key: str, config: Mapping, adapted: Collection[str]) -> bool:
     """Whether ``key`` is a tensor that PEFT stores whole: of modules_to_save, a trained bias, or an embedding that is
     adapted or resized. Those of ``adapted`` modules are keyed by their base layer."""
     module, _, name = key.removeprefix(PREFIX).rpartition(".")

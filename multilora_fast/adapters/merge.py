@@ -13,7 +13,7 @@ from torch import Tensor
 from multilora_fast.adapters.branches import Branches, clean, stack
 from multilora_fast.adapters.config import check_fields, pattern_value
 from multilora_fast.adapters.experts import is_stacked
-from multilora_fast.adapters.files import PREFIX, Adapter, is_whole, read_files, write_multilora
+from multilora_fast.adapters.files import CONFIG, Adapter, read_files, sort_tensors, write_multilora
 from multilora_fast.adapters.naming import base_model_type
 from multilora_fast.files import as_path, check_new_folder
 from multilora_fast.validation import check_hyperparameters
@@ -88,6 +88,7 @@ def from_loras(
         raise ValueError(f"the output {out} holds one of the LoRA adapters, which would be overwritten.")
     check_new_folder("the output", out, overwrite)
     loras = [parse_lora(directory, *read_files(directory, "LoRA")) for directory in directories]
+    whole: dict[str, Tensor] = {}
     for lora in loras:
         _refuse(lora.directory, "modules_to_save", lora.config.get("modules_to_save"))
         kind = base_model_type(lora.config)
@@ -97,6 +98,9 @@ def from_loras(
                 f"{lora.directory} adapts {stacked}, which {kind} models keep together with other experts: only LoRAs "
                 "of linear layers can be merged."
             )
+        for name, tensor in lora.whole.items():
+            if not torch.equal(whole.setdefault(name, tensor), tensor):
+                raise ValueError(f"{lora.directory} holds another {name} than the LoRA adapters before it.")
     generator = torch.Generator().manual_seed(seed)
 
     def fresh(rows: int, columns: int) -> Tensor:
@@ -115,71 +119,39 @@ def from_loras(
                 parts.append(Branches(fresh(r, K), fresh(N, r), torch.zeros(1, width)))
         modules[name] = stack(parts, generator)
     config = _config([lora.config for lora in loras], scaling, lora_dropout, sorted(modules))
-    write_multilora(out, Adapter(config, modules, _whole(loras)))
+    write_multilora(out, Adapter(config, modules, whole))
     return out
 
 
 def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str, Tensor]) -> Lora:
     """The LoRA adapter in ``directory``, from its config and tensors."""
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{directory} holds a {config.get('peft_type')} adapter, not a LoRA adapter.")
-    try:
-        check_fields(config)
-    except ValueError as error:
-        raise ValueError(f"{directory} has a config that is wrong: {error}") from None
+    check_fields(Path(directory, CONFIG), config, "LoRA", ("r", "lora_alpha"))
     for field in _NOT_PLAIN:
         _refuse(directory, field, config.get(field))
-    missing = {"r", "lora_alpha"} - {field for field, value in config.items() if value is not None}
-    if missing:
-        raise ValueError(f"{directory} has a config that lacks {', '.join(sorted(missing))}.")
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_CHANGES_BASE):
         raise ValueError(f"{directory} was made with init_lora_weights={init!r}, which changes the base weights too.")
-    found: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name, dot, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".")
-        if key.startswith(PREFIX) and dot and which in ("lora_A", "lora_B") and tensor.dim() == 2:
-            found.setdefault(name, {})[which] = tensor.float()
-        else:
-            others[key] = tensor
-    for key, tensor in others.items():
-        if not is_whole(key, config, found):
-            raise ValueError(f"{directory} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear layer.")
+    found, whole = sort_tensors(directory, config, tensors, {f".{name}.weight": name for name in ("lora_A", "lora_B")})
     parameters = config.get("target_parameters") or ()
     if set(parameters) - {f"{name}.weight" for name in found}:  # the others are linear layers under another name
         _refuse(directory, "target_parameters", parameters)
-    if not found:
-        raise ValueError(f"{directory} holds no tensors.")
     lora = {}
     for name, pair in found.items():
-        if len(pair) < 2:
-            raise ValueError(f"{directory} holds {next(iter(pair))} of {name}, but not the other half.")
+        A, B = pair["lora_A"].float(), pair["lora_B"].float()
         r = pattern_value(config.get("rank_pattern"), name, config.get("r"))
         alpha = pattern_value(config.get("alpha_pattern"), name, config.get("lora_alpha"))
         if alpha is None:
             raise ValueError(f"{directory} has a config without lora_alpha for {name}.")
-        if not pair["lora_A"].shape[0] == pair["lora_B"].shape[1] == r:
-            shapes = f"{tuple(pair['lora_A'].shape)} and {tuple(pair['lora_B'].shape)}"
-            raise ValueError(f"{directory} holds A and B of shapes {shapes} for {name}, which its config gives r={r}.")
-        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-        lora[clean(name)] = pair["lora_A"], pair["lora_B"] * scale
-    return Lora(directory, config, lora, {clean(key).removeprefix(PREFIX): tensor for key, tensor in others.items()})
+        if not (A.dim() == B.dim() == 2 and len(A) == B.shape[1] == r):
+            shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
+            raise ValueError(f"{directory} holds A and B of shapes {shapes} for {name}, no linear layer's of r={r}.")
+        lora[clean(name)] = A, B * (alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+    return Lora(directory, config, lora, whole)
 
 
 def _refuse(directory: str | os.PathLike, field: str, value: object) -> None:
     if value and value != "none":
         raise ValueError(f"{directory} has {field}={value!r}, which MultiLoRA branches cannot hold.")
-
-
-def _whole(loras: Sequence[Lora]) -> dict[str, Tensor]:
-    """The tensors that the LoRAs store whole (embeddings), which must be equal in all of them."""
-    whole: dict[str, Tensor] = {}
-    for lora in loras:
-        for name, tensor in lora.whole.items():
-            if not torch.equal(whole.setdefault(name, tensor), tensor):
-                raise ValueError(f"{lora.directory} holds another {name} than the LoRA adapters before it.")
-    return whole
 
 
 def _shape(name: str, loras: Sequence[Lora]) -> tuple[int, int, int]:
