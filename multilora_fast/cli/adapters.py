@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from multilora_fast.cli.paths import OVERWRITE, given_path
 from multilora_fast.console import quiet
@@ -22,21 +22,21 @@ _AUTO: dict[str | None, str] = {  # PEFT's task types but CAUSAL_LM, and transfo
 
 
 def export(
-    adapter: Annotated[Path, typer.Argument(help="Directory of a MultiLoRA adapter.", parser=given_path)],
-    out: Annotated[Path, typer.Argument(help="Output directory for the LoRA adapter.", parser=given_path)],
+    adapter: Annotated[Path, Argument(help="Directory of a MultiLoRA adapter.", parser=given_path)],
+    out: Annotated[Path, Argument(help="Output directory for the LoRA adapter.", parser=given_path)],
     model: Annotated[
         str | None,
-        typer.Option(help="Base model to compare logits with, a directory or hub id.", show_default="no check"),
+        Option(help="Base model to compare logits with, a directory or hub id.", show_default="no check"),
     ] = None,
     layout: Annotated[
         str,
-        typer.Option(
+        Option(
             help="Layout of experts: peft, for models whose experts vLLM keeps as 3-D weights (gpt-oss), or "
             "per-expert, for others (Qwen3-MoE, Mixtral)."
         ),
     ] = "peft",
     overwrite: Annotated[bool, OVERWRITE] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Write a MultiLoRA adapter as a plain LoRA that computes the same, for vLLM and other LoRA servers."""
     from multilora_fast.adapters.export import export_lora
@@ -73,14 +73,14 @@ def export(
 
 def merge(
     lora_dirs: Annotated[
-        list[Path], typer.Argument(help="Directories of LoRA adapters of one base model.", parser=given_path)
+        list[Path], Argument(help="Directories of LoRA adapters of one base model.", parser=given_path)
     ],
-    output: Annotated[Path, typer.Option(help="Output directory for the MultiLoRA adapter.", parser=given_path)],
+    output: Annotated[Path, Option(help="Output directory for the MultiLoRA adapter.", parser=given_path)],
     weights: Annotated[
-        str | None, typer.Option(help="Comma-separated numbers, one per adapter.", show_default="1 for each")
+        str | None, Option(help="Comma-separated numbers, one per adapter.", show_default="1 for each")
     ] = None,
     overwrite: Annotated[bool, OVERWRITE] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the result as one JSON document.")] = False,
 ) -> None:
     """Make one MultiLoRA adapter whose branches are existing LoRA adapters, to use or to train further."""
     from multilora_fast.adapters.merge import from_loras
@@ -147,9 +147,8 @@ def _load_base(model: str, config: dict, whole: dict) -> Any:
     text = base.config.get_text_config()
     if text.pad_token_id is None:  # classifiers find a sequence's last token by it
         text.pad_token_id = 0
-    embeddings = {id(layer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())}
     for name, layer in base.named_modules():
-        if id(layer) in embeddings:
+        if layer in (base.get_input_embeddings(), base.get_output_embeddings()):
             kept = whole.get(f"{name}.weight", whole.get(f"{name}.base_layer.weight"))
             if kept is not None and len(kept) != len(layer.weight):
                 base.resize_token_embeddings(len(kept), mean_resizing=False)

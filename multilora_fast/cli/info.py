@@ -4,15 +4,15 @@ import json
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 
 def info(
     arch: Annotated[
         str | None,
-        typer.Option(help="GPU architecture whose kernel settings are shown, e.g. sm_90.", show_default="this GPU's"),
+        Option(help="GPU architecture whose kernel settings are shown, e.g. sm_90.", show_default="this GPU's"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Show versions, device, backend and, for a GPU, the tile (tokens by features), warps and pipeline stages of each
     Triton kernel."""

@@ -1,13 +1,12 @@
 """The command ``init``."""
 
 import json
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from multilora_fast.cli.paths import OVERWRITE, given_path
+from multilora_fast.cli.paths import OVERWRITE, given_path, modules
 from multilora_fast.console import quiet
 
 
@@ -61,7 +60,7 @@ def init(
     quiet()
     from multilora_fast.peft import MultiLoraConfig, init_adapter
 
-    options["target_modules"], options["exclude_modules"] = _modules(target_modules), _modules(exclude_modules)
+    options["target_modules"], options["exclude_modules"] = modules(target_modules), modules(exclude_modules)
     options["layers_to_transform"] = layers_to_transform and _indices(layers_to_transform)
     for name in ("rank_pattern", "alpha_pattern", "lora_num_pattern"):
         options[name] = _pattern(f"--{name.replace('_', '-')}", options[name])
@@ -70,13 +69,6 @@ def init(
         print(json.dumps({"output": str(out), **made}, indent=1))
     else:
         print(f"{out}: an untrained adapter on {made['modules']} modules, {made['parameters']:,} parameters")
-
-
-def _modules(text: str | None) -> list[str] | str | None:
-    """A list of names, or the text itself if it is "all-linear" or a regular expression."""
-    if text is None or text.lower() == "all-linear" or not re.fullmatch(r"[\w.,\s-]*", text):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _indices(text: str) -> list[int]:

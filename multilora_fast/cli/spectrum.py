@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from multilora_fast.cli.paths import given_path
 from multilora_fast.files import check_file
@@ -16,19 +16,17 @@ from multilora_fast.files import check_file
 def spectrum(
     adapters: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             help="Directories of MultiLoRA or LoRA adapters; with --base, also of fine-tuned models.", parser=given_path
         ),
     ],
-    base: Annotated[str | None, typer.Option(help="Base model of fine-tuned models, a directory or hub id.")] = None,
+    base: Annotated[str | None, Option(help="Base model of fine-tuned models, a directory or hub id.")] = None,
     modules: Annotated[
-        str | None, typer.Option(help="Comma-separated names of modules, or their ends.", show_default="all")
+        str | None, Option(help="Comma-separated names of modules, or their ends.", show_default="all")
     ] = None,
-    top: Annotated[int, typer.Option(help="Number of leading directions to compare between updates.")] = 8,
-    plot: Annotated[
-        Path | None, typer.Option(help="Output PNG with histograms of the key and value projections.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON document.")] = False,
+    top: Annotated[int, Option(help="Number of leading directions to compare between updates.")] = 8,
+    plot: Annotated[Path | None, Option(help="Output PNG with histograms of the key and value projections.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the figures as one JSON document.")] = False,
 ) -> None:
     """Show the rank and balance of adapters' updates, and the overlap of their leading directions."""
     _check(adapters, top, plot)
