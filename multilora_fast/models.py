@@ -140,7 +140,7 @@ def load_model(
 
     quiet()
     load = causal_lm if auto == "AutoModelForCausalLM" else partial(pretrained, getattr(transformers, auto))
-    model = load(_or_packaged(name), dtype=dtype, **options)
+    model = load(str(packaged_model()) if name is None else name, dtype=dtype, **options)
     model.config.use_cache = False
     return model.to(device).eval()
 
@@ -150,11 +150,7 @@ def load_tokenizer(name: str | None):
     from transformers import AutoTokenizer
 
     quiet()
-    return pretrained(AutoTokenizer, _or_packaged(name))
-
-
-def _or_packaged(name: str | None) -> str:
-    return str(packaged_model()) if name is None else name
+    return pretrained(AutoTokenizer, str(packaged_model()) if name is None else name)
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:

@@ -1,10 +1,9 @@
 """The first rank under FSDP2 without the others: fully_shard over torch's fake process group."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 
 
@@ -27,15 +26,6 @@ def world(ranks: int | None) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def shard(model: Any, layers: Iterable[nn.Module], mesh: Any) -> None:
-    """Shard each of ``layers``, and then the rest with the model."""
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
 
 
 def local(tensor: Tensor) -> Tensor:

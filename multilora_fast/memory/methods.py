@@ -37,28 +37,25 @@ def adapt(
     ``loop`` is the class of the loop's layers.
 
     Raises:
-        CannotPlan: modules that their model never calls, or that PEFT's LoRA cannot adapt without others.
+        Bypassed: modules that their model never calls.
+        CannotPlan: modules that PEFT's LoRA cannot adapt without others, or the loop at all.
         ValueError: targets that match nothing, or that are no linear layers.
     """
     from peft import get_peft_model  # imported lazily: most importers need only the names above
 
     from multilora_fast.peft import MultiLoraConfig
     from multilora_fast.peft.layer import named_layers
-    from multilora_fast.peft.targets import Bypassed
 
     if method == FULL:
         return model
     options["target_modules"] = targets if isinstance(targets, str) else list(targets)
     ours = MultiLoraConfig(r=r, lora_num=lora_num, lora_alpha=lora_alpha, lora_dropout=lora_dropout, **options)
-    try:
-        if method == LORA:
-            # Its layers are on the meta device, and draw no random numbers.
-            example = get_peft_model(cast(Any, shallow_copy(model)), ours, low_cpu_mem_usage=True)
-            layers = dict(named_layers(example.get_base_model()))
-            return _as_lora(model, layers, {**options, "lora_dropout": lora_dropout})
-        adapted = get_peft_model(cast(Any, model), ours, autocast_adapter_dtype=False)
-    except Bypassed as error:
-        raise CannotPlan(str(error)) from error
+    if method == LORA:
+        # Its layers are on the meta device, and draw no random numbers.
+        example = get_peft_model(cast(Any, shallow_copy(model)), ours, low_cpu_mem_usage=True)
+        layers = dict(named_layers(example.get_base_model()))
+        return _as_lora(model, layers, {**options, "lora_dropout": lora_dropout})
+    adapted = get_peft_model(cast(Any, model), ours, autocast_adapter_dtype=False)
     if method == OURS:
         return adapted
     base = adapted.get_base_model()
@@ -93,12 +90,19 @@ def _as_lora(model: Any, layers: dict[str, Any], options: dict[str, Any]) -> Any
     )
     try:
         adapted: Any = get_peft_model(model, config, autocast_adapter_dtype=False)
+        tuner = adapted.base_model
+        others = ", ".join(sorted({*tuner.targeted_module_names, *tuner.targeted_parameter_names} ^ set(ranks))[:2])
+        reason = f"{others} would be adapted by one of {LORA} and {OURS} alone." if others else ""
     except ValueError as error:
-        raise CannotPlan(_reason(config, experts, str(error))) from error
-    tuner = adapted.base_model
-    others = ", ".join(sorted({*tuner.targeted_module_names, *tuner.targeted_parameter_names} ^ set(ranks))[:2])
-    if others:
-        raise CannotPlan(_reason(config, experts, f"{others} would be adapted by one of {LORA} and {OURS} alone."))
+        reason = str(error)
+    rewritten: Any = set(config.target_parameters or ()) - set(experts)
+    if reason and rewritten:
+        reason = (
+            "PEFT turns the names of this model's dense MLPs into parameters of its experts "
+            f"({', '.join(sorted(rewritten))}): leave them out with exclude_modules."
+        )
+    if reason:
+        raise CannotPlan(reason)
     return adapted
 
 
@@ -107,16 +111,6 @@ _CHOICES = {
     "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern",
 }  # fmt: skip
-
-
-def _reason(config: Any, experts: list[str], otherwise: str) -> str:
-    rewritten = set(getattr(config, "target_parameters", None) or ()) - set(experts)
-    if not rewritten:
-        return otherwise
-    return (
-        "PEFT turns the names of this model's dense MLPs into parameters of its experts "
-        f"({', '.join(sorted(rewritten))}): leave them out with exclude_modules."
-    )
 
 
 def _as_loop(name: str, layer: Any, loop: type[MultiLoRALinear], config: Any) -> MultiLoRALinear:

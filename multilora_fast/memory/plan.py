@@ -33,6 +33,7 @@ from multilora_fast.memory.step import (
 from multilora_fast.models import pretrained
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.peft.precision import DTYPES
+from multilora_fast.peft.targets import Bypassed
 from multilora_fast.validation import check_hyperparameters, check_integer
 
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -100,9 +101,8 @@ def plan_memory(
     """
     given = dict(locals())
     check_hyperparameters(r=r, lora_num=lora_num, lora_dropout=lora_dropout, scaling=options.get("scaling", "vector"))
-    counts = {"batch": batch, "seq_len": seq_len, "gradient_accumulation": gradient_accumulation}
-    for name, value in (counts if fsdp is None else {**counts, "fsdp": fsdp}).items():
-        check_integer(name, value, least=1)
+    for name in ("batch", "seq_len", "gradient_accumulation", *(() if fsdp is None else ("fsdp",))):
+        check_integer(name, given[name], least=1)
     if fsdp is not None and quantization is not None:
         raise ValueError("fsdp cannot be planned with a quantized base: give one of fsdp and quantization.")
     unknown = sorted(set(options) - ({field.name for field in fields(MultiLoraConfig)} - {"inference_mode"}))
@@ -145,7 +145,7 @@ def _plan(config, method: str, settings: StepSettings, whole: bool, batch: int, 
     try:
         count = cache(counter(config, method, settings, whole=whole))
         plan = MethodPlan.of(method, count(batch))
-    except CannotPlan as error:
+    except (Bypassed, CannotPlan) as error:
         if method == FULL:  # then no method can be counted
             raise
         return str(error)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from multilora_fast.memory import cuda, fsdp
@@ -54,7 +55,7 @@ def build(config: PreTrainedConfig, method: str, s: StepSettings) -> Any:
     unless ``config`` asks for eager attention or batched_mm experts.
 
     Raises:
-        CannotPlan: it cannot be built, or as :func:`adapt`.
+        CannotPlan: it cannot be built.
         ValueError: as :func:`adapt`.
     """
     config = copy.deepcopy(config)
@@ -113,7 +114,8 @@ class Step:
         with self.mode:
             self._fake(own)
             if mesh is not None:
-                fsdp.shard(self.model, self.layers, mesh)
+                for module in (*self.layers, self.model):
+                    fully_shard(module, mesh=mesh)
 
     def _quantized(self) -> tuple[dict[str, int], int]:
         """Bytes of the packed weights by name, and of the largest dense one, which is alive while it is used.
