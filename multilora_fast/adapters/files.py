@@ -158,9 +158,9 @@ def sort_tensors(
     where = Path(directory, WEIGHTS)
     for key, tensor in whole.items():
         if not _is_whole(key, config, found):
-            raise ValueError(f"{where} holds {key} {tuple(tensor.shape)}, which is none of the adapter's tensors.")
+            raise ValueError(f"{where} holds {key} {tuple(tensor.shape)}, which is no {config['peft_type']} tensor.")
     if not found:
-        raise ValueError(f"{where} holds none of the adapter's tensors.")
+        raise ValueError(f"{where} holds no {config['peft_type']} tensor.")
     for name, parts in found.items():
         lacking = sorted(set(ends.values()) - set(parts))
         if lacking:

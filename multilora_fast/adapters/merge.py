@@ -144,7 +144,7 @@ def parse_lora(directory: str | os.PathLike, config: dict, tensors: Mapping[str,
             raise ValueError(f"{directory} has a config without lora_alpha for {name}.")
         if not (A.dim() == B.dim() == 2 and len(A) == B.shape[1] == r):
             shapes = f"{tuple(A.shape)} and {tuple(B.shape)}"
-            raise ValueError(f"{directory} holds A and B of shapes {shapes} for {name}, no linear layer's of r={r}.")
+            raise ValueError(f"{directory} holds A and B {shapes} for {name}: no LoRA of a linear layer with r={r}.")
         lora[clean(name)] = A, B * (alpha / (math.sqrt(r) if config.get("use_rslora") else r))
     return Lora(directory, config, lora, whole)
 

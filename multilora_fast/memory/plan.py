@@ -21,15 +21,7 @@ from multilora_fast.console import progress
 from multilora_fast.memory import fsdp as sharding
 from multilora_fast.memory.methods import FULL, METHODS, CannotPlan
 from multilora_fast.memory.report import MemoryPlan, MethodPlan, parse_memory
-from multilora_fast.memory.step import (
-    OPTIMIZERS,
-    PACKED,
-    PHASES,
-    Step,
-    StepSettings,
-    build,
-    decoder_layers,
-)
+from multilora_fast.memory.step import OPTIMIZERS, PACKED, PHASES, Step, StepSettings, build, decoder_layers
 from multilora_fast.models import pretrained
 from multilora_fast.peft import MultiLoraConfig
 from multilora_fast.peft.precision import DTYPES

@@ -151,6 +151,9 @@ REFUSED = {  # what the message names
     "q_proj maps 9 to 32 features in plain, but 32 to 32 in rslora": edit_tensors(
         "plain", lambda t: t.update({Q + "lora_A.weight": torch.zeros(4, 9)})
     ),
+    "no LoRA of a linear layer": edit_tensors(
+        "plain", lambda t: t.update({f"{Q}lora_A.weight": torch.zeros(4, 32, 1, 1)})
+    ),
 }  # fmt: skip
 
 
