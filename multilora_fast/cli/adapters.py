@@ -55,7 +55,7 @@ def export(
             # PEFT adds an update of experts, which have a layout, to their weights, and rounds the sum.
             if not difference <= (1e-6 if report.layout is None else 5e-6) * largest:
                 raise ValueError(
-                    f"the export's logits differ from the source's by {difference:.3g}, the largest is {largest:.3g}: "
+                    f"the export's logits differ from the source's by {difference:.3g}, of at most {largest:.3g}: "
                     f"nothing was written to {out}."
                 )
             compared = {"logits_differ_by": difference, "largest_logit": largest}
