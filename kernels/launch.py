@@ -78,25 +78,21 @@ def multiply(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch | Product]]:
+def recording(enabled: bool = True) -> Iterator[list[Launch | Product]]:
     """Record every launch and product of this thread in order, and keep their tensors alive."""
     steps: list[Launch | Product] = []
-    _recording.steps = steps
+    outer, _recording.steps = _recording.steps, steps if enabled else None
     try:
         yield steps
     finally:
-        _recording.steps = None
+        _recording.steps = outer
 
 
 @contextmanager
 def unrecorded() -> Iterator[None]:
     """Exclude what runs inside from a recording, as the self-check of kernels."""
-    outer, _recording.steps = _recording.steps, None
-    try:
-        with _disable_current_modes():
-            yield
-    finally:
-        _recording.steps = outer
+    with recording(enabled=False), _disable_current_modes():
+        yield
 
 
 # Replaced by tests and by the host benchmark, which simulate a GPU.
