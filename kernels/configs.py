@@ -126,9 +126,8 @@ def pick(
 @lru_cache
 def _device(index: int) -> tuple[str, int]:
     properties = torch.cuda.get_device_properties(index)
-    if torch.version.hip:
-        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
-    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return arch, properties.multi_processor_count
 
 
 def device_of(x: torch.Tensor) -> tuple[str, int]:
