@@ -47,21 +47,11 @@ def most_tiles(S: int, E: int, block_m: int) -> int:
     return cdiv(S, block_m) + min(E, S)
 
 
-def check_experts(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
-    """Raise ValueError unless w is (E, n, r, D) and scale None or (E, n, D), of any strides."""
-    if w.dim() != 4 or w.shape[3] != D or min(w.shape[:3]) < 1:
-        raise ValueError(f"w has shape {tuple(w.shape)}, wanted (E, n, r, {D}) with E, n and r at least 1.")
-    E, n, _, _ = w.shape
-    if scale is not None and scale.shape != (E, n, D):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, wanted {(E, n, D)}.")
-
-
 def check_vector(name: str, given: torch.Tensor | None, size: int, dtype: torch.dtype) -> None:
     """Raise ValueError unless `given` is None or a contiguous (size,) of `dtype`."""
     if given is not None and (given.shape != (size,) or given.dtype != dtype or not given.is_contiguous()):
         raise ValueError(
-            f"{name} has shape {tuple(given.shape)} and dtype {given.dtype}, wanted {(size,)}, "
-            f"{str(dtype).removeprefix('torch.')}, contiguous."
+            f"{name} has shape {tuple(given.shape)}, dtype {given.dtype}, wanted {(size,)}, {dtype}, contiguous."
         )
 
 
@@ -69,6 +59,5 @@ def grouped_mask(bits: torch.Tensor | None, p: float, ids: torch.Tensor | None, 
     """The arguments for an optional mask, whose row ids[s], or without ids row s, is that of row s."""
     check_vector("ids", ids, S, torch.int64)
     mask_rows = S if bits is None or ids is None or bits.dim() != 2 else bits.shape[0]
-    return {
-        **mask_arguments(bits, p, mask_rows, D), "ids_ptr": None if bits is None else ids, "mask_rows": mask_rows,
-    }  # fmt: skip
+    ids = None if bits is None else ids
+    return mask_arguments(bits, p, mask_rows, D) | {"ids_ptr": ids, "mask_rows": mask_rows}

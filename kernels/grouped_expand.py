@@ -12,8 +12,8 @@ import triton.language as tl
 from .configs import KernelConfig, cdiv, device_of, pick, slice_tiles
 from .dropout import drop_sum
 from .expand import add_slices
-from .grouped import check_experts, check_vector, find_rows, find_tile, grouped_mask, most_tiles
-from .launch import check_written, launch, rows, tile_arguments
+from .grouped import check_vector, find_rows, find_tile, grouped_mask, most_tiles
+from .launch import check_weight, check_written, launch, rows, tile_arguments
 from .pack import prepare_weight
 from .tiles import dot, head_tile, weight_tile
 
@@ -108,7 +108,7 @@ def grouped_expand(
     check_written("y", y)
     h = rows("h", h)
     S, D = y.shape
-    check_experts(w, scale, D)
+    check_weight(w, scale, D, dims=4)
     E, R = w.shape[0], w.shape[1] * w.shape[2]
     check_vector("offs", offs, E, torch.int32)
     mask = grouped_mask(bits, p, ids, S, D)

@@ -11,10 +11,10 @@ import triton.language as tl
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
 from .dropout import keep_inverse
-from .grouped import check_experts, check_vector, find_rows, grouped_mask
-from .launch import launch, sum_dtype, tile_arguments
+from .grouped import check_vector, find_rows, grouped_mask
+from .launch import check_weight, launch, sum_dtype, tile_arguments
 from .pack import weight_arguments
-from .reduce import check_branches, check_pair, input_tile
+from .reduce import check_pair, input_tile
 from .tiles import dot, head_tile
 
 
@@ -158,9 +158,8 @@ def grouped_reduce(
     after the dropout of `bits` and p, of which row ids[s], or without ids row s, is that of row s. Raises ValueError
     for shapes or dtypes that do not agree or p outside [0, 1).
     """
-    h, x = check_pair(h, x, "x", S=None if index is None else index.numel())
+    h, x = check_pair(h, x, "x", S=None if index is None else index.numel(), n=n)
     (S, R), D = h.shape, x.shape[1]
-    check_branches(n, R)
     E = max(1, offs.numel())
     check_vector("offs", offs, E, torch.int32)
     check_vector("index", index, S, torch.int64)
@@ -185,7 +184,7 @@ def grouped_reduce_scaled(
     dB is (E, n, N, r) in w's dtype. ds is (E, n, N) in float32 (float64 for float64 dy), for a scalar scale still to be
     summed over N. Raises ValueError for shapes or dtypes that do not agree.
     """
-    check_experts(w, scale, dy.shape[-1])
+    check_weight(w, scale, dy.shape[-1], dims=4)
     E, n, r, N = w.shape
     h, dy = check_pair(h, dy, "dy", n * r)
     check_vector("offs", offs, E, torch.int32)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
-from .grouped import check_experts, check_vector, find_rows, find_tile, grouped_mask, most_tiles
-from .launch import launch, rows, tile_arguments
+from .grouped import check_vector, find_rows, find_tile, grouped_mask, most_tiles
+from .launch import check_weight, launch, rows, tile_arguments
 from .pack import prepare_weight
 from .shrink import shrink_tile
 
@@ -83,7 +83,7 @@ def grouped_shrink(
     """
     x = rows("x", x)
     S, D = x.shape[0] if index is None else index.numel(), x.shape[1]
-    check_experts(w, scale, D)
+    check_weight(w, scale, D, dims=4)
     E, R = w.shape[0], w.shape[1] * w.shape[2]
     check_vector("offs", offs, E, torch.int32)
     check_vector("index", index, S, torch.int64)

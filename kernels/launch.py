@@ -154,12 +154,22 @@ def check_written(name: str, y: torch.Tensor) -> None:
         )
 
 
-def check_weight(w: torch.Tensor, scale: torch.Tensor | None, D: int) -> None:
-    """Raise ValueError unless w is (n, r, D) and scale None or (n, D), of any strides."""
-    if w.dim() != 3 or w.shape[2] != D or w.shape[0] < 1 or w.shape[1] < 1:
-        raise ValueError(f"w has shape {tuple(w.shape)}, wanted (n, r, {D}) with n and r at least 1.")
-    if scale is not None and scale.shape != (w.shape[0], D):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, wanted {(w.shape[0], D)}.")
+def check_weight(w: torch.Tensor, scale: torch.Tensor | None, D: int, dims: int = 3) -> None:
+    """Raise ValueError unless w is (n, r, D) and scale None or (n, D), or of 4 dims, where E experts come first."""
+    if w.dim() != dims or w.shape[-1] != D or min(w.shape[:-1]) < 1:
+        sizes = "E, n, r" if dims == 4 else "n, r"
+        raise ValueError(f"w has shape {tuple(w.shape)}, wanted ({sizes}, {D}) with {sizes} at least 1.")
+    if scale is not None and scale.shape != (*w.shape[:-2], D):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, wanted {(*w.shape[:-2], D)}.")
+
+
+def output(out: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype, like: torch.Tensor) -> torch.Tensor:
+    """`out`, which must have this shape and dtype, or where it is None a new matrix on the device of `like`."""
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}, wanted {shape} and {dtype}.")
+    return out
 
 
 @cache

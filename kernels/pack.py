@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .configs import cdiv
-from .launch import TL_DTYPES, check_weight, launch, launch_options, sum_dtype
+from .launch import TL_DTYPES, check_weight, launch, launch_options, output, sum_dtype
 from .tiles import weight_tile
 
 PACK_R, PACK_D = tl.constexpr(32), tl.constexpr(128)
@@ -88,10 +88,7 @@ def pack(
     """
     n, r, D = w.shape
     check_weight(w, scale, D)
-    if out is None:
-        out = torch.empty((n * r, D), dtype=dtype, device=w.device)
-    elif out.shape != (n * r, D) or out.dtype != dtype:
-        raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}, wanted {(n * r, D)} and {dtype}.")
+    out = output(out, (n * r, D), dtype, w)
     if out.numel() > 0 and not out.is_meta:
         Packing(w, scale, scaling, out).launch()
     return out
@@ -101,9 +98,8 @@ def weight_arguments(w: torch.Tensor | None, scale: torch.Tensor | None, dims: i
     """The arguments for an optional weight of `dims` dimensions, (n, r, D) or (E, n, r, D), and its optional scale."""
     strides_w = (0,) * dims if w is None else w.stride()
     strides_s = (0,) * (dims - 1) if scale is None else scale.stride()
-    names_w, names_s = WEIGHT_STRIDES[-dims:], SCALE_STRIDES[1 - dims :]
-    given = dict(zip((*names_w, *names_s), (*strides_w, *strides_s), strict=True))
-    return {"w_ptr": w, "scale_ptr": scale, **given}
+    names = (*WEIGHT_STRIDES[-dims:], *SCALE_STRIDES[1 - dims :])
+    return {"w_ptr": w, "scale_ptr": scale, **dict(zip(names, (*strides_w, *strides_s), strict=True))}
 
 
 def prepare_weight(w, scale, scaling: float, dtype: torch.dtype, packed: bool = False) -> dict:

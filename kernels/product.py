@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configs import KernelConfig, cdiv, device_of, product_tile
 from .dropout import drop_sum, mask_arguments
-from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, sum_dtype
+from .launch import TL_DTYPES, check_weight, dot_dtype, launch, launch_options, output, sum_dtype
 from .pack import pack
 from .tiles import dot
 
@@ -128,10 +128,7 @@ def product(
     """
     M, N, K = _check(x, weight, bias, h, w, scale, transposed)
     mask = mask_arguments(bits, p, M, N)
-    if out is None:
-        out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    elif out.shape != (M, N) or out.dtype != x.dtype:
-        raise ValueError(f"out has shape {tuple(out.shape)} and dtype {out.dtype}, wanted {(M, N)} and {x.dtype}.")
+    out = output(out, (M, N), x.dtype, x)
     if out.numel() == 0 or out.is_meta:
         return out
     if reason := _refusal(x, weight, h, out):

@@ -81,8 +81,8 @@ def reduce_kernel(
         store_columns(out_ptrs, mask_d[:, None], offs_c2, acc2 * inverse, R)
 
 
-def check_pair(h, z, name, R=None, S=None):
-    """h has R columns, and the rows of z or, where z is read by index, S of them."""
+def check_pair(h, z, name, R=None, S=None, n=1):
+    """h has R columns, those of n branches, and the rows of z or, where z is read by index, S of them."""
     h, z = rows("h", h), rows(name, z)
     S = z.shape[0] if S is None else S
     if h.shape[0] != S or h.dtype != z.dtype:
@@ -91,12 +91,9 @@ def check_pair(h, z, name, R=None, S=None):
         )
     if R is not None and h.shape[1] != R:
         raise ValueError(f"h has {h.shape[1]} columns, wanted {R}.")
+    if not 1 <= n <= h.shape[1] or h.shape[1] % n:
+        raise ValueError(f"n is {n}, wanted a divisor of the {h.shape[1]} columns of h.")
     return h, z
-
-
-def check_branches(n: int, R: int) -> None:
-    if not 1 <= n <= R or R % n:
-        raise ValueError(f"n is {n}, wanted a divisor of the {R} columns of h.")
 
 
 def _sum_tokens(h, z, bits, p, config) -> torch.Tensor | None:
@@ -119,8 +116,7 @@ def _sum_tokens(h, z, bits, p, config) -> torch.Tensor | None:
 
 def _parts_a(h, x, n, dtype, bits, p, config, R=None):
     """The parts of dA, and where it goes."""
-    h, x = check_pair(h, x, "x", R)
-    check_branches(n, h.shape[1])
+    h, x = check_pair(h, x, "x", R, n=n)
     da = torch.empty((n, h.shape[1] // n, x.shape[1]), dtype=dtype, device=x.device)
     return _sum_tokens(h, x, bits, p, config), da
 

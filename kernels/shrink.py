@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles, split_k
 from .dropout import keep_inverse, keep_tile, mask_arguments
-from .launch import check_weight, launch, launch_options, rows, sum_dtype, tile_arguments
+from .launch import check_weight, check_written, launch, launch_options, output, rows, sum_dtype, tile_arguments
 from .pack import Packing, pack_tile, prepare_weight
 from .tiles import dot, store_columns, weight_tile
 
@@ -155,13 +155,8 @@ def shrink(
     check_weight(w, scale, D)
     mask = mask_arguments(bits, p, M, D)
     R = w.shape[0] * w.shape[1]
-    if out is None:
-        out = torch.empty((M, R), dtype=x.dtype, device=x.device)
-    elif out.shape != (M, R) or out.dtype != x.dtype or (out.stride(1) != 1 and R > 1):
-        raise ValueError(
-            f"out has shape {tuple(out.shape)}, strides {out.stride()} and dtype {out.dtype}, wanted {(M, R)} of "
-            f"{x.dtype} with a contiguous last dimension."
-        )
+    out = output(out, (M, R), x.dtype, x)
+    check_written("out", out)
     if out.numel() == 0 or out.is_meta:
         return out
     arch, processors = device_of(x)
