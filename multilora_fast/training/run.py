@@ -18,7 +18,7 @@ from multilora_fast.training.config import TrainSettings, check_same_run
 from multilora_fast.training.data import Example, Row, collate, read_tasks, split
 from multilora_fast.training.model import Encoder, adapted_model
 from multilora_fast.training.packing import check_bins, flatten, pack
-from multilora_fast.training.trainer import Bars, CountingTrainer, Finite, TaskLog, by_row, by_token, say
+from multilora_fast.training.trainer import Bars, CountingTrainer, TaskLog, by_row, by_token, say
 
 
 def run(settings: TrainSettings) -> Trainer | None:
@@ -69,7 +69,7 @@ def run(settings: TrainSettings) -> Trainer | None:
         compute_metrics=by_token,
         callbacks=[log, *([Bars()] if sys.stderr.isatty() else [])],
     )
-    trainer.add_callback(Finite(trainer))
+    trainer.add_callback(trainer)
     trainer.remove_callback(PrinterCallback)
     with failures_named(settings.output):
         try:

@@ -15,9 +15,9 @@ from multilora_fast.training.checkpoint import is_first, last_checkpoint
 from multilora_fast.training.data import IGNORED
 
 
-class CountingTrainer(Trainer):
+class CountingTrainer(Trainer, TrainerCallback):
     """Counts training tokens without padding, on the device: the Trainer's own count synchronizes every batch. Stops at
-    the first non-finite loss or weight, before that step is logged or saved."""
+    the first non-finite loss or weight, before that step is logged or saved: it is a callback of its own."""
 
     tokens: Tensor | int = 0
     losses: Tensor | float = 0.0  # since the last step
@@ -32,6 +32,9 @@ class CountingTrainer(Trainer):
     def all_tokens(self) -> int:
         """The count over all processes. A collective: every process must call it."""
         return int(self.accelerator.gather(self.tokens).sum())
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.check_step()
 
     def check_step(self) -> None:
         """Raise ValueError in every process if any of them has a non-finite loss or weight."""
@@ -54,16 +57,6 @@ class CountingTrainer(Trainer):
             f"The run has diverged: at step {self.state.global_step} of {self.state.max_steps} {what} not finite; "
             f"{kept}. Start it anew with a lower --learning-rate."
         )
-
-
-class Finite(TrainerCallback):
-    """Checks every step of ``trainer``."""
-
-    def __init__(self, trainer: CountingTrainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.check_step()
 
 
 class Bars(ProgressCallback):
