@@ -93,9 +93,7 @@ def _checked(row: object, where: str) -> dict:
         raise ValueError(f"{where}: a row must hold prompt and completion, or messages, or text, but it holds {found}.")
     try:
         json.dumps({key: row.get(key) for key in (*kinds[0], "task", "tools")}, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half of a surrogate pair, which is no character.") from error
-    except (RecursionError, TypeError, ValueError) as error:  # deep nesting, or types of a table
+    except (RecursionError, TypeError, ValueError) as error:  # deep nesting, types of a table, half a surrogate pair
         raise ValueError(f"{where} holds what JSON cannot: {error}.") from error
     for key in kinds[0]:
         if key not in row:
