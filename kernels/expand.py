@@ -8,9 +8,9 @@ The kept weight carries a minus sign and the sum is subtracted: y − (+0) is y 
 +0, and 0 − (±0) is +0. So where the branches give nothing y keeps its bits, or is +0, or is the bias.
 """
 
-import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import KernelConfig, cdiv, device_of, pick, slice_tiles
 from .dropout import drop_sum, mask_arguments
@@ -101,17 +101,9 @@ def expand_kernel(
 
 
 def expand(
-    y: torch.Tensor,
-    h: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
-    accumulate: bool = True,
-    bias: torch.Tensor | None = None,
-    config: KernelConfig | None = None,
-) -> None:
+    y: Tensor, h: Tensor, w: Tensor, scale: Tensor | None = None, scaling: float = 1.0, bits: Tensor | None = None,
+    p: float = 0.0, accumulate: bool = True, bias: Tensor | None = None, config: KernelConfig | None = None,
+) -> None:  # fmt: skip
     """Adds the branches to y (M, D) in place, from h (M, n·r), w (n, r, D) and scale None or (n, D) of any strides.
 
     `bits` is the dropout mask of an (M, D) input as `draw` gives it for p, and multiplies what is added. Where that is

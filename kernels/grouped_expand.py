@@ -8,6 +8,7 @@ does y where nothing is added: the weight carries a minus sign and the sum is su
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import KernelConfig, cdiv, device_of, pick, slice_tiles
 from .dropout import drop_sum
@@ -86,17 +87,9 @@ def grouped_expand_kernel(
 
 
 def grouped_expand(
-    y: torch.Tensor,
-    h: torch.Tensor,
-    w: torch.Tensor,
-    offs: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    ids: torch.Tensor | None = None,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
-    config: KernelConfig | None = None,
-) -> None:
+    y: Tensor, h: Tensor, w: Tensor, offs: Tensor, scale: Tensor | None = None, scaling: float = 1.0,
+    ids: Tensor | None = None, bits: Tensor | None = None, p: float = 0.0, config: KernelConfig | None = None,
+) -> None:  # fmt: skip
     """Adds the branches of each row's expert to y (S, D) in place, from h (S, n·r), w (E, n, r, D) and scale None or
     (E, n, D) of any strides, and offs (E,) int32.
 

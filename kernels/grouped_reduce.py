@@ -8,6 +8,7 @@ the other in the same program. An expert without rows gets zeros.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
 from .dropout import keep_inverse
@@ -141,17 +142,9 @@ def _sum_rows(h, z, w, scale, scaling, dw, ds, offs, n, index, mask, config) -> 
 
 
 def grouped_reduce(
-    h: torch.Tensor,
-    x: torch.Tensor,
-    offs: torch.Tensor,
-    n: int,
-    dtype: torch.dtype,
-    index: torch.Tensor | None = None,
-    ids: torch.Tensor | None = None,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
-    config: KernelConfig | None = None,
-) -> torch.Tensor:
+    h: Tensor, x: Tensor, offs: Tensor, n: int, dtype: torch.dtype, index: Tensor | None = None,
+    ids: Tensor | None = None, bits: Tensor | None = None, p: float = 0.0, config: KernelConfig | None = None,
+) -> Tensor:  # fmt: skip
     """dA_e = hᵀ x̂ over each expert's rows as (E, n, r, D) in `dtype`, from h (S, n·r) and offs (E,) int32.
 
     Row s goes with row index[s] of x (T, D), index being int64 (S,), or without index with row s of x (S, D). x̂ is x
@@ -170,14 +163,9 @@ def grouped_reduce(
 
 
 def grouped_reduce_scaled(
-    h: torch.Tensor,
-    dy: torch.Tensor,
-    w: torch.Tensor,
-    offs: torch.Tensor,
-    scale: torch.Tensor | None,
-    scaling: float = 1.0,
+    h: Tensor, dy: Tensor, w: Tensor, offs: Tensor, scale: Tensor | None, scaling: float = 1.0,
     config: KernelConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(dB, ds) over each expert's rows, from h (S, n·r), dy (S, N), w (E, n, r, N), being lora_B transposed, offs (E,)
     int32, and scale None (all ones) or (E, n, N).
 

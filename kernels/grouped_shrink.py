@@ -7,6 +7,7 @@ row, so no sorted copy is made, and scales the weight on the tile, so none is pa
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles
 from .grouped import check_vector, find_rows, find_tile, grouped_mask, most_tiles
@@ -63,17 +64,9 @@ def grouped_shrink_kernel(
 
 
 def grouped_shrink(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    offs: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    index: torch.Tensor | None = None,
-    ids: torch.Tensor | None = None,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
-    config: KernelConfig | None = None,
-) -> torch.Tensor:
+    x: Tensor, w: Tensor, offs: Tensor, scale: Tensor | None = None, scaling: float = 1.0, index: Tensor | None = None,
+    ids: Tensor | None = None, bits: Tensor | None = None, p: float = 0.0, config: KernelConfig | None = None,
+) -> Tensor:  # fmt: skip
     """H (S, n·r) in x's dtype, from w (E, n, r, D) and scale None or (E, n, D) of any strides, and offs (E,) int32.
 
     Row s reads row index[s] of x (T, D), index being int64 (S,), or without index row s of x (S, D). `bits` is a

@@ -4,7 +4,7 @@ The joint kernel computes both where PRODUCT_WINS calls it faster. Elsewhere exp
 it, which leaves the frozen layer's bits where expand writes zeros.
 """
 
-import torch
+from torch import Tensor
 
 from .configs import KernelConfig, device_of, product_config
 from .expand import expand
@@ -15,20 +15,9 @@ from .shrink import shrink
 
 
 def linear(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    h: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
-    *,
-    transposed: bool,
-    exact: bool = False,
-) -> None:
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, w: Tensor, scale: Tensor | None = None,
+    scaling: float = 1.0, bits: Tensor | None = None, p: float = 0.0, *, transposed: bool, exact: bool = False,
+) -> None:  # fmt: skip
     """Writes y (M, N) = x Wᵀ (`transposed`, weight (N, K)) or x W (weight (K, N)), plus bias (N,) and the branches that
     `expand` adds for h, w, scale, scaling, bits and p. With `exact` the base product is torch's."""
     config = _config(y, x, weight, h.shape[1], transposed, exact)
@@ -40,19 +29,9 @@ def linear(
 
 
 def layer(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    scale: torch.Tensor | None,
-    scaling: float,
-    bits: torch.Tensor | None,
-    p: float,
-    *,
-    exact: bool = False,
-) -> torch.Tensor:
+    y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Tensor | None,
+    scaling: float, bits: Tensor | None, p: float, *, exact: bool = False,
+) -> Tensor:  # fmt: skip
     """A whole forward: writes y (M, N) = x Wᵀ + bias + H B̃ᵀ from a (n, r, K) and b (n, r, N), and returns H (M, n·r).
 
     The launch of shrink also packs B̃ for the joint kernel.

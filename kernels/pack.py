@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import cdiv
 from .launch import TL_DTYPES, check_weight, launch, launch_options, output, sum_dtype
@@ -51,10 +52,10 @@ def pack_kernel(
 class Packing(NamedTuple):
     """w (n, r, D) and scale None or (n, D), to be packed into out (n·r, D); all may have any strides."""
 
-    w: torch.Tensor
-    scale: torch.Tensor | None
+    w: Tensor
+    scale: Tensor | None
     scaling: float
-    out: torch.Tensor
+    out: Tensor
 
     def programs(self) -> int:
         R, D = self.out.shape
@@ -76,12 +77,8 @@ class Packing(NamedTuple):
 
 
 def pack(
-    w: torch.Tensor,
-    dtype: torch.dtype,
-    scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    w: Tensor, dtype: torch.dtype, scale: Tensor | None = None, scaling: float = 1.0, out: Tensor | None = None
+) -> Tensor:
     """scaling·scale⊙w as (n·r, D) in `dtype`; w (n, r, D), scale None or (n, D) and `out`, when given, of any strides.
 
     Raises ValueError when the shapes do not agree.
@@ -94,7 +91,7 @@ def pack(
     return out
 
 
-def weight_arguments(w: torch.Tensor | None, scale: torch.Tensor | None, dims: int = 3) -> dict:
+def weight_arguments(w: Tensor | None, scale: Tensor | None, dims: int = 3) -> dict:
     """The arguments for an optional weight of `dims` dimensions, (n, r, D) or (E, n, r, D), and its optional scale."""
     strides_w = (0,) * dims if w is None else w.stride()
     strides_s = (0,) * (dims - 1) if scale is None else scale.stride()

@@ -20,6 +20,7 @@ do not see.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -106,20 +107,10 @@ def product_kernel(
 
 
 def product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    h: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
-    *,
-    transposed: bool,
-    out: torch.Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, w: Tensor, scale: Tensor | None = None,
+    scaling: float = 1.0, bits: Tensor | None = None, p: float = 0.0, *, transposed: bool, out: Tensor | None = None,
     config: KernelConfig | None = None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """x Wᵀ (weight (N, K), `transposed`) or x W (weight (K, N)), plus bias (N,) and the branches: (M, N) in x's dtype.
 
     The branches come from h (M, n·r), w (n, r, N) and scale None or (n, N), as `expand` takes them. `bits` is the
@@ -151,7 +142,7 @@ def product(
     return out
 
 
-def serves(x: torch.Tensor, weight: torch.Tensor, h: torch.Tensor | None, out: torch.Tensor) -> bool:
+def serves(x: Tensor, weight: Tensor, h: Tensor | None, out: Tensor) -> bool:
     """Whether :func:`product` can run on these: half precision on an architecture with TMA, and every tensor with a
     contiguous last dimension, a 16-byte aligned address and a row stride that is a multiple of 16 bytes. `out` may be a
     meta tensor.
@@ -174,7 +165,7 @@ def _refusal(x, weight, h, out) -> str | None:
     return None
 
 
-def describable(t: torch.Tensor) -> bool:
+def describable(t: Tensor) -> bool:
     """Whether TMA can read the matrix t in place."""
     if t.dim() != 2:
         return False
@@ -184,7 +175,7 @@ def describable(t: torch.Tensor) -> bool:
     return t.numel() > 0 and contiguous and apart and (t.is_meta or t.data_ptr() % ALIGNMENT == 0)
 
 
-def describe(t: torch.Tensor, *block: int) -> TensorDescriptor:
+def describe(t: Tensor, *block: int) -> TensorDescriptor:
     """The descriptor of a :func:`describable` matrix. A single row may have any stride in torch."""
     rows, columns = t.shape
     apart = t.stride(0) if rows > 1 else _aligned(columns, t.dtype)
@@ -197,12 +188,12 @@ def _aligned(columns: int, dtype: torch.dtype) -> int:
     return cdiv(columns, unit) * unit
 
 
-def rank_rows(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+def rank_rows(rows: int, columns: int, like: Tensor) -> Tensor:
     """An empty matrix that TMA can read."""
     return torch.empty((rows, _aligned(columns, like.dtype)), dtype=like.dtype, device=like.device)[:, :columns]
 
 
-def _rank_weight(w, h, scale, scaling, transposed: bool) -> torch.Tensor:
+def _rank_weight(w, h, scale, scaling, transposed: bool) -> Tensor:
     """scaling·scale⊙w as (R, N), or (N, R) when transposed: a view of w where that is it, else packed."""
     n, r, N = w.shape
     apart = w.stride(1) if r > 1 else w.stride(0)

@@ -9,6 +9,7 @@ in finish.py, adds the parts in order, for one gradient or for both.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles, split_k
 from .dropout import keep_inverse, keep_tile, mask_arguments
@@ -96,7 +97,7 @@ def check_pair(h, z, name, R=None, S=None, n=1):
     return h, z
 
 
-def _sum_tokens(h, z, bits, p, config) -> torch.Tensor | None:
+def _sum_tokens(h, z, bits, p, config) -> Tensor | None:
     """The parts (S, D, R) of ẑᵀ h in the accumulator's dtype, None where there is nothing to run."""
     mask = mask_arguments(bits, p, *z.shape)
     if z.shape[1] == 0 or z.is_meta:
@@ -132,14 +133,9 @@ def _parts_b(h, dy, w, scale, config):
 
 
 def reduce(
-    h: torch.Tensor,
-    x: torch.Tensor,
-    n: int,
-    dtype: torch.dtype,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
+    h: Tensor, x: Tensor, n: int, dtype: torch.dtype, bits: Tensor | None = None, p: float = 0.0,
     config: KernelConfig | None = None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """dA = hᵀ x̂ as (n, r, D) in `dtype`, from h (M, n·r) and x (M, D); x̂ is x after the dropout of `bits` and p.
 
     Raises ValueError for shapes or dtypes that do not agree or p outside [0, 1).
@@ -150,13 +146,8 @@ def reduce(
 
 
 def reduce_scaled(
-    h: torch.Tensor,
-    dy: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor | None,
-    scaling: float = 1.0,
-    config: KernelConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    h: Tensor, dy: Tensor, w: Tensor, scale: Tensor | None, scaling: float = 1.0, config: KernelConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """(dB, ds) from h (M, n·r), dy (M, N), w (n, r, N), being lora_B transposed, and scale None (all ones) or (n, N).
 
     dB is (n, N, r) in w's dtype. ds is (n, N) in float32 (float64 for float64 dy), for a scalar scale still to be
@@ -168,18 +159,9 @@ def reduce_scaled(
 
 
 def reduce_all(
-    h: torch.Tensor,
-    dy: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor | None,
-    scaling: float,
-    dh: torch.Tensor,
-    x: torch.Tensor,
-    dtype: torch.dtype,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
-    config: KernelConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    h: Tensor, dy: Tensor, w: Tensor, scale: Tensor | None, scaling: float, dh: Tensor, x: Tensor, dtype: torch.dtype,
+    bits: Tensor | None = None, p: float = 0.0, config: KernelConfig | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dB, ds, dA) of `reduce_scaled(h, dy, w, scale, scaling)` and `reduce(dh, x, n, dtype, bits, p)`, the same bits,
     with one second pass for both."""
     parts_b, db, ds = _parts_b(h, dy, w, scale, config)

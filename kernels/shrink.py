@@ -8,6 +8,7 @@ With few tokens D is split over programs and a second pass adds the parts in ord
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .configs import KernelConfig, cdiv, device_of, pick, rank_tiles, split_k
 from .dropout import keep_inverse, keep_tile, mask_arguments
@@ -134,16 +135,9 @@ NO_PACKING = dict.fromkeys(("tiles", *(name for name in shrink_kernel.arg_names 
 
 
 def shrink(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
-    bits: torch.Tensor | None = None,
-    p: float = 0.0,
-    config: KernelConfig | None = None,
-    packing: Packing | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, w: Tensor, scale: Tensor | None = None, scaling: float = 1.0, bits: Tensor | None = None, p: float = 0.0,
+    config: KernelConfig | None = None, packing: Packing | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """H (M, n·r) in x's dtype, from x (M, D), w (n, r, D) and scale None or (n, D) of any strides.
 
     `bits` is the dropout mask of x as `draw` gives it for p. Sums are float32, for float64 x float64. `packing` is done
