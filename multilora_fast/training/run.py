@@ -176,7 +176,8 @@ def heading(settings: TrainSettings, model: PeftModel, arguments: TrainingArgume
 
 def summary(seconds: float, rate: float, device: torch.device) -> str:
     """The duration of a run, and its throughput."""
-    said = f"Took {timedelta(seconds=round(seconds))}, {rate:,.{0 if rate >= 10 else 1}f} tokens/s without padding and evaluations"
+    tokens = f"{rate:,.{0 if rate >= 10 else 1}f} tokens/s"
+    said = f"Took {timedelta(seconds=round(seconds))}, {tokens} without padding and evaluations"
     if device.type == "cuda":
         said += f", at most {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on {device}"
     return f"{said}."
