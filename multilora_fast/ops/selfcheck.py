@@ -1,5 +1,6 @@
-"""Self-check on first use: before the Triton kernels serve a device, dtype and adapter shape, each runs on a small
-input there and is compared with torch in float64. It takes milliseconds, beside the kernels' compilation."""
+"""Self-check on first use: before the Triton kernels serve a device, dtype and adapter shape, shrink, expand and reduce
+run on a small input there and are compared with torch in float64. It takes milliseconds, beside the kernels'
+compilation. The joint kernel depends on the layer's shape and is not checked here, but by the tests on a GPU."""
 
 from collections.abc import Callable
 from functools import cache
@@ -41,11 +42,11 @@ def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: floa
                 "shrink": ops.shrink(x, A, None, 1.0, mask(), p),
                 "expand": _into(dy, ops.expand, h, w, scale, c),
             }
-        db, ds = ops.reduce_scaled(h, dy, w, scale, c)
+        db, ds, da = ops.reduce_all(h, dy, w, scale, c, h, x, A.dtype, mask(), p)
         return {
             "shrink": ops.shrink(dy, w, scale, c),
             "expand": _into(x, ops.expand, h, A, None, 1.0, mask(), p, accumulate=False),
-            "reduce": ops.reduce(h, x, n, A.dtype, mask(), p),
+            "reduce": da,
             "reduce (lora_B)": db,
             "reduce (lora_scaling)": ds,
         }
