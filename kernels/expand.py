@@ -107,10 +107,10 @@ def expand(
     """Adds the branches to y (M, D) in place, from h (M, n·r), w (n, r, D) and scale None or (n, D) of any strides.
 
     `bits` is the dropout mask of an (M, D) input as `draw` gives it for p, and multiplies what is added. Where that is
-    zero the bits of y do not change. With `accumulate=False` it is written instead, onto `bias` (D,) where there is
-    one: what y holds, which may be nothing yet, is neither read nor kept, and where the branches give zero y is +0 or
-    the bias. y needs a contiguous last dimension. Raises ValueError for shapes or strides that do not fit, p outside
-    [0, 1), or a bias that nothing is written onto.
+    zero the bits of y do not change. With `accumulate=False` y, which may be uninitialized, is overwritten with the
+    branches plus `bias` (D,), if given; where the branches give zero, y is +0 or the bias. y needs a contiguous last
+    dimension. Raises ValueError for shapes or strides that do not fit, p outside [0, 1), or a bias that nothing is
+    written onto.
     """
     check_written("y", y)
     h = rows("h", h)

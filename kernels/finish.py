@@ -1,4 +1,4 @@
-"""The second pass of reduce: adds the parts of P in order, and makes the gradients of it in registers."""
+"""The second pass of reduce: adds the parts of P in order, and computes the gradients from the sum in registers."""
 
 import triton
 import triton.language as tl

@@ -17,8 +17,8 @@ from .dropout import mask_arguments
 def find_tile(offs_ptr, pid, S, E, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
     """(expert, its rows [BLOCK_M], which of them exist) of tile pid.
 
-    Expert E stands for the rows of none. A tile that does not exist has an expert beyond E and no rows. BLOCK_E is more
-    than E.
+    Index E stands for rows that belong to no expert. A tile that does not exist has an expert beyond E and no rows.
+    BLOCK_E is more than E.
     """
     experts = tl.arange(0, BLOCK_E)
     starts = tl.load(offs_ptr + experts - 1, mask=(experts > 0) & (experts <= E), other=0)  # [BLOCK_E]

@@ -85,7 +85,7 @@ def shrink_kernel(
     Bytes: x read once, H written once; w read ⌈M/BLOCK_M⌉ times, which L2 serves. A mask adds M·⌈D/32⌉·4.
 
     With pack_w_ptr the programs from `tiles` on pack another weight, so that what the joint product reads of B̃ costs no
-    launch. Without, all that packing takes is None.
+    launch. Without pack_w_ptr, all arguments of packing are None.
     """
     pid, part = tl.program_id(0), tl.program_id(1)
     if pack_w_ptr is not None and pid >= tiles:

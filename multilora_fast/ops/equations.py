@@ -6,7 +6,7 @@ stacks the branches' A, B̃ (N, R) concatenates c·sᵢ ⊙ Bᵢ, x̂ = dropout(
     H  = x̂ Ãᵀ                 shrink        dH = dy B̃                          shrink
     y  = x Wᵀ + b + H B̃ᵀ      expand        dx = dy W + mask/(1−p) ⊙ (dH Ã)    expand
                                             dÃ = dHᵀ x̂                         reduce
-    P = dyᵀ H, dBᵢ = c·sᵢ ⊙ Pᵢ, dsᵢ = c·rowsum(Bᵢ ⊙ Pᵢ)                        reduce, epilogue
+    P = dyᵀ H, dBᵢ = c·sᵢ ⊙ Pᵢ, dsᵢ = c·rowsum(Bᵢ ⊙ Pᵢ)                        reduce, finish
 
 Layers that share an input run as one: their Ã are stacked and their H and dH concatenated, so that shrink and reduce
 read x once, and dx is accumulated in place. x is (M, K), dy (M, N), both in the dtype of the products, as are W and b;

@@ -56,7 +56,7 @@ def multilora_linear(
         save_inputs: "exact", or "fp8" to save x for backward as 8-bit floats (e4m3, a power of two per token) where
             nothing else saves it: half the bytes of bfloat16, 2 to 3 % relative error in the gradient of lora_A, every
             other gradient exact. Not under torch.compile.
-        exact_base: compute x Wᵀ with the library's product always, so that with scales of zero the output has the base
+        exact_base: always compute x Wᵀ with torch, so that with scales of zero the output has the base
             layer's bits. Otherwise one kernel computes the product and the branches on GPUs where it was measured to be
             faster; it sums in another order.
 

@@ -23,7 +23,7 @@ from multilora_fast.validation import (
 class MultiLoraConfig(PeftConfig):
     """``lora_num`` parallel LoRA branches of rank ``r`` with learned scales, on every target module.
 
-    Unlike LoRA, the scales start at zero. Use 3 to 10 times LoRA's learning rate. Fields that are not listed mean the
+    The scales start at zero. Use 3 to 10 times LoRA's learning rate. Fields that are not listed mean the
     same as in peft.LoraConfig.
 
     Args:
@@ -49,8 +49,8 @@ class MultiLoraConfig(PeftConfig):
             them; lora_A's gradients are then off by 2 to 3 %, all others are exact. Not under torch.compile.
         share_inputs: in training, layers that read one input (q, k, v; gate, up) read it once. Results differ only in
             rounding; with dropout, the layers share a mask.
-        exact_base: keep the base layer's product the library's, so that zero scales leave the base model's bits. By
-            default it is computed together with the branches on GPUs for which that was measured to be faster.
+        exact_base: always compute the base layer's product with torch, so that zero scales leave the base model's bits.
+            By default the joint kernel computes it on GPUs and sizes for which that was measured to be faster.
         base_model_type: transformers' name of the base model's architecture. Detected, and kept for exports.
         rank_pattern, lora_num_pattern, alpha_pattern: r, lora_num and lora_alpha of modules whose name ends in a match
             of the key.

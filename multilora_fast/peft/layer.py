@@ -25,8 +25,8 @@ _DENSE = (nn.Parameter, Tensor, FakeTensor)  # classes of weights that are used 
 
 
 class MultiLoraBranches(nn.Module):
-    """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1), of ``experts`` with
-    the experts as a further first axis.
+    """One adapter on one layer: lora_A (n, r, K), lora_B (n, N, r), lora_scaling (n, N) or (n, 1). For experts,
+    each has a leading axis E.
 
     A and B start Kaiming-uniform (a = √5), each branch on its own, and the scales at zero; ``init_weights=False`` draws
     the scales too. ``shared`` is the group of layers that read one input, or None. ``layer`` is the layer that holds
