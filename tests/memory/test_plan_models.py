@@ -48,7 +48,7 @@ def test_types_are_planned_or_refused_in_one_sentence(kind, caplog, monkeypatch)
         assert "\n" not in reason
     if kind == "jetmoe":
         assert said["all"].startswith("model_or_config is a JetMoeConfig, ")
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("torch")]
 
 
 @everything
