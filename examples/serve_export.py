@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import multilora_fast.peft  # noqa: F401  (registers the method, for the adapter; the export does not need it)
 from multilora_fast import export_lora
 
 

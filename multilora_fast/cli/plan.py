@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,8 @@ def plan(
     given = {name: value for name, value in locals().items() if name not in ("model", "plot", "output", "as_json")}
     if plot is not None:
         check_plot("--plot", plot)
+        if find_spec("matplotlib") is None:
+            raise ValueError("--plot needs matplotlib: run pip install matplotlib.")
     if output is not None:
         check_file("--output", output)
     quiet()

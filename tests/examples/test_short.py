@@ -1,6 +1,8 @@
 """The short examples, on a tiny model."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from tiny import llama
@@ -23,7 +25,9 @@ def test_fine_tuned_with_the_trainer_and_served_as_a_lora(model, tmp_path):
     rows = [{"prompt": f"{a} + 1 is", "completion": f" {a + 1}."} for a in range(5)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert finetune_peft.main(model, data, adapter) > 0
-    assert serve_export.main(model, adapter, lora) < 1e-5
+    command = [sys.executable, serve_export.__file__, model, adapter, lora]  # nothing else has registered the method
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert float(found.split()[-1]) < 1e-5
 
 
 def test_sft_with_trl(model, tmp_path):

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, T5Config
 from typer.testing import CliRunner
 
 from multilora_fast import cli, plan_memory
+from multilora_fast.cli.plan import plan as command
 from multilora_fast.memory.report import parse_memory
 from multilora_fast.memory.step import explained
 
@@ -94,3 +95,9 @@ def test_the_command(tmp_path):
     asked = json.loads((tmp_path / "p.json").read_text())["asked"]
     assert asked["device_memory"] == 2**20
     assert asked["options"]["exclude_modules"] == ["c_fc", "c_proj"]
+
+
+def test_a_plot_needs_matplotlib_before_anything_is_counted(monkeypatch):
+    monkeypatch.setattr("multilora_fast.cli.plan.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--plot needs matplotlib"):
+        command("./nowhere", plot="a.png")
