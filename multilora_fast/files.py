@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 UNFINISHED = ".unfinished"  # prefix of unfinished files
@@ -54,6 +55,12 @@ def check_plot(name: str, path: str | os.PathLike) -> None:
     if path.suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"{name} must end in .png, .pdf or .svg, but is {path}.")
     check_file(name, path)
+
+
+def check_matplotlib(name: str) -> None:
+    """Raise ValueError if matplotlib, which ``name`` needs, is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ValueError(f"{name} needs matplotlib: run pip install matplotlib.")
 
 
 @contextmanager

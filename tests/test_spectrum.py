@@ -254,7 +254,7 @@ def test_a_fine_tuned_model_beside_its_base(tmp_path, monkeypatch, capsys):
 
 
 def test_a_plot_needs_matplotlib(monkeypatch, capsys):
-    monkeypatch.setattr("multilora_fast.cli.spectrum.find_spec", lambda name: None)
+    monkeypatch.setattr("multilora_fast.files.find_spec", lambda name: None)
     code, shown = run(monkeypatch, capsys, "any", "--plot", "a.png")
     assert code == 2
     assert "matplotlib" in shown.err

@@ -3,7 +3,6 @@
 import json
 import sys
 import warnings
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,7 @@ from typer import Argument, Option
 
 from multilora_fast.cli.paths import modules
 from multilora_fast.console import quiet
-from multilora_fast.files import atomic_file, check_file, check_plot
+from multilora_fast.files import atomic_file, check_file, check_matplotlib, check_plot
 
 
 def plan(
@@ -58,8 +57,7 @@ def plan(
     given = {name: value for name, value in locals().items() if name not in ("model", "plot", "output", "as_json")}
     if plot is not None:
         check_plot("--plot", plot)
-        if find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: run pip install matplotlib.")
+        check_matplotlib("--plot")
     if output is not None:
         check_file("--output", output)
     quiet()

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +9,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from multilora_fast.cli.paths import given_path
-from multilora_fast.files import check_file
+from multilora_fast.files import check_file, check_matplotlib
 
 
 def spectrum(
@@ -85,8 +84,7 @@ def _check(adapters: list[Path], top: int, plot: Path | None) -> None:
     if plot.suffix != ".png":
         raise ValueError(f"--plot must end in .png, but is {plot}.")
     check_file("--plot", plot)
-    if find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: run pip install matplotlib.")
+    check_matplotlib("--plot")
 
 
 def _source(path: Path, base: str | None) -> tuple:

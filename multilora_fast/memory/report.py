@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from multilora_fast.console import table
-from multilora_fast.files import atomic_file, check_plot
+from multilora_fast.files import atomic_file, check_matplotlib, check_plot
 from multilora_fast.memory.methods import FULL, LORA, REFERENCE
 from multilora_fast.memory.step import PHASES
 
@@ -143,10 +143,9 @@ class MemoryPlan:
         """
         check_plot("path", path)
         path = Path(path)
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ValueError("plot needs matplotlib: run pip install matplotlib.") from error
+        check_matplotlib("plot")
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(9, 3.8), layout="constrained")
         axis: Any = figure.subplots()
         name, unit, _ = self._unit()

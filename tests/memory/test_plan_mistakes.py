@@ -98,6 +98,6 @@ def test_the_command(tmp_path):
 
 
 def test_a_plot_needs_matplotlib_before_anything_is_counted(monkeypatch):
-    monkeypatch.setattr("multilora_fast.cli.plan.find_spec", lambda name: None)
+    monkeypatch.setattr("multilora_fast.files.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="--plot needs matplotlib"):
         command("./nowhere", plot="a.png")
