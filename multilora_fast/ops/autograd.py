@@ -156,8 +156,7 @@ def _group_backward(ctx, dys, present: tuple[int, ...]) -> tuple:
     dBs, dss = by_kind(others, 2)
     dAs: Sequence[Tensor | None] = [None] * len(present)
     if dA is not None:
-        parts = dA.view(-1, dA.shape[2]).split_with_sizes([settings.widths[i] for i in present])
-        dAs = [part.view(A.shape) for part, A in zip(parts, lora_As, strict=True)]
+        dAs = _apart(dA, lora_As, settings)
     base = [_base_gradients(dy, known, need) for dy, need in zip(tokens, needs, strict=True)]
     dws, dbs = zip(*base, strict=True)
     return dx, dws, dbs, dAs, dBs, [_scale_gradient(*each) for each in zip(dss, scales, needs, strict=True)]
@@ -223,3 +222,11 @@ def _scale_gradient(ds: Tensor | None, lora_scaling: Tensor, needs: Needs) -> Te
 def _below(lora_As: Sequence[Tensor], settings: GroupSettings) -> Tensor:
     """The branches of all layers stacked, (Σn, r, K), or (1, ΣR, K) if their ranks differ."""
     return torch.cat([*lora_As]) if settings.one_rank else torch.cat([A.flatten(0, 1) for A in lora_As])[None]
+
+
+def _apart(dA: Tensor, lora_As: Sequence[Tensor], settings: GroupSettings) -> Sequence[Tensor]:
+    """The dA of each layer, from that of :func:`_below`."""
+    if settings.one_rank:
+        return dA.split_with_sizes([len(A) for A in lora_As])
+    parts = dA[0].split_with_sizes([A.shape[0] * A.shape[1] for A in lora_As])
+    return [part.view(A.shape) for part, A in zip(parts, lora_As, strict=True)]
