@@ -57,7 +57,7 @@ MATRIX_KERNELS = tuple(f"{group}{name}_kernel" for group in ("", "grouped_") for
 USES = {
     "shrink.forward": True, "shrink.pack": True, "shrink.backward": False, "expand.forward": False,
     "expand.bias": False, "expand.add": False, "expand.backward": True, "expand.backward_add": True,
-    "reduce.forward": False, "reduce.backward": True, "reduce.both": False, "mask.draw": True, "mask.numbers": True,
+    "reduce.forward": False, "reduce.backward": True, "reduce.both": True, "mask.draw": True, "mask.numbers": True,
 }  # fmt: skip
 TOKENS = (8192, 2048, 512, 16)
 RANKS = ((2, 32), (3, 32), (4, 32), (5, 32), (8, 32), (5, 12), (9, 32), (10, 32), (12, 32), (15, 32))
@@ -70,7 +70,8 @@ SASS_LIMITS = {
     "shrink.forward": {96: (4.5, 10.0)}, "shrink.pack": {96: (4.5, 10.0)}, "shrink.backward": {96: (4.5, None)},
     "expand.forward": WRITTEN, "expand.bias": WRITTEN, "expand.backward": WRITTEN,
     "expand.add": ADDED, "expand.backward_add": ADDED,
-    "reduce.forward": {96: (5.5, None)}, "reduce.backward": {96: (5.5, 11.0)}, "mask.draw": {96: (None, 12.0)},
+    "reduce.forward": {96: (5.5, None)}, "reduce.backward": {96: (5.5, 11.0)}, "reduce.both": {96: (5.5, 11.0)},
+    "mask.draw": {96: (None, 12.0)},
 }  # fmt: skip
 
 
@@ -117,7 +118,7 @@ class Case(LauncherCall):
             case "reduce.backward":
                 reduce(h, big, n, params, **drop, config=config)
             case "reduce.both":
-                reduce_all(h, big, b, scale, 0.5, h, big, params, config=config)
+                reduce_all(h, big, b, scale, 0.5, h, big, params, **drop, config=config)
             case "mask.draw":
                 draw(seed.long(), M, D, 0.05)
             case "mask.numbers":

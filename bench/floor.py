@@ -60,8 +60,8 @@ def layer_work(M: int, K: int, N: int, R: int, itemsize: int, direction: str) ->
 
 def product_work(use: str, M: int, D: int, R: int, itemsize: int) -> Work:
     """The work of one kernel: shrink and reduce read (M, D) once; expand writes it, and reads it too where it adds.
-    Each is one product with R columns. ``use`` starts with the kernel's name and contains "added" for an expand that
-    adds.
+    Each is one product with R columns, "reduce both" two. ``use`` starts with the kernel's name and contains "added"
+    for an expand that adds.
     """
-    large = M * D * (2 if "added" in use else 1)
-    return Work(2 * M * D * R, itemsize * (large + M * R + R * D))
+    large, products = M * D * (2 if "added" in use else 1), 2 if "both" in use else 1
+    return Work(products * 2 * M * D * R, products * itemsize * (large + M * R + R * D))

@@ -18,31 +18,33 @@ from multilora_fast.ops.backends import choose, load
 GPU = torch.cuda.is_available()
 USES = [
     "shrink forward", "shrink backward", "expand forward", "expand forward, added", "expand backward",
-    "expand backward, added", "reduce forward", "reduce backward",
+    "expand backward, added", "reduce forward", "reduce backward", "reduce both",
 ]  # fmt: skip
 TOKENS, D = ((8192, 2048, 512, 64), 4096) if GPU else ((1024,), 2048)
 DECODE = 64  # maximum tokens; training never uses so few
 
 
 def call(ops, use: str, t: dict[str, torch.Tensor], keep, p: float):
-    """Run one use with the tensors of ``t``; expand works in place on t["y"] and returns it."""
+    """Run one use with the tensors of ``t``, and return its results; expand works in place on t["y"]."""
     n = t["A"].shape[0]
     dropout = (keep, p) if p else ()
     match use:
         case "shrink forward":
-            return ops.shrink(t["x"], t["A"], None, 1.0, *dropout)
+            return (ops.shrink(t["x"], t["A"], None, 1.0, *dropout),)
         case "shrink backward":
-            return ops.shrink(t["x"], t["w"], t["s"], 2.0)
+            return (ops.shrink(t["x"], t["w"], t["s"], 2.0),)
         case "expand forward" | "expand forward, added":
             ops.expand(t["y"], t["h"], t["w"], t["s"], 2.0, accumulate="added" in use)
-            return t["y"]
+            return (t["y"],)
         case "expand backward" | "expand backward, added":
             ops.expand(t["y"], t["h"], t["A"], None, 1.0, *dropout, accumulate="added" in use)
-            return t["y"]
+            return (t["y"],)
         case "reduce forward":
-            return ops.reduce_scaled(t["h"], t["x"], t["w"], t["s"], 2.0)[0]
+            return ops.reduce_scaled(t["h"], t["x"], t["w"], t["s"], 2.0)
         case "reduce backward":
-            return ops.reduce(t["h"], t["x"], n, t["h"].dtype, *dropout)
+            return (ops.reduce(t["h"], t["x"], n, t["h"].dtype, *dropout),)
+        case "reduce both":
+            return ops.reduce_all(t["h"], t["y"], t["w"], t["s"], 2.0, t["h"], t["x"], t["h"].dtype, *dropout)
 
 
 def inputs(rows: int, columns: int, n: int, r: int, dtype: torch.dtype, device: str) -> dict[str, torch.Tensor]:
@@ -60,7 +62,7 @@ def inputs(rows: int, columns: int, n: int, r: int, dtype: torch.dtype, device: 
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_op(benchmark, tokens, use, n, p, tiny, device):
-    drops = use.startswith(("shrink forward", "expand backward", "reduce backward"))
+    drops = use.startswith(("shrink forward", "expand backward", "reduce backward", "reduce both"))
     if p and not drops:
         pytest.skip("this use has no dropout")
     if tokens <= DECODE and (p or "backward" in use or use.startswith("reduce")):
@@ -74,9 +76,10 @@ def test_op(benchmark, tokens, use, n, p, tiny, device):
     keep = ops.draw(seed, rows, columns, p, dtype)
     exact = {name: tensor.double() for name, tensor in t.items()}
     mask = torch_backend.Mask(ops.dropout_mask(seed, rows, columns, p).double()) if p else None
-    truth = call(torch_backend, use, exact, mask, p)
-    got = call(ops, use, {**t, "y": t["y"].clone()}, keep, p)
-    assert (got - truth).norm() <= 0.01 * truth.norm()
+    truths = call(torch_backend, use, exact, mask, p)
+    results = call(ops, use, {**t, "y": t["y"].clone()}, keep, p)
+    for got, truth in zip(results, truths, strict=True):
+        assert (got - truth).norm() <= 0.01 * truth.norm()
 
     def prepared():
         return (ops, use, t, ops.draw(seed, rows, columns, p, dtype), p), {}

@@ -1,9 +1,10 @@
 """reduce over tokens: dÃ = dHᵀ x̂, and P = dyᵀ H with dBᵢ = c·sᵢ ⊙ Pᵢ, dsᵢ = c·rowsum(Bᵢ ⊙ Pᵢ) as its epilogue.
 
 The first kernel sums a part of the tokens for BLOCK_D features and as many of the R columns as its configuration holds
-(256 or 512), so z is read once; where that is not all of R, the programs of one tile of z are neighbours and the later
-ones find it in L2. It accumulates (D, R), which stays on the tensor cores however few columns there are. The second,
-in finish.py, adds the parts in order, for one gradient or for both.
+(256 or 512), so z, which is x or dy, is read once; where that is not all of R, the programs of one tile of z are
+neighbours and the later ones find it in L2. It accumulates (D, R), which stays on the tensor cores however few columns
+there are. The second, in finish.py, adds the parts in order. Each runs once for both gradients of a layer: one launch
+with twice the tiles fills the GPU with half the parts.
 """
 
 import torch
@@ -30,31 +31,14 @@ def input_tile(z_ptrs, mask_d, mask_m, mask, mask_rows, start_d, DOT: tl.constex
     return z
 
 
-@triton.jit(do_not_specialize=["M", "steps", "threshold"])
-def reduce_kernel(
-    z_ptr, stride_zm,  # z [M, D], which is x or dy
-    h_ptr, stride_hm,  # H or dH [M, R]
-    parts_ptr,  # P in parts [parts, D, R]
-    bits_ptr, stride_bits,  # mask [M, ⌈D/32⌉], or None
-    threshold,  # 65536·p
-    M,  # tokens
-    D,  # features
-    steps,  # tiles of tokens in a part
-    R: tl.constexpr,  # n·r
-    DOT: tl.constexpr,  # dtype of the factors
-    ACC: tl.constexpr,  # dtype of the sums
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_R2: tl.constexpr,  # a second tile of the rank, or 0
+@triton.jit
+def reduce_tile(
+    z_ptr, stride_zm, h_ptr, stride_hm, parts_ptr, mask, pid, part, M, D, steps,
+    R: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_R2: tl.constexpr,
 ):  # fmt: skip
-    """P[d, c] = Σ_m ẑ[m, d] · h[m, c], in parts of the tokens
-
-    Bytes: z read once, h ⌈D/BLOCK_D⌉ times, which L2 serves; the parts, D·R·4 each, written. A mask adds M·⌈D/32⌉·4.
-    """
-    mask = (bits_ptr, stride_bits, M, threshold)
+    """BLOCK_D features of ẑᵀ h, and one chunk of its columns, over the tokens of a part."""
     chunks: tl.constexpr = (R + BLOCK_R + BLOCK_R2 - 1) // (BLOCK_R + BLOCK_R2)
-    pid, part = tl.program_id(0), tl.program_id(1)
     start_d = (pid // chunks) * BLOCK_D
     start_c = (pid % chunks) * (BLOCK_R + BLOCK_R2)
     offs_d = start_d + tl.arange(0, BLOCK_D)
@@ -82,6 +66,52 @@ def reduce_kernel(
         store_columns(out_ptrs, mask_d[:, None], offs_c2, acc2 * inverse, R)
 
 
+@triton.jit(do_not_specialize=["M", "steps", "threshold"])
+def reduce_kernel(
+    dy_ptr, stride_ym,  # dy [M, N], or None where lora_B wants no gradient
+    h_ptr, stride_hm,  # H [M, R]
+    parts_b_ptr,  # P in parts [parts, N, R]
+    x_ptr, stride_xm,  # x [M, K], or None where lora_A wants no gradient
+    dh_ptr, stride_dm,  # dH [M, R]
+    parts_a_ptr,  # dÃᵀ in parts [parts, K, R]
+    bits_ptr, stride_bits,  # mask of x [M, ⌈K/32⌉], or None
+    threshold,  # 65536·p
+    M,  # tokens
+    N,  # out_features
+    K,  # in_features
+    steps,  # tiles of tokens in a part
+    R: tl.constexpr,  # n·r
+    DOT: tl.constexpr,  # dtype of the factors
+    ACC: tl.constexpr,  # dtype of the sums
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_R2: tl.constexpr,  # a second tile of the rank, or 0
+):  # fmt: skip
+    """P[d, c] = Σ_m dy[m, d] · h[m, c],  dÃᵀ[d, c] = Σ_m x̂[m, d] · dh[m, c], in parts of the tokens
+
+    The first ⌈N/BLOCK_D⌉·chunks programs of a part give P, the others dÃᵀ.
+
+    Bytes: dy and x read once, h ⌈N/BLOCK_D⌉ and dh ⌈K/BLOCK_D⌉ times, which L2 serves; the parts, (N + K)·R·4 each,
+    written. A mask adds M·⌈K/32⌉·4.
+    """
+    pid, part, first_a = tl.program_id(0), tl.program_id(1), 0
+    if dy_ptr is not None:
+        first_a = tl.cdiv(N, BLOCK_D) * tl.cdiv(R, BLOCK_R + BLOCK_R2)
+        if pid < first_a:
+            reduce_tile(
+                dy_ptr, stride_ym, h_ptr, stride_hm, parts_b_ptr, (None, 0, M, 0), pid, part, M, N, steps,
+                R, DOT, ACC, BLOCK_M, BLOCK_D, BLOCK_R, BLOCK_R2,
+            )  # fmt: skip
+    if x_ptr is not None:  # noqa: SIM102 (a constant, which leaves the rest out)
+        if pid >= first_a:
+            mask = (bits_ptr, stride_bits, M, threshold)
+            reduce_tile(
+                x_ptr, stride_xm, dh_ptr, stride_dm, parts_a_ptr, mask, pid - first_a, part, M, K, steps,
+                R, DOT, ACC, BLOCK_M, BLOCK_D, BLOCK_R, BLOCK_R2,
+            )  # fmt: skip
+
+
 def check_pair(h, z, name, R=None, S=None, n=1):
     """h has R columns, those of n branches, and the rows of z or, where z is read by index, S of them."""
     h, z = rows("h", h), rows(name, z)
@@ -97,39 +127,53 @@ def check_pair(h, z, name, R=None, S=None, n=1):
     return h, z
 
 
-def _sum_tokens(h, z, bits, p, config) -> Tensor | None:
-    """The parts (S, D, R) of ẑᵀ h in the accumulator's dtype, None where there is nothing to run."""
-    mask = mask_arguments(bits, p, *z.shape)
-    if z.shape[1] == 0 or z.is_meta:
-        return None
-    (M, R), D, (arch, processors) = h.shape, z.shape[1], device_of(z)
+def _sum_tokens(h, dy, dh, x, bits, p, config) -> tuple[Tensor | None, Tensor | None]:
+    """The parts (S, N, R) of dyᵀ h and (S, K, R) of x̂ᵀ dh in the accumulator's dtype, by one launch. A pair may be
+    None; None for what is not given or has nothing to run."""
+    mask = mask_arguments(bits, p, *(dy if x is None else x).shape)
+    (h, dy), (dh, x) = _runs(h, dy), _runs(dh, x)
+    z, head = (x, dh) if dy is None else (dy, h)
+    if z is None:
+        return None, None
+    (M, R), N, K = head.shape, 0 if dy is None else dy.shape[1], 0 if x is None else x.shape[1]
+    arch, processors = device_of(z)
     config = config or pick("reduce", M, R, z.dtype, arch, dropout=bits is not None)
     blocks = rank_tiles(R, config)
-    tiles = cdiv(D, config.BLOCK_D) * cdiv(R, sum(blocks))
+    tiles = (cdiv(N, config.BLOCK_D) + cdiv(K, config.BLOCK_D)) * cdiv(R, sum(blocks))
     parts, steps = split_k(tiles, cdiv(M, config.BLOCK_M), processors * config.programs, config.min_steps)
-    out = torch.empty((parts, D, R), dtype=sum_dtype(z.dtype), device=z.device)
+    parts_b, parts_a = [
+        torch.empty((parts, D, R), dtype=sum_dtype(z.dtype), device=z.device) if D > 0 else None for D in (N, K)
+    ]
     launch(
-        z, reduce_kernel, (tiles, parts), z_ptr=z, stride_zm=z.stride(0), h_ptr=h, stride_hm=h.stride(0), parts_ptr=out,
-        **mask, M=M, D=D, steps=steps, R=R, **tile_arguments(z.dtype, config, blocks),
+        z, reduce_kernel, (tiles, parts),
+        dy_ptr=dy, stride_ym=_pitch(dy), h_ptr=h, stride_hm=_pitch(h), parts_b_ptr=parts_b,
+        x_ptr=x, stride_xm=_pitch(x), dh_ptr=dh, stride_dm=_pitch(dh), parts_a_ptr=parts_a,
+        **mask, M=M, N=N, K=K, steps=steps, R=R, **tile_arguments(z.dtype, config, blocks),
     )  # fmt: skip
-    return out
+    return parts_b, parts_a
 
 
-def _parts_a(h, x, n, dtype, bits, p, config, R=None):
-    """The parts of dA, and where it goes."""
-    h, x = check_pair(h, x, "x", R, n=n)
-    da = torch.empty((n, h.shape[1] // n, x.shape[1]), dtype=dtype, device=x.device)
-    return _sum_tokens(h, x, bits, p, config), da
+def _runs(h, z) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if z is None or z.shape[1] == 0 or z.is_meta else (h, z)
 
 
-def _parts_b(h, dy, w, scale, config):
-    """The parts of P, and where dB and ds go."""
-    check_weight(w, scale, dy.shape[1])
+def _pitch(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _empty_a(h, x, n, dtype) -> Tensor:
+    return torch.empty((n, h.shape[1] // n, x.shape[1]), dtype=dtype, device=x.device)
+
+
+def _empty_b(dy, w) -> tuple[Tensor, Tensor]:
     n, r, N = w.shape
-    h, dy = check_pair(h, dy, "dy", n * r)
     db = torch.empty((n, N, r), dtype=w.dtype, device=dy.device)
-    ds = torch.empty((n, N), dtype=sum_dtype(dy.dtype), device=dy.device)
-    return _sum_tokens(h, dy, None, 0.0, config), db, ds
+    return db, torch.empty((n, N), dtype=sum_dtype(dy.dtype), device=dy.device)
+
+
+def _check_b(h, dy, w, scale):
+    check_weight(w, scale, dy.shape[1])
+    return check_pair(h, dy, "dy", w.shape[0] * w.shape[1])
 
 
 def reduce(
@@ -140,8 +184,9 @@ def reduce(
 
     Raises ValueError for shapes or dtypes that do not agree or p outside [0, 1).
     """
-    parts, da = _parts_a(h, x, n, dtype, bits, p, config)
-    finish(parts_a=parts, da=da)
+    h, x = check_pair(h, x, "x", n=n)
+    da = _empty_a(h, x, n, dtype)
+    finish(parts_a=_sum_tokens(None, None, h, x, bits, p, config)[1], da=da)
     return da
 
 
@@ -153,8 +198,9 @@ def reduce_scaled(
     dB is (n, N, r) in w's dtype. ds is (n, N) in float32 (float64 for float64 dy), for a scalar scale still to be
     summed over N. Raises ValueError for shapes or dtypes that do not agree.
     """
-    parts, db, ds = _parts_b(h, dy, w, scale, config)
-    finish(parts, w, scale, scaling, db, ds)
+    h, dy = _check_b(h, dy, w, scale)
+    db, ds = _empty_b(dy, w)
+    finish(_sum_tokens(h, dy, None, None, None, 0.0, config)[0], w, scale, scaling, db, ds)
     return db, ds
 
 
@@ -162,9 +208,12 @@ def reduce_all(
     h: Tensor, dy: Tensor, w: Tensor, scale: Tensor | None, scaling: float, dh: Tensor, x: Tensor, dtype: torch.dtype,
     bits: Tensor | None = None, p: float = 0.0, config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dB, ds, dA) of `reduce_scaled(h, dy, w, scale, scaling)` and `reduce(dh, x, n, dtype, bits, p)`, the same bits,
-    with one second pass for both."""
-    parts_b, db, ds = _parts_b(h, dy, w, scale, config)
-    parts_a, da = _parts_a(dh, x, w.shape[0], dtype, bits, p, config, R=h.shape[1])
+    """(dB, ds, dA) of `reduce_scaled(h, dy, w, scale, scaling)` and `reduce(dh, x, n, dtype, bits, p)`, by one launch
+    of each kernel for both. The sums are split otherwise, so the last bits differ where they are split."""
+    n = w.shape[0]
+    h, dy = _check_b(h, dy, w, scale)
+    dh, x = check_pair(dh, x, "x", h.shape[1], n=n)
+    (db, ds), da = _empty_b(dy, w), _empty_a(dh, x, n, dtype)
+    parts_b, parts_a = _sum_tokens(h, dy, dh, x, bits, p, config)
     finish(parts_b, w, scale, scaling, db, ds, parts_a, da)
     return db, ds, da

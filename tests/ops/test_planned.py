@@ -239,7 +239,7 @@ def launched(M: int, p: float, monkeypatch, joint: bool = False) -> list[str]:
 @pytest.mark.parametrize("p", [0.0, 0.05])
 @pytest.mark.parametrize(
     ("M", "joint", "most"),
-    [(8192, False, 10), (2048, False, 10), (512, False, 12), (16, False, 12), (8192, True, 8), (2048, True, 8)],
+    [(8192, False, 9), (2048, False, 9), (512, False, 11), (16, False, 11), (8192, True, 7), (2048, True, 7)],
 )
 def test_a_layer_takes_few_launches_and_two_less_with_the_joint_kernel(M, joint, most, p, monkeypatch):
     steps = launched(M, p, monkeypatch, joint)
