@@ -192,5 +192,6 @@ def _compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, options):
         raise ValueError(f'save_inputs="{settings.save_inputs}" cannot be compiled: use "exact" under torch.compile.')
     c, p, dtype, backend, _, exact_base = settings
     seed = seed_for(settings, seed, x)
-    lora_scaling = lora_scaling * c  # Dynamo may hold c as a symbol, which a custom op cannot take
-    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, 1.0, p, dtype, backend, exact_base)[0]
+    if not torch.fx.experimental.symbolic_shapes.has_static_value(c):  # a symbol, which an op cannot take
+        lora_scaling, c = lora_scaling * c, 1.0
+    return compiled(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed, c, p, dtype, backend, exact_base)[0]

@@ -188,13 +188,14 @@ def test_a_warm_step_of_a_layer_makes_few_python_calls(p):
 
 @pytest.mark.parametrize("p", [0.0, 0.05])
 def test_the_ops_that_torch_compile_calls_make_no_more_python_calls(p):
-    """Compiled code calls both ops below autograd."""
+    """Compiled code calls both ops, which autograd does not see."""
     case = random_case((8, 64), 64, 3, 32, bias=False)
     v = {name: case.parameters[name].requires_grad_(name != "weight") for name in NAMES if name != "bias"}
     branches = [v["lora_A"], v["lora_B"], v["lora_scaling"]]
     x, seed = case.x.requires_grad_(), torch.tensor([3]) if p else None
     settings, needs = (1.0, p, torch.float32, "triton"), [True, False, False, True, True, True]
-    forward, backward = torch.ops.multilora_fast.multilora.default, torch.ops.multilora_fast.multilora_backward.default
+    ops_of = torch.ops.multilora_fast
+    forward, backward = ops_of.multilora_forward.default, ops_of.multilora_backward.default
 
     def eager():
         multilora_linear(x, v["weight"], None, *branches, dropout_p=p, seed=seed, backend="triton").backward(case.dy)
