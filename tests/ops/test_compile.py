@@ -1,5 +1,6 @@
 """The op under torch.compile: one graph, exact, and one dropout mask in forward, recomputation and backward."""
 
+import operator
 import shutil
 from functools import partial
 
@@ -77,6 +78,18 @@ def test_scaling_factors_that_differ_stay_in_one_graph(device):
 
     for c in (1.0, 0.25, -3.0):
         torch.testing.assert_close(op(c), multilora_linear(case.x, **case.parameters, scaling_factor=c))
+
+
+@pytest.mark.parametrize("c", [1.0, 2.0])
+def test_a_constant_scaling_factor_is_no_product(c, device):
+    """It would be a kernel of its own, and one by 1 inside of a checkpoint fails to compile on torch 2.14 and 2.15."""
+    torch.compiler.reset()  # a second value would be a symbol
+    case, graphs = random_case((9, 24), 16, 2, 4, device=device), CompileCounterWithBackend("eager")
+    op = partial(multilora_linear, case.x, **case.parameters, scaling_factor=c)
+    torch.compile(op, fullgraph=True, backend=graphs)()
+    called = [node.target for node in graphs.graphs[0].graph.nodes if node.op == "call_function"]
+    assert operator.mul not in called
+    assert called
 
 
 def test_compiled_add_in_one_graph(device):
