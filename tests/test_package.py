@@ -47,6 +47,7 @@ def run(*words: object, cwd: Path, path: Path | None = None) -> str:
 
 def build(source: Path, target: Path, kind: str) -> Path:
     """The one file that the build backend makes of a copy of ``source``, which it leaves its traces in."""
+    pytest.importorskip("build")
     copy = target / "source"
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "results")
     shutil.copytree(source, copy, symlinks=True, ignore=ignored)

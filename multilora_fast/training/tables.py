@@ -20,15 +20,15 @@ def table_rows(path: Path | str) -> Iterator[tuple[str, object]]:
     Raises:
         ValueError: ``datasets`` is missing or cannot read it.
     """
-    if find_spec("datasets") is None:
-        raise ValueError(f"{path} needs datasets: run pip install datasets")
-    import datasets
-
     hub = HUB.match(str(path))
     if hub is None and str(path).startswith("hf:/"):
         raise ValueError(f"{path} must be hf://OWNER/NAME, hf://OWNER/NAME/CONFIG or either with :SPLIT.")
     if hub is None and not Path(path).is_file():
         raise ValueError(f"{path} cannot be read: No such file or directory.")
+    if find_spec("datasets") is None:
+        raise ValueError(f"{path} needs datasets: run pip install datasets")
+    import datasets
+
     name, config, split = hub.groups() if hub else ("parquet", None, None)
     files = {} if hub else {"data_files": str(path)}
     try:

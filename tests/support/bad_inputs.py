@@ -6,8 +6,10 @@ in which everything runs.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import starmap
 
+import pytest
 import torch
 from bad_files import (
     cut,
@@ -44,6 +46,7 @@ from multilora_fast.memory.report import MemoryPlan
 from multilora_fast.peft import init_adapter
 from multilora_fast.training.config import RECORD
 
+NEEDS_DATASETS = partial(pytest.importorskip, "datasets")
 SMALL = 512  # bytes that a file may have, on a disk that is full
 
 
@@ -227,11 +230,11 @@ COMMANDS = starmap(Row, [
     ("plan: JSON onto a directory", "plan ./base --output base", "--output base"),
     ("plan: full disk", "plan ./base --output a.json --plot a.png", "File too large", None, SMALL),
 
-    ("demo: unknown device", "demo --output out --device tpu", "--device"),
+    ("demo: unknown device", "demo --output out --device tpu", "--device", NEEDS_DATASETS),
     ("demo: no items", "demo --output out --eval-items 0", "--eval-items"),
-    ("demo: no model", "demo --output out --model ./nowhere", "--model ./nowhere"),
-    ("demo: onto a file", "demo --output sky.jsonl", "--output sky.jsonl"),
-    ("demo: onto others' files", "demo --output base", "--output base is not empty"),
+    ("demo: no model", "demo --output out --model ./nowhere", "--model ./nowhere", NEEDS_DATASETS),
+    ("demo: onto a file", "demo --output sky.jsonl", "--output sky.jsonl", NEEDS_DATASETS),
+    ("demo: onto others' files", "demo --output base", "--output base is not empty", NEEDS_DATASETS),
     ("demo: no steps", "demo --steps 0", "--steps"),
     ("demo: a rate below zero", "demo --learning-rate -1", "--learning-rate"),
     ("demo: no branches", "demo --lora-num 0", "lora_num"),

@@ -21,8 +21,7 @@ OTHERS = {  # PEFT leaves a LoRA's target_modules as they are; no gate
     "qwen2_moe": {**FAMILIES["qwen3_moe"], "shared_expert_intermediate_size": 16},
     "nemotron_h": {
         "moe_intermediate_size": 24, "intermediate_size": 48, "n_routed_experts": 5, "n_groups": 1,
-        "layer_types": ["moe", "attention"], "layers_block_type": ["moe", "attention"], "mamba_num_heads": 4,
-        "mamba_head_dim": 16, "ssm_state_size": 8,
+        "layers_block_type": ["moe", "full_attention"], "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8,
     },
 }  # fmt: skip
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]

@@ -177,3 +177,5 @@ def test_hub_data_sets_are_read_by_datasets(name, asked, task, monkeypatch):
     monkeypatch.setattr("multilora_fast.training.tables.find_spec", lambda _: None)
     with pytest.raises(ValueError, match="pip install datasets"):
         read_tasks([name], {})
+    with pytest.raises(ValueError, match="OWNER/NAME"):  # a mistake is named before what is missing
+        read_tasks(["hf://name"], {})
