@@ -78,7 +78,7 @@ def source(kernel: JITFunction, kwargs: dict) -> ASTSource:
 
 
 def options(kwargs: dict, arch: str) -> dict:
-    names = ("num_warps", "num_stages", "maxnreg") if arch.startswith("sm_") else ("num_warps", "num_stages")
+    names = ("num_warps", "num_stages", "enable_fp_fusion", *(["maxnreg"] if arch.startswith("sm_") else []))
     return {name: kwargs[name] for name in names if name in kwargs}
 
 

@@ -188,8 +188,9 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 @cache
 def launch_options(config: KernelConfig | None = None) -> dict[str, int]:
     """Compiler options, None being a kernel without a configuration. maxnreg=255 keeps ptxas from spilling for
-    occupancy."""
+    occupancy. Triton 3.10 turns fusion into fma off by default."""
     options = {"num_warps": 4} if config is None else {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options["enable_fp_fusion"] = True
     return options if torch.version.hip else options | {"maxnreg": 255}
 
 
