@@ -170,14 +170,16 @@ class _Thread(threading.local):
 
     waiting: Waiting | None = None
     last: weakref.ref[Tensor] | None = None
+    state: tuple = ()
 
     def __reduce__(self):
         return _Thread, ()
 
     def readers(self, member: Any, x: Tensor) -> int:
-        """How many members in a row were called on x, up to ``member``."""
-        if self.last is None or self.last() is not x:
-            self.last, self.seen = weakref.ref(x), set()
+        """How many members in a row were called on x in one state, up to ``member``."""
+        state = _state(x)
+        if self.last is None or self.last() is not x or self.state != state:
+            self.last, self.state, self.seen = weakref.ref(x), state, set()
         self.seen.add(id(member))
         return len(self.seen)
 
@@ -221,5 +223,8 @@ def _version(base: Base, branches: Sequence[Tensor]) -> int:
 
 
 def _state(x: Tensor) -> tuple:
-    """What must match for all members besides x."""
-    return x._version, torch.is_grad_enabled(), autocast_dtype(x), torch._C._current_graph_task_id()
+    """What must match for all members besides x. Saved-tensor hooks tell regions of checkpointing apart: each must
+    save the same when it is recomputed. They are kept by id, because they hold the region's inputs."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    region = None if hooks is None else id(hooks[0])
+    return x._version, torch.is_grad_enabled(), autocast_dtype(x), region, torch._C._current_graph_task_id()

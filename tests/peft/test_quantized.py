@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import ATTENTION, IDS, assert_differ, config, llama, logits
 from torch import nn
 
@@ -147,6 +147,42 @@ def test_unmerge_goes_back_as_far_as_quantization_lets_it(bits, step):
     assert (dense(layer) - before).norm() > 2 * step * before.norm()
     layer.unmerge()
     assert (dense(layer) - before).norm() < step * before.norm()
+
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("kinds", "dtype", "autocast"),
+    [
+        ((SINGLE,) * 3, SINGLE, HALF), ((HALF,) * 3, SINGLE, HALF), ((HALF,) * 3, SINGLE, torch.float16),
+        ((None,) * 3, SINGLE, HALF), ((None, HALF, None), HALF, None), ((SINGLE, None, SINGLE), SINGLE, None),
+        (("dense", HALF, HALF), SINGLE, HALF), ((None, "dense", SINGLE), SINGLE, None), ((SINGLE,) * 3, HALF, HALF),
+    ],
+)  # fmt: skip
+def test_4bit_layers_of_any_kinds_compute_together_what_each_computes_alone(kinds, dtype, autocast):
+    """q, k and v of these compute dtypes: outputs and gradients in the same dtypes, those of PEFT's LoRA."""
+    names = ATTENTION[:3]
+    x = torch.randn(2, 9, 64).to(dtype)
+    found = []
+    for options in (LoraConfig(r=8), config(share_inputs=False), config()):
+        torch.manual_seed(0)
+        linears = {name: nn.Linear(64, 64) for name in names}
+        bases = {name: linears[name] if kind == "dense" else quantize(linears[name], 4, kind)
+                 for name, kind in zip(names, kinds, strict=True)}  # fmt: skip
+        options.target_modules = names
+        model = get_peft_model(nn.ModuleDict(bases), options).train()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", autocast or HALF, enabled=autocast is not None):
+            outs = [model.base_model.model[name](leaf) for name in names]
+        sum(out.float().sin().sum() for out in outs).backward()
+        found.append([*outs, leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    peft, alone, together = found
+    assert [out.dtype for out in peft[:4]] == [out.dtype for out in together[:4]]
+    half = {*kinds, dtype, autocast} & {HALF, torch.float16}
+    for ours, wanted in zip(together, alone, strict=True):
+        assert ours.dtype == wanted.dtype
+        assert (ours - wanted).norm() <= (0.02 if half else 1e-5) * wanted.norm()
 
 
 def test_4bit_layers_share_their_input(monkeypatch):
