@@ -17,10 +17,12 @@ from .shrink import shrink
 def linear(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor, w: Tensor, scale: Tensor | None = None,
     scaling: float = 1.0, bits: Tensor | None = None, p: float = 0.0, *, transposed: bool, exact: bool = False,
+    config: KernelConfig | None = None,
 ) -> None:  # fmt: skip
     """Writes y (M, N) = x Wᵀ (`transposed`, weight (N, K)) or x W (weight (K, N)), plus bias (N,) and the branches that
-    `expand` adds for h, w, scale, scaling, bits and p. With `exact` the base product is torch's."""
-    config = _config(y, x, weight, h.shape[1], transposed, exact)
+    `expand` adds for h, w, scale, scaling, bits and p. With `exact` the base product is torch's; with `config`, the
+    joint kernel's tile, it is the joint kernel's."""
+    config = config or joint_config(y, x, weight, h.shape[1], transposed, exact)
     if config is not None and describable(h):
         product(x, weight, bias, h, w, scale, scaling, bits, p, transposed=transposed, out=y, config=config)
     else:
@@ -30,24 +32,26 @@ def linear(
 
 def layer(
     y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: Tensor | None,
-    scaling: float, bits: Tensor | None, p: float, *, exact: bool = False,
+    scaling: float, bits: Tensor | None, p: float, *, exact: bool = False, config: KernelConfig | None = None,
 ) -> Tensor:  # fmt: skip
     """A whole forward: writes y (M, N) = x Wᵀ + bias + H B̃ᵀ from a (n, r, K) and b (n, r, N), and returns H (M, n·r).
+    `exact` and `config` are :func:`linear`'s.
 
     The launch of shrink also packs B̃ for the joint kernel.
     """
     n, r, N = b.shape
-    if _config(y, x, weight, n * r, True, exact) is None:
+    config = config or joint_config(y, x, weight, n * r, True, exact)
+    if config is None:
         H = shrink(x, a, bits=bits, p=p)
         linear(y, x, weight, bias, H, b, scale, scaling, transposed=True, exact=exact)
         return H
     packed = rank_rows(N, n * r, x)
     H = shrink(x, a, bits=bits, p=p, packing=Packing(b, scale, scaling, packed.t()))
-    linear(y, x, weight, bias, H, packed.t()[None], transposed=True)
+    linear(y, x, weight, bias, H, packed.t()[None], transposed=True, config=config)
     return H
 
 
-def _config(y, x, weight, R: int, transposed: bool, exact: bool) -> KernelConfig | None:
+def joint_config(y, x, weight, R: int, transposed: bool, exact: bool) -> KernelConfig | None:
     """The joint kernel's tile, None where it does not run."""
     (M, N), K, (arch, _) = y.shape, x.shape[1], device_of(x)
     layer = ("forward", M, K, N) if transposed else ("backward", M, N, K)

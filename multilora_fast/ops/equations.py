@@ -70,6 +70,7 @@ def forward(
     mask = ops.draw(seed, *x.shape, p, settings.dtype)
     out = x.new_empty((*shape[:-1], lora_B.shape[1]))
     tokens = as_tokens(out, settings.dtype)
+    _check_joint("forward", tokens, x, weight, bias, w, settings)
     H = ops.layer(tokens, x, weight, bias, lora_A, w, scale, c, mask, p, exact=settings.exact_base)
     return out, H
 
@@ -150,6 +151,7 @@ def _backward(
             elif weight is None:
                 ops.expand(target, dH, lora_A, None, 1.0, mask, p, accumulate=False)
             else:
+                _check_joint("backward", target, dy, weight, None, lora_A, each[0])
                 ops.linear(target, dy, weight, None, dH, lora_A, None, 1.0, mask, p, transposed=False, exact=exact)
     wanted = [need.lora_B or need.lora_scaling for need in needs]
     if wants_A and wanted == [True]:
@@ -187,14 +189,25 @@ def _expand(
     if weight is None:
         ops.expand(out, H, w, scale, c)
     else:
+        _check_joint("forward", out, x, weight, bias, w, settings)
         ops.linear(out, x, weight, bias, H, w, scale, c, None, 0.0, transposed=True, exact=settings.exact_base)
 
 
 def _products(direction: str, tokens: Tensor, w: Tensor, settings: OpSettings) -> Backend:
     """The backend's products; on a GPU after the self-check of its kernels."""
-    if settings.backend == "triton" and tokens.is_cuda:
+    if _is_checked(tokens, settings):
         selfcheck.check(direction, tokens, w, settings)
     return load(settings.backend)
+
+
+def _check_joint(direction: str, y: Tensor, x: Tensor, weight, bias: Tensor | None, w: Tensor, settings) -> None:
+    """On a GPU the self-check of the joint kernel, where it computes the base product."""
+    if _is_checked(x, settings):
+        selfcheck.check_joint(direction, y, x, weight, bias, w, settings)
+
+
+def _is_checked(tokens: Tensor, settings: OpSettings) -> bool:
+    return settings.backend == "triton" and tokens.is_cuda
 
 
 def per_column(lora_scaling: Tensor, w: Tensor) -> Tensor:
