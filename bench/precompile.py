@@ -31,7 +31,7 @@ class Precompiler:
         self.begun[stage] = []
         with contextlib.suppress(BrokenProcessPool):
             for config in configs:
-                self.begun[stage].append(self.pool.submit(compile_uses, stage.kernel, config, *shape))
+                self.begun[stage].append(self.pool.submit(compile_uses, stage, config, *shape))
 
     def wait(self, stage, seconds: float) -> None:
         """Wait until all of ``stage`` are compiled, at most ``seconds``."""
@@ -45,16 +45,15 @@ class Precompiler:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def compile_uses(kernel: str, config: KernelConfig, M: int, D: int, n: int, r: int, device: str = "cuda") -> None:
-    """Compile what the uses of a kernel launch on (M, D), through their launchers, and launch nothing.
+def compile_uses(stage, config: KernelConfig, M: int, D: int, n: int, r: int, device: str = "cuda") -> None:
+    """Compile what the uses of a stage's kernel launch on (M, D), through their launchers, and launch nothing.
 
     The sizes are those that are timed, because the split of a sum changes the code.
     """
-    from bench.tune_uses import empty_inputs, launches
     from multilora_fast.kernels import launch
 
     with mock.patch.object(launch, "compile_and_run", compile_only), mock.patch.object(launch, "_COMPILED", {}):
-        for use in launches(kernel, empty_inputs(M, D, n, r, device=device)).values():
+        for use in stage.uses.launches(stage.kernel, stage.uses.empty_inputs(M, D, n, r, device=device)).values():
             with contextlib.suppress(Exception):  # the launch raises it again
                 use(config)
 

@@ -5,8 +5,9 @@
 A stage is one row of the table: a kernel and its use (expand adding or writing, with or without a mask), a size class
 and a rank class. For every shape of a stage, each candidate is checked against torch in float32, then timed by replays
 of a captured graph over inputs that exceed L2. The first candidate is the present row. The stages of "product" compare
-the joint kernel with expand and the library's product. The time budget is divided over the stages, headline ones first;
-a stage that runs out of time keeps its best so far and says so, and a stage with too little time is not started.
+the joint kernel with expand and the library's product; those of "grouped" are the kernels of experts. The time budget
+is divided over the stages, headline ones first; a stage that runs out of time keeps its best so far and says so, and a
+stage with too little time is not started.
 """
 
 import argparse
@@ -22,11 +23,13 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
+from bench import tune_grouped, tune_uses
 from bench.clock import cache_bytes, cold_copies, device_time
 from bench.environment import conditions, slug
 from bench.precompile import Precompiler
+from bench.tune_grouped import GROUPED
 from bench.tune_product import JOINT, ProductStage, product_stages, time_product, winning_rows, wins
-from bench.tune_uses import DTYPE, KERNELS, Inputs, correct, draw_inputs, launches, truths
+from bench.tune_uses import DTYPE, KERNELS, correct
 from multilora_fast.kernels.configs import KernelConfig, device_of, dtype_class, pick, rank_class, rank_tiles
 
 SHARED_LIMIT = 224 * 1024
@@ -48,35 +51,49 @@ class Stage:
     def key(self) -> tuple:
         return self.kernel, self.size, self.rank
 
+    @property
+    def uses(self):
+        """The module that draws the inputs of the kernel and launches it."""
+        return tune_grouped if self.kernel in GROUPED else tune_uses
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(M, D) of the inputs, M being the rows of one expert in the kernels of experts."""
+        rows, features = (tune_grouped.ROWS, tune_grouped.FEATURES) if self.kernel in GROUPED else (TOKENS, FEATURES)
+        return list(itertools.product(rows[self.size], features))
+
 
 def stages(kernel: str | None = None, size: str | None = None) -> list[Stage]:
-    """The kernels' rows, headline rank classes and sizes first. Training never has decode-sized inputs, so reduce and
-    masked uses have no decode rows.
+    """The kernels' rows, headline rank classes and sizes first, then the experts'. Training never has decode-sized
+    inputs, so reduce and masked uses have no decode rows; of an expert's rows it may have as few.
     """
-    every = (Stage(k, s, rank) for rank in RANKS for s in TOKENS for k in KERNELS)
-    return [
+    every = [Stage(k, s, rank) for rank in RANKS for s in TOKENS for k in KERNELS]
+    every = [
         stage
         for stage in every
         if not (stage.size == "decode" and (stage.kernel.startswith("reduce") or "dropout" in stage.kernel))
         and (stage.rank in HEADLINE or stage.size == "8192")
-        and kernel in (None, stage.kernel.split()[0])
-        and size in (None, stage.size)
     ]
+    every += [Stage(k, s, HEADLINE[0]) for s in tune_grouped.ROWS for k in GROUPED]
+    return [stage for stage in every if stage.kernel.startswith(kernel or "") and size in (None, stage.size)]
 
 
 def schedule(kernel: str | None = None, size: str | None = None) -> list[Stage | ProductStage]:
-    """All stages in order: for each headline rank the kernels', then the joint kernel's; then the other ranks'."""
-    kernels = stages(kernel, size)
+    """All stages in order: for each headline rank the kernels', then the joint kernel's; then the other ranks' and the
+    experts'."""
+    every = stages(kernel, size)
     joint = product_stages(HEADLINE) if kernel in (None, JOINT) and size is None else []
+    experts = [stage for stage in every if stage.kernel in GROUPED]
+    kernels = [stage for stage in every if stage.kernel not in GROUPED]
     found: list[Stage | ProductStage] = []
     for rank in RANKS:
         found += [stage for stage in (*kernels, *joint) if stage.rank == rank]
-    return found
+    return found + experts
 
 
 def shared_bytes(kernel: str, config: KernelConfig, R: int, itemsize: int = 2) -> int:
     """Approximate shared memory of the pipelined tiles and of the weight that expand keeps, in bytes."""
-    columns = sum(rank_tiles(R, config))
+    columns, kernel = sum(rank_tiles(R, config)), kernel.removeprefix("grouped_")
     if kernel.startswith("expand"):
         return (config.num_stages * config.BLOCK_M + config.BLOCK_D) * columns * itemsize
     across, along = (
@@ -101,6 +118,9 @@ def candidates(stage: Stage, present: KernelConfig) -> list[KernelConfig]:
     if stage.kernel.startswith("reduce"):
         rows, programs = (32, 64, 128), (1, 2)
     whole = (256, 512) if n * r > 256 else (256,)
+    if stage.kernel in GROUPED:
+        rows, columns, steps, whole = (16, 32, 64, 128), (32, 64, 128), (4,), (128,)
+        programs = (2, 4) if "expand" in stage.kernel else (1,)
     every = itertools.product(rows, columns, (4, 8), (2, 3, 4, 6), steps, packs, (True,), whole, programs)
     others = [KernelConfig(*values) for values in every]
     others = [c for c in others if c != present and shared_bytes(stage.kernel, c, n * r) <= SHARED_LIMIT]
@@ -113,17 +133,18 @@ class Work:
     """One shape of a stage: launches over rotating inputs, and the expected result of the first."""
 
     shape: str
-    sets: list[Inputs]
+    sets: list
     truth: dict[str, torch.Tensor]
 
 
 def work_of(stage: Stage) -> list[Work]:
     n, r = RANKS[stage.rank]
     found = []
-    for M, D in itertools.product(TOKENS[stage.size], FEATURES):
-        touched = DTYPE.itemsize * D * (M + n * r)  # the minimum traffic of one launch
-        sets = [draw_inputs(M, D, n, r) for _ in range(cold_copies(touched, cache_bytes()))]
-        found.append(Work(f"{M}x{D}", sets, truths(stage.kernel, sets[0])))
+    experts = tune_grouped.EXPERTS if stage.kernel in GROUPED else 1
+    for M, D in stage.shapes:
+        touched = experts * DTYPE.itemsize * D * (M + n * r)  # the minimum traffic of one launch
+        sets = [stage.uses.draw_inputs(M, D, n, r) for _ in range(cold_copies(touched, cache_bytes()))]
+        found.append(Work(f"{M}x{D}", sets, stage.uses.truths(stage.kernel, sets[0])))
     return found
 
 
@@ -131,7 +152,7 @@ def time_config(stage: Stage, config: KernelConfig, work: list[Work], clock=devi
     """Microseconds by use and shape, or why the configuration fails."""
     times = {}
     for case in work:
-        rotated = [launches(stage.kernel, inputs) for inputs in case.sets]
+        rotated = [stage.uses.launches(stage.kernel, inputs) for inputs in case.sets]
         for name, launch in rotated[0].items():
             try:
                 if not correct(stage.kernel, launch, config, case.truth[name]):
@@ -149,7 +170,7 @@ def time_config(stage: Stage, config: KernelConfig, work: list[Work], clock=devi
 def present_row(stage: Stage, arch: str) -> KernelConfig:
     kernel, *use = stage.kernel.split()
     n, r = RANKS[stage.rank]
-    return pick(kernel, TOKENS[stage.size][0], n * r, DTYPE, arch, "add" in use, "dropout" in use)
+    return pick(kernel, stage.shapes[0][0], n * r, DTYPE, arch, "add" in use, "dropout" in use)
 
 
 def run_stage(stage: Stage, arch: str, deadline: float) -> dict:
@@ -204,13 +225,13 @@ def begin(ahead: Precompiler, soon: list[Stage | ProductStage], arch: str) -> No
     """Start compiling the first candidates of the kernels' stages among ``soon``."""
     for stage in soon:
         if isinstance(stage, Stage):
-            shape = TOKENS[stage.size][0], FEATURES[0], *RANKS[stage.rank]
+            shape = *stage.shapes[0], *RANKS[stage.rank]
             ahead.start(stage, candidates(stage, present_row(stage, arch))[:TOGETHER], shape)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--kernel", choices=["shrink", "expand", "reduce", JOINT], help="tune only this kernel")
+    parser.add_argument("--kernel", choices=["shrink", "expand", "reduce", JOINT, "grouped"], help="tune only this")
     parser.add_argument("--size", choices=list(TOKENS), help="tune only this size class")
     parser.add_argument("--seconds", type=float, default=480.0, help="total time in seconds (default 480)")
     parser.add_argument("--out", type=Path, default=Path("bench/results") / slug(), help="directory for tune.json")

@@ -1,15 +1,17 @@
 """The tuner's candidates, result check, time shares and rows, without a GPU."""
 
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from device import DEVICE
 
-from bench import tune, tune_product, tune_uses
+from bench import tune, tune_grouped, tune_product, tune_uses
 from bench.tune_product import JOINT, LIBRARY, ProductStage, winning_rows, wins
 from multilora_fast.kernels.configs import TUNED_CONFIGS, KernelConfig, find_row, product_config
 
@@ -27,36 +29,59 @@ def test_candidates_start_with_the_present_row_and_fit(stage):
 
 
 def test_every_use_of_the_table_has_stages_of_its_own():
-    """Except the experts', which are chosen from compiler output."""
     timed = {stage.kernel for stage in tune.stages()}
-    uses = ("shrink", "expand", "expand add", "reduce")
+    uses = ("shrink", "expand", "expand add", "reduce", "grouped_shrink", "grouped_expand", "grouped_reduce")
     assert timed == {use + dropout for use in uses for dropout in ("", " dropout")}
-    assert {key[0] for key in TUNED_CONFIGS if not key[0].startswith("grouped")} <= timed
+    assert {key[0] for key in TUNED_CONFIGS} <= timed
     for stage in tune.stages():
         kernel, *use = stage.kernel.split()
-        tokens = tune.TOKENS[stage.size][0]
-        row = find_row(kernel, tokens, stage.rank, tune.DTYPE, "sm_90", "add" in use, "dropout" in use)
-        assert row[0] in (kernel, stage.kernel)
+        for M, _ in stage.shapes:
+            row = find_row(kernel, M, stage.rank, tune.DTYPE, "sm_90", "add" in use, "dropout" in use)
+            assert row[0] in (kernel, stage.kernel)
+            assert row[1] in (stage.size, "8192")
 
 
-@pytest.mark.parametrize("kernel", tune.KERNELS)
-def test_right_results_pass_the_check_and_wrong_ones_do_not(kernel):
-    for _, launch, truth in tune_uses.uses(kernel, 40, 48, 2, 8, torch.float32, DEVICE):
-        assert tune.correct(kernel, launch, KernelConfig(32, 32, 4, 2), truth)
-        assert not tune.correct(kernel, launch, KernelConfig(32, 32, 4, 2), 1.05 * truth + 0.1)
+def test_a_printed_row_of_experts_is_the_one_that_serves_what_was_timed(monkeypatch):
+    for stage in tune.stages("grouped"):
+        config = KernelConfig(48, 48, 4, 2)
+        monkeypatch.setitem(TUNED_CONFIGS, (stage.kernel, stage.size, "half", "sm_90", stage.rank), config)
+        kernel, *use = stage.kernel.split()
+        for M, _ in stage.shapes:
+            key = find_row(kernel, M, stage.rank, tune.DTYPE, "sm_90", dropout="dropout" in use)
+            assert TUNED_CONFIGS[key] is config
 
 
-@pytest.mark.parametrize("kernel", ["shrink", "expand add dropout"])
-def test_a_configuration_is_timed_by_use_and_shape_over_all_inputs_or_not_at_all(kernel):
+@pytest.fixture
+def few_experts(monkeypatch):
+    monkeypatch.setattr(tune_grouped, "EXPERTS", 4)
+    monkeypatch.setattr(tune_grouped, "TAKEN", 2)
+
+
+def inputs_of(stage):
+    return stage.uses.draw_inputs(8 if stage.kernel in tune.GROUPED else 40, 48, 2, 8, torch.float32, DEVICE)
+
+
+@pytest.mark.parametrize("kernel", [*tune.KERNELS, *tune.GROUPED])
+def test_right_results_pass_the_check_and_wrong_ones_do_not(kernel, few_experts):
+    stage, config = tune.Stage(kernel, "512", 16), KernelConfig(32, 32, 4, 2)
+    inputs = inputs_of(stage)
+    truths = stage.uses.truths(kernel, inputs)
+    for name, launch in stage.uses.launches(kernel, inputs).items():
+        assert tune.correct(kernel, launch, config, truths[name])
+        assert not tune.correct(kernel, launch, config, 1.05 * truths[name] + 0.1)
+
+
+@pytest.mark.parametrize("kernel", ["shrink", "expand add dropout", "grouped_expand dropout"])
+def test_a_configuration_is_timed_by_use_and_shape_over_all_inputs_or_not_at_all(kernel, few_experts):
     stage, rotated = tune.Stage(kernel, "512", 16), []
-    sets = [tune_uses.draw_inputs(40, 48, 2, 8, torch.float32, DEVICE) for _ in range(3)]
-    work = [tune.Work("40x48", sets, tune_uses.truths(kernel, sets[0]))]
+    sets = [inputs_of(stage) for _ in range(3)]
+    work = [tune.Work("40x48", sets, stage.uses.truths(kernel, sets[0]))]
 
     def clock(calls, replays):
         rotated.append([call().data_ptr() for call in calls])
         return 7.0
 
-    names = tune_uses.launches(kernel, sets[0])
+    names = stage.uses.launches(kernel, sets[0])
     found = tune.time_config(stage, KernelConfig(32, 32, 4, 2), work, clock)
     assert found == {f"{name} 40x48": 7.0 for name in names}
     assert all(len(addresses) == 9 for addresses in rotated)
@@ -64,6 +89,23 @@ def test_a_configuration_is_timed_by_use_and_shape_over_all_inputs_or_not_at_all
         assert set(rotated[0]) == {t.y.data_ptr() for t in sets}
     work[0].truth.update({name: truth + 1 for name, truth in work[0].truth.items()})
     assert "wrong result" in tune.time_config(stage, KernelConfig(32, 32, 4, 2), work, clock)
+
+
+def test_a_stage_of_experts_prints_the_row_of_its_fastest_candidate(few_experts, monkeypatch, capsys):
+    inputs = partial(tune_grouped.draw_inputs, dtype=torch.float32, device=DEVICE)
+    monkeypatch.setattr(tune_grouped, "draw_inputs", inputs)
+    monkeypatch.setattr(tune_grouped, "ROWS", {"decode": (4,)})
+    monkeypatch.setattr(tune_grouped, "FEATURES", (16, 24))
+    monkeypatch.setattr(tune, "RANKS", {96: (2, 4)})
+    monkeypatch.setattr(tune, "cache_bytes", lambda: 1)
+    fast = KernelConfig(32, 32, 4, 2, columns=128)
+    monkeypatch.setattr(tune, "candidates", lambda stage, present: [present, fast])
+    times = iter([5.0, 6.0, 3.0, 4.0])
+    monkeypatch.setattr(tune.time_config, "__defaults__", (lambda calls, replays: next(times),))
+    found = tune.run_stage(tune.Stage("grouped_reduce dropout", "decode", 96), "sm_90", math.inf)
+    assert [list(tried["result"].values()) for tried in found["tried"]] == [[5.0, 6.0], [3.0, 4.0]]
+    row = '("grouped_reduce dropout", "decode", "half", "sm_90", 64): KernelConfig(32, 32, 4, 2, columns=128),'
+    assert f"{row}  # 7 us, was 11" in capsys.readouterr().out
 
 
 def test_the_seconds_are_shared_out_and_no_stage_gets_too_little_to_begin():
@@ -74,6 +116,10 @@ def test_the_seconds_are_shared_out_and_no_stage_gets_too_little_to_begin():
 
 def test_the_headline_rank_comes_first_with_the_joint_kernel_after_its_rows():
     todo = tune.schedule()
+    experts = tune.schedule("grouped")
+    assert todo[-len(experts) :] == experts
+    assert {stage.kernel for stage in experts} == set(tune.GROUPED)
+    del todo[-len(experts) :]
     ranks = [stage.rank for stage in todo]
     assert ranks == sorted(ranks)
     kinds = [isinstance(stage, ProductStage) for stage in todo if stage.rank == 96]
@@ -142,8 +188,9 @@ from bench.simulated import simulated_gpu
 compiled = []
 precompile.compile_only = lambda kernel, *_: (compiled.append(kernel.__name__), precompile.NotRun())[1]
 with simulated_gpu(None):
-    for kernel in tune.KERNELS:
-        precompile.compile_uses(kernel, tune.present_row(tune.Stage(kernel, "512", 96), "sm_90"), 512, 64, 3, 32, "cpu")
+    for kernel in (*tune.KERNELS, *tune.GROUPED):
+        stage = tune.Stage(kernel, "8192", 96)
+        precompile.compile_uses(stage, tune.present_row(stage, "sm_90"), 64, 64, 3, 32, "cpu")
         print(kernel, "|", *compiled)
         compiled.clear()
 """
@@ -154,7 +201,7 @@ def test_all_uses_are_compiled_ahead_and_none_is_launched():
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, "-c", AHEAD], cwd=ROOT, env=env, capture_output=True, text=True)
     found = dict(line.split(" | ") for line in done.stdout.splitlines())
-    assert list(found) == list(tune.KERNELS), done.stderr[-2000:]
+    assert list(found) == [*tune.KERNELS, *tune.GROUPED], done.stderr[-2000:]
     for kernel, launched in found.items():
         assert f"{kernel.split()[0]}_kernel" in launched.split(), kernel
 
