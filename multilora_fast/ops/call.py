@@ -74,10 +74,10 @@ def find(
     """The call for these tensors, x first, and options. ``check`` validates a new one and returns its settings."""
     if not is_cached(tensors[0]):
         return Call(check())
-    key = (options, signature(tensors))
     try:
+        key = (options, signature(tensors))
         call = _CALLS.get(key)
-    except TypeError:  # an unhashable option, which the check refuses
+    except (AttributeError, TypeError):  # no tensor, or an unhashable option, which the check refuses
         return Call(check())
     if call is None:
         call = Call(check())
@@ -89,7 +89,7 @@ def find(
 
 def is_cached(x: Any) -> bool:
     """Whether calls on x are cached: on a GPU, where Python takes longer than small kernels."""
-    return x.is_cuda
+    return getattr(x, "is_cuda", False)
 
 
 def signature(tensors: Sequence[Tensor | None]) -> tuple:

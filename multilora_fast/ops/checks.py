@@ -1,5 +1,6 @@
 """Tensor validation. Errors are one sentence: the argument, the value, what is expected."""
 
+import torch
 from torch import Tensor
 
 
@@ -19,16 +20,19 @@ def check_branches(x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tens
 def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, N: int, *, autocast: bool) -> None:
     """weight (N, K) and bias (N,), on x's device, in x's dtype unless autocast casts them all."""
     for name, t, shape in (("weight", weight, (N, x.shape[-1])), ("bias", bias, (N,))):
-        if t is None:
+        if t is None and name == "bias":
             continue
-        check_shape(name, t, shape, "lora_B and x")
         check_kind(name, t, x)
+        check_shape(name, t, shape, "lora_B and x")
         if t.dtype != x.dtype and not autocast:
             raise ValueError(f"{name} is {t.dtype}, but x is {x.dtype}: cast one of them, or use torch.autocast.")
 
 
 def check_kind(name: str, t: Tensor, x: Tensor) -> None:
     """A plain floating-point tensor on x's device."""
+    if not isinstance(t, Tensor) or t.layout != torch.strided:
+        kind = f"a {t.layout} tensor" if isinstance(t, Tensor) else repr(t)
+        raise ValueError(f"{name} must be a dense tensor, not {kind}.")
     if hasattr(t, "device_mesh"):
         raise ValueError(f"{name} is a DTensor, which the op does not take: pass the full tensor, as FSDP2 does.")
     if not t.is_floating_point():

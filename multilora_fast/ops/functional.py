@@ -90,6 +90,8 @@ def multilora_add(
     y (..., N) is not modified; the result has its shape and dtype. Other arguments, limits and errors as in
     :func:`multilora_linear`.
     """
+    if y is None:
+        raise ValueError("y must be a dense tensor, not None.")
     options = (scaling_factor, dropout_p, training, backend, save_inputs, True)
     return apply(x, y, None, None, lora_A, lora_B, lora_scaling, seed, options)
 
@@ -118,8 +120,8 @@ def checked(x, y, weight, bias, lora_A, lora_B, lora_scaling, options: tuple) ->
     check_branches(x, lora_A, lora_B, lora_scaling)
     settings = _settings(x, *options)
     if y is not None:
-        check_shape("y", y, (*x.shape[:-1], lora_B.shape[1]), "x and lora_B")
         check_kind("y", y, x)
+        check_shape("y", y, (*x.shape[:-1], lora_B.shape[1]), "x and lora_B")
     elif isinstance(weight, Tensor):
         check_base(x, weight, bias, lora_B.shape[1], autocast=autocast_dtype(x) is not None)
     elif not callable(weight):
@@ -159,7 +161,7 @@ def _seed_tensor(seed: Tensor | int | None, device: torch.device) -> Tensor:
     if not isinstance(seed, Tensor):
         if not isinstance(seed, int) or not -(1 << 63) <= seed < 1 << 63:
             raise ValueError(f"seed must be an int of 64 bits or an int64 tensor of one element, not {seed!r}.")
-        return torch.tensor([seed], device=device)
+        return torch.tensor([seed], dtype=torch.int64, device=device)
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
         raise ValueError(
             f"seed must be an int64 tensor of one element on {device}, not {seed.dtype} {tuple(seed.shape)} "

@@ -117,8 +117,8 @@ def layer(
 def reduce(h: Tensor, x: Tensor, n: int, dtype: torch.dtype, mask: Mask | None = None, p: float = 0.0) -> Tensor:
     """hᵀ (R, M) dropout(x) (M, D) → (n, r, D) in ``dtype``."""
     if mask is not None:
-        return (h.t() @ mask.drop(x)).to(dtype).mul_(inverse_keep(p)).view(n, -1, x.shape[1])
-    return (h.t() @ x).to(dtype).view(n, -1, x.shape[1])
+        return (h.t() @ mask.drop(x)).to(dtype).mul_(inverse_keep(p)).unflatten(0, (n, -1))
+    return (h.t() @ x).to(dtype).unflatten(0, (n, -1))
 
 
 def reduce_scaled(h: Tensor, dy: Tensor, w: Tensor, scale: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -145,8 +145,8 @@ def _stack(w: Tensor, scale: Tensor | None, scaling: float, dtype: torch.dtype) 
     if scale is not None:
         stacked = torch.empty(D, n, r, dtype=dtype, device=w.device)
         torch.mul(w.transpose(1, 2), _times(scale, scaling).unsqueeze(2), out=stacked.transpose(0, 1))
-        return stacked.view(D, -1).t()
-    return _times(w, scaling).to(dtype).reshape(-1, D)
+        return stacked.flatten(1).t()
+    return _times(w, scaling).to(dtype).flatten(0, 1)
 
 
 def _times(t: Tensor, scaling: float) -> Tensor:

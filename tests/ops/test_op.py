@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from multilora_fast import dropout_mask, multilora_add, multilora_linear
 from multilora_fast.memory import saved_bytes
 from multilora_fast.ops.torch_backend import inverse_keep
-from multilora_fast.testing import assert_two_times_rule, random_case, run, truth
+from multilora_fast.testing import Case, assert_two_times_rule, random_case, run, truth
 
 BACKENDS = ["torch", "triton"]
 GRID = [("torch", n, r) for n, r in itertools.product([1, 2, 3, 5], [1, 4, 12, 32])]
@@ -150,6 +150,19 @@ def test_saves_nothing_that_no_gradient_needs(device):
         with torch.no_grad():
             multilora_linear(case.x, *(v.clone().requires_grad_() for v in ordered(case)))
     assert saved.total == 0
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("K", "N"), [(0, 5), (4, 0), (0, 0)])
+def test_layers_without_inputs_or_outputs(K, N, backend, p, device):
+    full = random_case((3, 4), 5, 2, 3, device=device)
+    sizes = {"weight": (N, K), "bias": (N,), "lora_A": (2, 3, K), "lora_B": (2, N, 3), "lora_scaling": (2, N)}
+    parameters = {name: full.parameters[name][tuple(map(slice, size))] for name, size in sizes.items()}
+    case = Case(full.x[:, :K], full.dy[:, :N], parameters)
+    ours = run(partial(multilora_linear, dropout_p=p, seed=11, backend=backend), case)
+    for name, exact in truth(case).items() if p == 0.0 or K == 0 else ():
+        torch.testing.assert_close(ours[name], exact, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
