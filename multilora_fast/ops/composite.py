@@ -1,9 +1,10 @@
-"""The op in PyTorch's own operations, for torch.func's transforms and torch.jit.trace."""
+"""The op in PyTorch's own operations, for torch.func's transforms, forward mode and torch.jit.trace."""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from multilora_fast.ops.backends import load
@@ -12,8 +13,10 @@ from multilora_fast.ops.torch_backend import inverse_keep
 
 
 def is_seen_through() -> bool:
-    """Whether a transform of torch.func or torch.jit.trace is active."""
-    return torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    """Whether a transform of torch.func, forward-mode differentiation or torch.jit.trace is active."""
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return True
+    return forward_ad._current_level >= 0
 
 
 def composite(x, y, weight, bias, lora_A, lora_B, lora_scaling, seed: Tensor | None, settings: OpSettings) -> Tensor:

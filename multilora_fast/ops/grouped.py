@@ -160,7 +160,8 @@ def inverse(perm: Tensor) -> Tensor:
 def add_slots(rows: Tensor, perm: Tensor, tokens: int) -> Tensor:
     """The sum (T, D) of every token's rows of (S, D), in the order of its slots."""
     out = rows.new_empty(tokens, rows.shape[1])
-    for part, into in zip(inverse(perm).view(tokens, -1).split(_CHUNK), out.split(_CHUNK), strict=True):
+    places = inverse(perm).view(tokens, len(perm) // max(tokens, 1))
+    for part, into in zip(places.split(_CHUNK), out.split(_CHUNK), strict=True):
         torch.sum(rows[part], 1, out=into)
     return out
 
@@ -169,9 +170,10 @@ def _is_served(x: Tensor, weight: Tensor) -> bool:
     """Whether grouped_mm takes them: strides that are multiples of 16 bytes, no float64, a GPU of sm_80 or newer."""
     if x.dtype == torch.float64 or (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0)):
         return False
-    rows = {x.stride(0), *weight.stride()} - {1}
+    rows = x.stride(0), weight.stride(0), max(weight.stride()[1:])
     aligned = valueless(x) or not (x.data_ptr() | weight.data_ptr()) % 16
-    return aligned and x.stride(1) == 1 and not any(stride * x.itemsize % 16 for stride in rows)
+    dense = x.stride(1) == 1 == min(weight.stride()[1:])
+    return aligned and dense and not any(stride * x.itemsize % 16 for stride in rows)
 
 
 def _products(x: Tensor, lora_A: Tensor | None, settings: OpSettings) -> Grouped:

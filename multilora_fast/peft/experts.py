@@ -120,7 +120,7 @@ class MultiLoraExperts(nn.Module):
         if getattr(base, "has_post_expert_norm", False):
             y = base.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[perm].unsqueeze(-1)
-        return y[inverse(perm)].view(*top_k_index.shape, -1).sum(1).to(hidden_states.dtype)
+        return y[inverse(perm)].view(*top_k_index.shape, y.shape[1]).sum(1).to(hidden_states.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         for projection in self.projections():

@@ -93,6 +93,20 @@ def test_equals_a_loop_over_tokens_and_slots(backend, p, case):
                 assert not ours[idle].any()
 
 
+def test_experts_of_one_output():
+    """Rows of one element lie 4 bytes apart, which torch's grouped product refuses."""
+    index = chosen("even")
+    perm, ends = route(index, E)
+    x, A, B, s = (torch.randn(size) for size in ((T, K), (E, 2, 3, K), (E, 2, 1, 3), (E, 2, 1)))
+    weight, leaf = torch.randn(E, 1, K), x.clone().requires_grad_()
+    out = multilora_grouped(leaf, weight, A, B, s, perm, ends, top_k=TOP_K)
+    out.sum().backward()
+    dense = weight + torch.einsum("enr,enrk->ek", s * B[:, :, 0], A)[:, None]
+    wanted = torch.einsum("tkoi,ti->tko", dense[index], x).flatten()[perm]
+    torch.testing.assert_close(out[:, 0], wanted)
+    torch.testing.assert_close(leaf.grad, dense[index].sum((1, 2)))
+
+
 def outputs(function, one: dict, perm: torch.Tensor | None = None) -> list[torch.Tensor]:
     """The output in the order of tokens and slots, and the gradients."""
     out, inputs = function(one), [one[name] for name in NAMES]

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoraConfig, MultiLoRALinear, dropout_mask, fuse, multilora_linear
 from multilora_fast.testing import NAMES, random_case
@@ -39,6 +40,16 @@ def test_torch_func_gives_the_loops_result(transform, shape):
         else:
             found.append(torch.func.hessian(f)(parameters, x)["lora_scaling"]["lora_A"])
     torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+
+
+def test_forward_mode_gives_the_loops_result():
+    x, t = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    found = []
+    for layer in layers():
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(layer(forward_ad.make_dual(x, t))))
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-10)
+    assert layers()[0](x.requires_grad_()).grad_fn.name() == "MultiLoRAFunctionBackward"
 
 
 def test_torch_func_of_a_peft_model_and_of_layers_that_share_their_input():

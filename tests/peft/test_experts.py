@@ -52,6 +52,17 @@ def test_one_branch_of_scale_one_is_lora_of_target_parameters(family):
             assert (own.grad - wanted).abs().max() <= 5e-6 * wanted.abs().max()
 
 
+def test_no_tokens_are_an_empty_output_and_no_gradient():
+    experts = next(m for m in adapted().train().modules() if isinstance(m, MultiLoraExperts))
+    width = experts.base_layer.config.hidden_size
+    x, index = torch.zeros(0, width, requires_grad=True), torch.zeros(0, 2, dtype=torch.int64)
+    y = experts(x, index, torch.zeros(0, 2))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, width)
+    branches = layers(experts)["gate_up_proj"].multilora_branches["default"]
+    assert not any(p.grad.any() for p in branches.parameters())
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zero_scales_keep_the_bits_of_the_grouped_product(family):
     assert torch.equal(logits(adapted(family, init_weights=True)), logits(moe(family)))
