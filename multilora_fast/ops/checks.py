@@ -19,9 +19,10 @@ def check_branches(x: Tensor, lora_A: Tensor, lora_B: Tensor, lora_scaling: Tens
 
 def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, N: int, *, autocast: bool) -> None:
     """weight (N, K) and bias (N,), on x's device, in x's dtype unless autocast casts them all."""
-    for name, t, shape in (("weight", weight, (N, x.shape[-1])), ("bias", bias, (N,))):
-        if t is None and name == "bias":
-            continue
+    given: list[tuple[str, Tensor, tuple]] = [("weight", weight, (N, x.shape[-1]))]
+    if bias is not None:
+        given.append(("bias", bias, (N,)))
+    for name, t, shape in given:
         check_kind(name, t, x)
         check_shape(name, t, shape, "lora_B and x")
         if t.dtype != x.dtype and not autocast:

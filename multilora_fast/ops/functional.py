@@ -61,7 +61,7 @@ def multilora_linear(
             faster; it sums in another order.
 
     Returns: (..., N), in x's dtype or autocast's. No double backward. Under torch.func's transforms,
-        forward-mode differentiation and torch.jit.trace the op runs as PyTorch's own operations.
+    forward-mode differentiation and torch.jit.trace the op runs as PyTorch's own operations.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not agree, dropout_p outside [0, 1), a scaling_factor that is not
