@@ -9,7 +9,7 @@ import torch
 from multilora_fast.kernels.configs import KernelConfig, cdiv
 from multilora_fast.kernels.dropout import draw, dropout_mask
 from multilora_fast.kernels.expand import expand
-from multilora_fast.kernels.reduce import reduce, reduce_scaled
+from multilora_fast.kernels.reduce import reduce, reduce_all
 from multilora_fast.kernels.shrink import shrink
 from multilora_fast.ops.torch_backend import inverse_keep
 
@@ -19,6 +19,7 @@ KERNELS = (
     "shrink", "shrink dropout", "expand", "expand add", "expand dropout", "expand add dropout", "reduce",
     "reduce dropout",
 )  # fmt: skip
+LAYER = 160  # the widest rank of one layer; wider ones are those of layers that share x
 DTYPE = torch.bfloat16
 Launch = Callable[[KernelConfig], torch.Tensor]
 
@@ -28,6 +29,7 @@ class Inputs:
     """Inputs for every use of one shape; instances share no tensor."""
 
     large: torch.Tensor  # (M, D): x or dy
+    other: torch.Tensor  # (M, D): dy where large is x
     y: torch.Tensor  # (M, D), zeros
     h: torch.Tensor  # (M, n·r)
     a: torch.Tensor  # (n, r, D)
@@ -43,7 +45,7 @@ def draw_inputs(M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, devi
     a, b = make(n, r, D) / math.sqrt(D), make(n, D, r) / math.sqrt(r)
     bits = draw(torch.tensor([1], device=device), M, D, P)
     y = torch.zeros(M, D, device=device, dtype=dtype)
-    return Inputs(make(M, D), y, make(M, n * r), a, b.transpose(1, 2), make(n, D), bits)
+    return Inputs(make(M, D), make(M, D), y, make(M, n * r), a, b.transpose(1, 2), make(n, D), bits)
 
 
 def empty_inputs(M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, device: str = "cuda") -> Inputs:
@@ -54,19 +56,24 @@ def empty_inputs(M: int, D: int, n: int, r: int, dtype: torch.dtype = DTYPE, dev
 
     b = make(n, D, r).transpose(1, 2)
     bits = make(M, cdiv(D, 32), dtype=torch.int32)
-    return Inputs(make(M, D), make(M, D), make(M, n * r), make(n, r, D), b, make(n, D), bits)
+    return Inputs(make(M, D), make(M, D), make(M, D), make(M, n * r), make(n, r, D), b, make(n, D), bits)
 
 
 def launches(kernel: str, t: Inputs) -> dict[str, Launch]:
     """The uses that share a row of the table, by name. Each returns its result; expand returns ``t.y`` itself, and
-    "expand add" adds to it at every launch.
+    "expand add" adds to it at every launch. reduce sums both gradients of a layer, and dA alone at ranks of several.
     """
-    (n, _, _), dtype = t.a.shape, t.large.dtype
+    (n, r, _), dtype = t.a.shape, t.large.dtype
     dropout = {"bits": t.bits, "p": P} if "dropout" in kernel else {}
 
     def expanded(w, scale=None, dropout=dropout):
         accumulate = "add" in kernel
         return lambda c: (expand(t.y, t.h, w, scale, accumulate=accumulate, config=c, **dropout), t.y)[1]
+
+    def reduced(c):
+        if n * r > LAYER:
+            return reduce(t.h, t.large, n, dtype, config=c, **dropout)
+        return reduce_all(t.h, t.other, t.b, t.scale, 1.0, t.h, t.large, dtype, config=c, **dropout)[2]
 
     match kernel:
         case "shrink":
@@ -80,10 +87,8 @@ def launches(kernel: str, t: Inputs) -> dict[str, Launch]:
             return {"forward": expanded(t.b, t.scale)}
         case "expand dropout" | "expand add dropout":
             return {"backward": expanded(t.a)}
-        case "reduce":
-            return {"forward": lambda c: reduce_scaled(t.h, t.large, t.b, t.scale, config=c)[0]}
-        case "reduce dropout":
-            return {"backward": lambda c: reduce(t.h, t.large, n, dtype, config=c, **dropout)}
+        case "reduce" | "reduce dropout":
+            return {"backward": reduced}
     raise ValueError(f"kernel is {kernel!r}, wanted one of {KERNELS}.")
 
 
@@ -101,8 +106,7 @@ def truths(kernel: str, t: Inputs) -> dict[str, torch.Tensor]:
         case "expand":
             return {"forward": h @ packed, "backward": keep * (h @ a)}
         case _:
-            backward = (h.T @ (keep * large)).reshape(n, r, D)
-            return {"forward": scale[:, :, None] * backward.transpose(1, 2), "backward": backward}
+            return {"backward": (h.T @ (keep * large)).reshape(n, r, D)}
 
 
 def correct(kernel: str, launch: Launch, config: KernelConfig, truth: torch.Tensor) -> bool:
