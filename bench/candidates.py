@@ -14,6 +14,7 @@ COMPILED, LORA_FLOAT32, CONCATENATED, ADDMM, FP8 = (
     "reference loop, compiled", "PEFT LoRA, float32 adapters", "concatenated eager", "addmm_ LoRA", "ours, fp8 inputs",
 )  # fmt: skip
 LORA_COMPILED, OURS_COMPILED, OURS_TORCH = "PEFT LoRA, compiled", "ours, compiled", 'ours, backend="torch"'
+LORA_GRAPHS, OURS_GRAPHS = "PEFT LoRA, compiled, CUDA graphs", "ours, compiled, CUDA graphs"
 
 
 class Concatenated(FusedMultiLoRALinear):

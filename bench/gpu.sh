@@ -45,7 +45,7 @@ tune) # rows for kernels/configs.py with their timings, then every use of the pr
     run 115 "$python" -m bench.tune --seconds 95 --out "$out"
     bench ops 40 60
     ;;
-steps) bench step 120 175 ;;
+steps) bench step 150 175 ;;
 memory)
     run 110 "$python" -m bench.plan_check --out "$out"
     run 65 "$python" -m bench.memory_profile --out "$out" --tokens 2048

@@ -12,7 +12,9 @@ from bench.candidates import (
     CONCATENATED,
     FP8,
     LORA_COMPILED,
+    LORA_GRAPHS,
     OURS_COMPILED,
+    OURS_GRAPHS,
     OURS_TORCH,
     Concatenated,
     can_compile,
@@ -73,17 +75,20 @@ def builders(base: nn.Module, n: int, r: int, p: float) -> dict[str, Callable[[]
 
 
 def builders_alone(base: nn.Module, n: int, r: int, p: float, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
-    """The candidates measured one at a time, most important first: the frozen model, those of :func:`builders` except
-    the compiled loop, ours on torch matmuls, and with ``compiled`` LoRA's and our model compiled whole.
+    """The candidates measured one at a time, most important first: the frozen model and those of :func:`builders` but
+    the compiled loop, ours on torch matmuls, and with ``compiled`` LoRA's and our model compiled whole, on a GPU also
+    as CUDA graphs.
     """
     eager = builders(base, n, r, p)
-    found = {FROZEN: lambda: frozen(base), LORA: eager[LORA], OURS: eager[OURS], FP8: eager[FP8]}
-    found |= {OURS_TORCH: lambda: on_torch(eager[OURS]()), REFERENCE: eager[REFERENCE], FULL: eager[FULL]}
-    found |= {CONCATENATED: eager[CONCATENATED]}
+    found = {FROZEN: lambda: frozen(base), LORA: eager[LORA], OURS: eager[OURS]}
     if compiled:
         found |= {LORA_COMPILED: lambda: torch.compile(eager[LORA]())}
         found |= {OURS_COMPILED: lambda: torch.compile(eager[OURS]())}
-    return found
+    if compiled and base.device.type == "cuda":
+        found |= {LORA_GRAPHS: lambda: torch.compile(eager[LORA](), mode="reduce-overhead")}
+        found |= {OURS_GRAPHS: lambda: torch.compile(eager[OURS](), mode="reduce-overhead")}
+    found |= {FP8: eager[FP8], OURS_TORCH: lambda: on_torch(eager[OURS]()), REFERENCE: eager[REFERENCE]}
+    return found | {FULL: eager[FULL], CONCATENATED: eager[CONCATENATED]}
 
 
 def frozen(base: nn.Module) -> nn.Module:
