@@ -55,11 +55,12 @@ def fuse(
     :func:`~multilora_fast.multilora_linear`.
 
     Raises:
-        ValueError: ``model`` is no nn.Module, ``backend`` is not "triton", "torch" or None, or ``save_inputs`` not
-            "exact" or "fp8".
+        ValueError: ``model`` is no nn.Module, ``backend`` is not "triton", "torch" or None, ``save_inputs`` not
+            "exact" or "fp8", or a switch not True or False.
     """
     check_save_inputs(save_inputs)
     check_switch("exact_base", exact_base)
+    check_switch("share_inputs", share_inputs)
     choose(backend, torch.device("meta"))  # checks the name
     report, swapped = FuseReport(), {}
     tried: dict[int, FusedMultiLoRALinear | str] = {}  # by module, what replaces it or why nothing does
@@ -86,7 +87,8 @@ def fuse(
 
 
 def unfuse(model: nn.Module) -> list[str]:
-    """Put back the modules that :func:`fuse` replaced, with the current parameters and mode; return their names."""
+    """Put back the modules that :func:`fuse` replaced, with the current parameters, scaling factor and mode; return
+    their names."""
     names: list[str] = []
 
     def swap(name: str, module: nn.Module) -> nn.Module | None:
@@ -96,6 +98,8 @@ def unfuse(model: nn.Module) -> list[str]:
         names.append(name)
         for key in original._parameters:
             original.register_parameter(key, getattr(module, key))
+        if original.scaling_factor != module.scaling_factor:
+            original.scaling_factor = module.scaling_factor
         if original.training != module.training:
             original.train(module.training)
         return original

@@ -112,8 +112,12 @@ def test_unfuse_brings_back_what_was_learned_and_loaded():
     fuse(model)
     new = {k: torch.randn_like(v) for k, v in model.state_dict().items()}
     model.load_state_dict(new, assign=True)
+    model[0].scaling_factor *= 3
+    x = torch.randn(2, model[0].in_features)
+    learned = model(x)
     unfuse(model)
     assert all(torch.equal(v, new[k]) for k, v in model.state_dict().items())
+    torch.testing.assert_close(model(x), learned)
 
 
 def test_a_fused_model_copies_and_its_copy_unfuses():

@@ -103,6 +103,8 @@ def test_dropout_mask_and_fuse():
         dropout_mask(0, 2, 2, 1.0)
     with pytest.raises(ValueError, match="backend must be"):
         fuse(nn.Sequential(), backend="fast")
+    with pytest.raises(ValueError, match="share_inputs must be True or False, not 2"):
+        fuse(nn.Sequential(), share_inputs=2)
 
 
 def test_triton_asked_for_where_it_cannot_run_is_an_error(monkeypatch):
