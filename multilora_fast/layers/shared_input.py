@@ -58,7 +58,8 @@ class SharedInput:
     def __init__(self, members: dict[str, Any]):
         self.members = members
         self.disabled_reason: str | None = None
-        self._stopped = self._recomputed = False
+        self._stopped = False  # whether the members run alone; follows ``disabled_reason`` where it may change
+        self._open = False  # whether something ran under hooks since the last recomputation
         self._abandoned = 0
         self._thread = _Thread()
 
@@ -72,12 +73,16 @@ class SharedInput:
         waiting, self._thread.waiting = self._thread.waiting, None
         if not member.training or x.is_inference():
             return None
+        recomputing = torch._C._current_graph_task_id() != -1
+        # A recomputation must save what its forward saved: nothing changes from a forward under hooks until it is over.
+        may_change = not (recomputing or self._open)
+        self._open = not recomputing and (self._open or _region() is not None)
+        if may_change:
+            self._stopped = self.disabled_reason is not None
         if self._stopped:
             # Share again from the next forward on if every layer got this x: a forward that raised may have stopped it.
-            recomputing = torch._C._current_graph_task_id() != -1
             if not recomputing and self._thread.readers(member, x) == len(self.members):
                 self.disabled_reason, self._abandoned = None, 0
-                self._stopped = self._recomputed = False
             return None
         members = [*self.members.values()]
         bases, branches = [other.base(x) for other in members], [branches_of(other) for other in members]
@@ -93,7 +98,11 @@ class SharedInput:
         options = tuple([options_of(m) for m in members])
         key = (x, *dense, *tensors), (autocast_dtype(x), dtypes[0], options)
         call = find(*key, lambda: _settings(x, bases, branches, options))
-        if call.settings is None or self._stops(id(member), waiting):
+        if call.settings is None:
+            return None
+        self._compare(id(member), waiting)
+        self._stopped = may_change and self.disabled_reason is not None
+        if self._stopped:
             return None
         outputs: dict[int, tuple] = {}
         waiting = self._thread.waiting = Waiting(x, outputs)
@@ -119,22 +128,12 @@ class SharedInput:
             self._thread.waiting, self._abandoned = None, 0
         return out
 
-    def _stops(self, member: int, waiting: "Waiting | None") -> bool:
-        """Record that members were given different tensors; return whether the group stops sharing from this call on.
-
-        Under checkpointing it stops in a later forward, because a recomputation must save what its forward saved.
-        """
-        recomputing = torch._C._current_graph_task_id() != -1
+    def _compare(self, member: int, waiting: "Waiting | None") -> None:
+        """Set ``disabled_reason`` if members were given different tensors."""
         if waiting is not None and waiting.state[-1] == -1:  # not a recomputation, which may end early
             self._abandoned += 1
             if member in waiting.outputs or self._abandoned > 1:
                 self.disabled_reason = "its layers were not given the same tensor"
-        if self.disabled_reason is None:
-            return False
-        self._recomputed |= recomputing
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        self._stopped = not recomputing and (self._recomputed or hooks is None)
-        return self._stopped
 
 
 def _settings(x: Tensor, bases: list[Base], branches: list, options: tuple) -> GroupSettings | None:
@@ -223,8 +222,12 @@ def _version(base: Base, branches: Sequence[Tensor]) -> int:
 
 
 def _state(x: Tensor) -> tuple:
-    """What must match for all members besides x. Saved-tensor hooks tell regions of checkpointing apart: each must
-    save the same when it is recomputed. They are kept by id, because they hold the region's inputs."""
+    """What must match for all members besides x."""
+    return x._version, torch.is_grad_enabled(), autocast_dtype(x), _region(), torch._C._current_graph_task_id()
+
+
+def _region() -> int | None:
+    """The saved-tensor hooks, which differ by region of checkpointing: each must save the same when it is recomputed.
+    By id, because they hold the region's inputs."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    region = None if hooks is None else id(hooks[0])
-    return x._version, torch.is_grad_enabled(), autocast_dtype(x), region, torch._C._current_graph_task_id()
+    return None if hooks is None else id(hooks[0])

@@ -123,19 +123,6 @@ def test_checkpointing(reentrant, served):
     compare(use, served, [3, 3])
 
 
-def test_layers_of_checkpointed_regions_of_their_own(served):
-    """A region saves the same when it is recomputed, so it takes no output that another computed."""
-
-    def use(model, x):
-        for _ in range(3):
-            outputs = [
-                checkpoint(lambda x, of=layer: of(x).sin(), x, use_reentrant=False) for layer in model.children()
-            ]
-            sum(out.sum() for out in outputs).backward()
-
-    compare(use, served, [3] * 6)  # in the first step, before the group stops
-
-
 def test_frozen_members(served):
     def use(model, x):
         model.q_proj.requires_grad_(False)
