@@ -208,7 +208,7 @@ def branches_of(member: Any) -> tuple[Tensor, Tensor, Tensor]:
 def options_of(member: Any) -> tuple:
     """The ``options`` of :func:`multilora_fast.ops.functional.apply`."""
     dropout = member._modules["lora_dropout"]
-    p, training = dropout.p, dropout.training
+    p, training = getattr(dropout, "p", 0.0), dropout.training  # nn.Identity has none
     return member.scaling_factor, p, training, member.backend, member.save_inputs, member.exact_base
 
 

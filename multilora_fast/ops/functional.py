@@ -110,8 +110,9 @@ def dropout_mask(seed: Tensor | int, M: int, K: int, p: float, *, backend: str |
     check_dropout("p", p)
     for name, size in (("M", M), ("K", K)):
         check_integer(name, size, least=0)
-    if not isinstance(seed, Tensor):
-        seed = _seed_tensor(seed, torch.device("cpu"))
+    if seed is None:
+        raise ValueError("seed must be an int of 64 bits or an int64 tensor of one element, not None.")
+    seed = _seed_tensor(seed, seed.device if isinstance(seed, Tensor) else torch.device("cpu"))
     return load(choose(backend, seed.device)).dropout_mask(seed, M, K, p)
 
 

@@ -9,7 +9,7 @@ from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
 from multilora_fast.adapters.branches import Branches
-from multilora_fast.layers.shared_input import has_hooks, hooked
+from multilora_fast.layers.shared_input import has_hooks, hooked, options_of
 from multilora_fast.ops.grouped import inverse, multilora_grouped, route
 from multilora_fast.peft.config import MultiLoraConfig
 from multilora_fast.peft.layer import MultiLoraBranches, MultiLoraLayer, not_finite
@@ -151,9 +151,10 @@ def project(
     if not branches:
         return multilora_grouped(x, lora_A=None, lora_B=None, lora_scaling=None, **base, **rows)
     for one in branches:
+        factor, p, training, backend, *_ = options_of(one)
         y = multilora_grouped(
             x, lora_A=one.lora_A, lora_B=one.lora_B, lora_scaling=one.lora_scaling, **base, **rows,
-            scaling_factor=one.scaling_factor, dropout_p=one.lora_dropout.p, training=one.training, backend=one.backend,
+            scaling_factor=factor, dropout_p=p, training=training, backend=backend,
         )  # fmt: skip
         base = {"weight": None, "y": y}
     return y

@@ -120,6 +120,16 @@ def test_unfuse_brings_back_what_was_learned_and_loaded():
     torch.testing.assert_close(model(x), learned)
 
 
+def test_a_dropout_that_was_taken_out_drops_nothing():
+    model = nn.Sequential(branches(lora_dropout=0.5))
+    fuse(model)
+    model[0].lora_dropout = nn.Identity()
+    x = torch.randn(2, model[0].in_features)
+    found = model(x)
+    unfuse(model)
+    torch.testing.assert_close(found, model.eval()(x))
+
+
 def test_a_fused_model_copies_and_its_copy_unfuses():
     model = nn.Sequential(branches())
     fuse(model)

@@ -101,6 +101,9 @@ def test_layers(name, value, cls):
 def test_dropout_mask_and_fuse():
     with pytest.raises(ValueError, match="p must be a probability"):
         dropout_mask(0, 2, 2, 1.0)
+    for seed in (None, torch.tensor([1, 2])):
+        with pytest.raises(ValueError, match="seed must be an int"):
+            dropout_mask(seed, 2, 2, 0.5)
     with pytest.raises(ValueError, match="backend must be"):
         fuse(nn.Sequential(), backend="fast")
     with pytest.raises(ValueError, match="share_inputs must be True or False, not 2"):
