@@ -228,5 +228,5 @@ def _apart(dA: Tensor, lora_As: Sequence[Tensor], settings: GroupSettings) -> Se
     """The dA of each layer, from that of :func:`_below`."""
     if settings.one_rank:
         return dA.split_with_sizes([len(A) for A in lora_As])
-    parts = dA[0].split_with_sizes([A.shape[0] * A.shape[1] for A in lora_As])
+    parts = dA.flatten(0, 1).split_with_sizes([A.shape[0] * A.shape[1] for A in lora_As])
     return [part.view(A.shape) for part, A in zip(parts, lora_As, strict=True)]
