@@ -75,7 +75,7 @@ def _check(direction: str, device, dtype, own, n: int, r: int, c: float, p: floa
             "reduce (lora_scaling)": ds,
         }
 
-    _compare(products, load("triton"), torch_backend, _dropped, _sizes(dtype, own, M, K, N, n, r), device, p, c)
+    _compare(products, load("triton"), torch_backend, _dropped, _sizes(dtype, own, M, K, N, n, r), M, device, p, c)
 
 
 @cache
@@ -84,25 +84,34 @@ def _check_joint(
 ) -> None:
     from multilora_fast.kernels.configs import cdiv, device_of
 
-    # More tiles than processors, so that programs walk from one to the next.
+    # More tiles than processors, so that programs walk from one to the next. Such outputs are large: a step may have
+    # little memory left, so one is computed at a time, and the side that is not read has no rows.
     _, processors = device_of(torch.empty(0, device=device))
     wide = config.BLOCK_D * (processors // cdiv(M, config.BLOCK_M) + 1) - 16
-    features = (K, wide) if direction == "forward" else (wide, N)
-    ours = load("triton")
+    features, ours = (K, wide) if direction == "forward" else (wide, N), load("triton")
 
-    def products(ops, mask, c, x, dy, h, A, B, scale, weight, bias):
-        tile = {"config": config} if ops is ours else {}
-        if direction == "backward":
-            dx = _into(x, ops.linear, dy, weight, None, h, A, None, 1.0, mask(), p, transposed=False, **tile)
-            return {"product": dx}
-        w, bias = B.transpose(1, 2), bias if biased else None
-        return {
-            "product": _into(dy, ops.linear, x, weight, bias, h, w, scale, c, transposed=True, **tile),
-            "product (of a layer)": _into(dy, ops.layer, x, weight, bias, A, w, scale, c, mask(), p, **tile),
-        }
+    def tile(ops) -> dict:
+        return {"config": config} if ops is ours else {}
+
+    def linear(ops, mask, c, x, dy, h, A, B, scale, weight, bias):
+        y, w = dy.new_empty(M, wide), B.transpose(1, 2)
+        ops.linear(y, x, weight, bias if biased else None, h, w, scale, c, transposed=True, **tile(ops))
+        return {"product": y}
+
+    def layer(ops, mask, c, x, dy, h, A, B, scale, weight, bias):
+        y, w = dy.new_empty(M, wide), B.transpose(1, 2)
+        ops.layer(y, x, weight, bias if biased else None, A, w, scale, c, mask(), p, **tile(ops))
+        return {"product (of a layer)": y}
+
+    def backward(ops, mask, c, x, dy, h, A, B, scale, weight, bias):
+        dx = x.new_empty(M, wide)
+        ops.linear(dx, dy, weight, None, h, A, None, 1.0, mask(), p, transposed=False, **tile(ops))
+        return {"product": dx}
 
     sizes = [*_sizes(dtype, own, M, *features, n, r), (dtype, features[::-1]), (dtype, features[1:])]
-    _compare(products, ours, torch_backend, _dropped, sizes, device, p, c)
+    sizes[1 if direction == "forward" else 0] = (dtype, (0, wide))
+    for products in (linear, layer) if direction == "forward" else (backward,):
+        _compare(products, ours, torch_backend, _dropped, sizes, M, device, p, c)
 
 
 @cache
@@ -125,7 +134,7 @@ def _check_grouped(device, dtype, own, n: int, r: int, c: float, p: float) -> No
         }
 
     exact, sizes = load_grouped("torch"), _sizes(dtype, own, S, K, N, n, r, E)
-    _compare(products, load_grouped("triton"), exact, lambda keep: keep, sizes, device, p, c)
+    _compare(products, load_grouped("triton"), exact, lambda keep: keep, sizes, S, device, p, c)
 
 
 def _sizes(dtype, own, M: int, K: int, N: int, n: int, r: int, *experts: int) -> list[Size]:
@@ -139,15 +148,15 @@ def _dropped(keep: Tensor) -> torch_backend.Mask:
 
 
 def _compare(
-    products: Callable[..., dict], ours, exact, dropped: Callable[[Tensor], Any], sizes: list[Size], device, p: float,
-    c: float,
+    products: Callable[..., dict], ours, exact, dropped: Callable[[Tensor], Any], sizes: list[Size], M: int,
+    device, p: float, c: float,
 ) -> None:  # fmt: skip
     """‖error‖ ≤ 4·(eps·‖result‖ + eps₃₂·‖the same formula on absolute values‖) for each product of ``ours``, against
     those of ``exact`` in float64, which take the mask as ``dropped`` makes it of a keep-mask; eps is the
     coarsest of their dtypes' and eps₃₂ that of the sums. ``sizes`` are those of the products' tensors, x first."""
     from multilora_fast.kernels.launch import check_not_capturing, unrecorded
 
-    dtype, (M, K) = sizes[0]
+    dtype, (_, K) = sizes[0]
     check_not_capturing((M, K))
 
     def draw(seed: int, to: torch.dtype, size: tuple[int, ...]) -> Tensor:
@@ -164,7 +173,7 @@ def _compare(
         absolute = products(exact, mask, abs(c), *[t.double().abs() for t in tensors])
         eps, sums = max(torch.finfo(t.dtype).eps for t in tensors), torch.finfo(torch.float32).eps
         for name, got in found.items():
-            error = (got.double() - truths[name]).norm().item()
+            error = got.double().sub_(truths[name]).norm().item()
             bound = 4 * (eps * truths[name].norm() + sums * absolute[name].norm()).item()
             if not error <= bound:
                 raise RuntimeError(
