@@ -2,7 +2,8 @@
 
 import inspect
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,22 +61,46 @@ def accuracy(
 
 
 def all_scores(
-    model: nn.Module, examples: Sequence[Encoded], *, batch_size: int = 16, progress: tqdm | None = None
+    model: nn.Module,
+    examples: Sequence[Encoded],
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    progress: tqdm | None = None,
 ) -> list[Tensor]:
-    """Log-probabilities of the options of every example, in order."""
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
+    """Log-probabilities of the options of every example, in order, on the CPU.
+
+    A batch holds at most ``batch_size`` examples and, unless it is a single one, neither prompts nor options of more
+    than ``limit`` tokens with their padding.
+    """
     found: dict[int, Tensor] = {}
-    for start in range(0, len(by_length), batch_size):
-        batch = by_length[start : start + batch_size]
+    for batch in _batches(examples, batch_size, limit or sys.maxsize):
         found |= zip(batch, option_scores(model, [examples[i] for i in batch]), strict=True)
         if progress is not None:
             progress.update(len(batch))
     return [found[i] for i in range(len(examples))]
 
 
+def _batches(examples: Sequence[Encoded], most: int, limit: int) -> Iterator[list[int]]:
+    """Indices of examples whose prompts and whose options are about as long."""
+    longest = [max(map(len, example.options)) for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: (longest[i].bit_length(), len(examples[i].prompt)))
+    batch: list[int] = []
+    prompt = option = options = 0  # the longest prompt and option of the batch, and how many options
+    for i in order:
+        own = len(examples[i].prompt), longest[i], len(examples[i].options)
+        prompt, option, options = max(prompt, own[0]), max(option, own[1]), options + own[2]
+        if batch and (len(batch) == most or max((len(batch) + 1) * prompt, options * option) > limit):
+            yield batch
+            batch, (prompt, option, options) = [], own
+        batch.append(i)
+    if batch:
+        yield batch
+
+
 @torch.inference_mode()
 def option_scores(model: nn.Module, batch: Sequence[Encoded]) -> list[Tensor]:
-    """Log-probability of every option of every example.
+    """Log-probability of every option of every example, on the CPU.
 
     Each prompt is read once; its cache then serves all its options, and logits exist at answer positions only.
     """
@@ -106,7 +131,7 @@ def option_scores(model: nn.Module, batch: Sequence[Encoded]) -> list[Tensor]:
         ).logits
         logprobs = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         scores = scores + (logprobs * valid).sum(-1)
-    return list(scores.split(counts))
+    return list(scores.cpu().split(counts))
 
 
 def _cache_argument(model: nn.Module) -> str:

@@ -1,6 +1,7 @@
 """The demo on a tiny random Llama and made-up tasks, and the parsing of the real data where it is installed."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,10 +13,10 @@ from torch import nn
 
 from multilora_fast import FusedMultiLoRALinear, MultiLoRALinear
 from multilora_fast.adapters.files import CONFIG, WEIGHTS
-from multilora_fast.demo import report
+from multilora_fast.demo import report, scoring
 from multilora_fast.demo.compare import LORA, NAIVE, OURS, build_methods, compare
 from multilora_fast.demo.run import run
-from multilora_fast.demo.scoring import Encoded, accuracy, encode, option_scores, sample
+from multilora_fast.demo.scoring import Encoded, accuracy, all_scores, encode, option_scores, sample
 from multilora_fast.demo.settings import DemoSettings
 from multilora_fast.demo.tasks import Example, Task, load_tasks, majority_rate, number_options
 from multilora_fast.demo.training import check_packing, pack
@@ -96,6 +97,21 @@ def test_option_scores_are_those_of_plain_forwards(examples):
                 logits = model(torch.tensor([example.prompt + option])).logits[0].log_softmax(-1)
             at = torch.arange(len(example.prompt) - 1, len(example.prompt) + len(option) - 1)
             torch.testing.assert_close(score, logits[at, torch.tensor(option)].sum())
+
+
+@pytest.mark.parametrize("limit", [20, 60, None])
+def test_scores_do_not_depend_on_the_batches(examples, limit, monkeypatch):
+    model, batches = llama(), []
+    longer = [replace(e, options=[o * (1 + i % 3) for o in e.options]) for i, e in enumerate(examples)]
+    expected = [option_scores(model, [example])[0] for example in longer]
+    monkeypatch.setattr(scoring, "option_scores", lambda *args: batches.append(args[1]) or option_scores(*args))
+    torch.testing.assert_close(all_scores(model, longer, batch_size=12, limit=limit), expected)
+    assert 1 < len(batches) < len(longer)
+    for batch in batches:
+        options = [option for example in batch for option in example.options]
+        prompts = len(batch) * max(len(example.prompt) for example in batch)
+        assert len(batch) <= 12
+        assert len(batch) == 1 or max(prompts, len(options) * max(map(len, options))) <= (limit or 10**6)
 
 
 def test_accuracy_counts_the_likeliest_options(examples):
