@@ -34,7 +34,7 @@ tests) # the kernels, the op and the clock on the device
     run 170 "$python" -m pytest -q ${parallel[@]+"${parallel[@]}"} --junitxml="$out/tests.xml" \
         tests/test_gpu.py tests/kernels/test_{kernels,dropout,product,grouped}.py \
         tests/ops/test_{selfcheck,op,mask,determinism,compile,grouped}.py tests/benchmark/test_clock.py \
-        tests/examples/test_cuda_graph.py tests/test_long.py::test_more_than_two_to_the_31_elements_on_a_gpu
+        tests/examples/test_{cuda_graph,steps}.py tests/test_long.py::test_more_than_two_to_the_31_elements_on_a_gpu
     "$python" -m bench.junit "$out/tests.xml" "$out/tests.json" || status=1
     ;;
 layers) # wall clock, device time and host time

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="time limit; no run begins that is expected to exceed it")
     parser.add_argument("--workers", type=int, default=1, help="concurrent runs on the device")
     parser.add_argument("--threads", type=int, help="torch threads")
+    parser.add_argument("--eager", action="store_true", help="on a GPU, replay no captured training steps")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     options = parser.parse_args()
     if (options.profile == "gpu") != (options.prepared is not None):
@@ -62,7 +63,8 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
     study = gpu(dtype) if options.profile == "gpu" else Study(dtype=dtype)
     study = quick(study) if options.quick else study
     done = read_results(folder / "runs", study)
-    load = partial(load_bench, study, device, options.prepared, options.threads)
+    graphs = device.type == "cuda" and not options.eager
+    load = partial(load_bench, study, device, options.prepared, options.threads, graphs=graphs)
     if options.list:
         print(*done, sep="\n")
     elif not options.report_only and next_run(study, done) is not None:

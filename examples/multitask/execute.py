@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,12 +29,14 @@ WITH_VALUES = ("k_proj", "v_proj")  # projections whose singular values are kept
 
 @dataclass
 class Bench:
-    """Shared by all runs: the base model on its device, its tokenizer and the items."""
+    """Shared by all runs: the base model on its device, its tokenizer and the items, and whether training replays
+    captured steps."""
 
     base: nn.Module
     tokenizer: object
     items: Items
     name: str = PACKAGED
+    graphs: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -66,22 +69,26 @@ def _trained(run: Run, study: Study, bench: Bench) -> dict:
         torch.cuda.reset_peak_memory_stats()
     if method.kind == "sum":
         with tempfile.TemporaryDirectory() as scratch:
-            model, training = methods.task_sum(bench.base, examples, study, run.rate, Path(scratch))
+            model, training = methods.task_sum(
+                bench.base, examples, study, run.rate, Path(scratch), graphs=bench.graphs
+            )
         record["task_weight"] = _best_weight(model, study, bench)
         methods.set_task_weight(model, record["task_weight"])
     else:
         model = methods.adapted(bench.base, run.method, study.rank(run.method))
         record["trainable"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        training = methods.train(model, examples, study, run.rate)
+        training = methods.train(model, examples, study, run.rate, graphs=bench.graphs)
     if bench.device.type == "cuda":
         record["cuda_peak"] = torch.cuda.max_memory_allocated()
     record["losses"] = [round(loss, 4) for loss in training.losses]
     record |= {"tokens": training.tokens, "training_seconds": round(training.seconds, 2)}
+    if bench.graphs:
+        record["replayed"] = training.replayed
     record["tokens_per_second"] = round(training.tokens / training.seconds, 1)
-    parts = ("validation", "test") if study.is_tested(run) else ("validation",)
+    parts = ("validation", "test") if study.is_tested(run.seed) else ("validation",)
     record |= _evaluated(model.eval(), study, bench, parts, method.task)
     before = bench.base if method.kind == "full" else None
-    if study.is_tested(run):
+    if study.is_tested(run.seed):
         record["spectrum"] = _spectrum(model, before, study.total_rank, run.seed == (study.first_tested or 0))
     if study.compared_rounds and method.kind != "sum":
         record["memory"] = methods.memory(model.train(), examples, study)
@@ -101,18 +108,20 @@ def _evaluated(
 
 def _answers(model: nn.Module, items: Mapping[str, list[Encoded]], study: Study) -> dict[str, dict]:
     """By task: accuracy, mean negative log-likelihood of the right option among the options, and a mark per item."""
-    found = {}
+    together = [example for examples in items.values() for example in examples]
+    large = {} if study.micro_tokens is None else {"batch_size": len(together), "limit": 2 * study.micro_tokens}
     with methods.autocast(study, next(model.parameters()).device):
-        for task, examples in items.items():
-            scores = all_scores(model, examples, batch_size=max(16, (study.micro_tokens or 0) // 128))
-            pairs = list(zip(scores, examples, strict=True))
-            right = [int(one.argmax()) == example.answer for one, example in pairs]
-            losses = [-one.log_softmax(0)[example.answer].item() for one, example in pairs]
-            found[task] = {
-                "accuracy": sum(right) / len(right),
-                "nll": round(sum(losses) / len(losses), 5),
-                "right": "".join("01"[mark] for mark in right),
-            }
+        scores = iter(all_scores(model, together, **large))
+    found = {}
+    for task, examples in items.items():
+        pairs = list(zip(islice(scores, len(examples)), examples, strict=True))
+        right = [int(one.argmax()) == example.answer for one, example in pairs]
+        losses = [-one.log_softmax(0)[example.answer].item() for one, example in pairs]
+        found[task] = {
+            "accuracy": sum(right) / len(right),
+            "nll": round(sum(losses) / len(losses), 5),
+            "right": "".join("01"[mark] for mark in right),
+        }
     return found
 
 

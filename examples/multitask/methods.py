@@ -3,7 +3,8 @@
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from examples.multitask.batches import batches, tokens
 from examples.multitask.plan import METHODS, Study
+from examples.multitask.steps import Steps, side_stream
 from multilora_fast import from_loras, fuse, unfuse
 from multilora_fast.adapters import load_adapter
 from multilora_fast.adapters.branches import collect
@@ -23,14 +25,15 @@ from multilora_fast.models import LINEARS, target_linears
 
 @dataclass
 class Training:
-    """Loss of every step, tokens read and seconds of a training."""
+    """Loss of every step, tokens read, seconds and steps replayed as a CUDA graph of a training."""
 
     losses: list[float]
     tokens: int
     seconds: float
+    replayed: int
 
     def __add__(self, other: "Training") -> "Training":
-        return Training(self.losses + other.losses, self.tokens + other.tokens, self.seconds + other.seconds)
+        return Training(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 class Float32Head(nn.Module):
@@ -48,6 +51,16 @@ class Float32Head(nn.Module):
 def prepared(base: nn.Module) -> nn.Module:
     """Put the output layer of ``base`` outside of autocast, in place."""
     base.set_output_embeddings(Float32Head(base.get_output_embeddings()))
+    return base
+
+
+def fused_norms(base: nn.Module) -> nn.Module:
+    """Put PyTorch's RMSNorm, one kernel, in place of those of ``base``, which are six; in place."""
+    for name, module in list(base.named_modules()):
+        if type(module).__name__ == "LlamaRMSNorm":
+            norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
+            norm.weight = module.weight
+            base.set_submodule(name, norm)
     return base
 
 
@@ -73,50 +86,46 @@ def adapted(base: nn.Module, name: str, rank: int) -> nn.Module:
     return model
 
 
-def train(model: nn.Module, examples: Sequence[Encoded], study: Study, rate: float) -> Training:
-    """One pass over ``examples`` in order: AdamW without weight decay, gradients clipped to norm 1, warm-up for a tenth
-    of the steps, linear decay."""
+def train(
+    model: nn.Module, examples: Sequence[Encoded], study: Study, rate: float, *, graphs: bool = False
+) -> Training:
+    """One pass over ``examples`` in order: warm-up for a tenth of the steps, linear decay. ``graphs``, on CUDA, replays
+    captured steps."""
     device = next(model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    steps = max(len(examples) // study.batch_size, 1)
-    warmup = max(1, steps // 10)
-    done = Training([], 0, 0.0)
     started = time.perf_counter()
-    for step in tqdm(range(steps), desc="training", unit="step", disable=None, leave=False):
-        optimizer.param_groups[0]["lr"] = rate * min((step + 1) / warmup, (steps - step) / max(steps - warmup, 1))
-        chosen = examples[step * study.batch_size : (step + 1) * study.batch_size]
-        loss = _backward(model, chosen, study, device)
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        done.losses.append(loss.item())
-        done.tokens += tokens(chosen)
-    done.seconds = time.perf_counter() - started
-    return done
+    count = max(len(examples) // study.batch_size, 1)
+    warmup = max(1, count // 10)
+    examples = examples[: count * study.batch_size]
+    parts = [examples[i : i + study.batch_size] for i in range(0, len(examples), study.batch_size)]
+    with side_stream(device):
+        steps = Steps(model, partial(autocast, study, device), graphs=graphs)
+        losses = []
+        for step, part in enumerate(tqdm(parts, desc="training", unit="step", disable=None, leave=False)):
+            now = rate * min((step + 1) / warmup, (count - step) / max(count - warmup, 1))
+            losses.append(steps(_on_device(part, study, device), now))
+        found = torch.stack(losses).tolist()
+    return Training(found, tokens(examples), time.perf_counter() - started, steps.replayed)
 
 
-def _backward(model: nn.Module, examples: Sequence[Encoded], study: Study, device: torch.device) -> Tensor:
-    """Accumulate the gradients of the mean loss over the examples' answer tokens, and return it."""
-    total = torch.zeros((), device=device)
-    for batch in batches(examples, study.micro_tokens, device):
-        with autocast(study, device):
-            loss = model(**batch).loss
-        loss.backward()
-        total += loss.detach()
-    return total
+def _on_device(examples: Sequence[Encoded], study: Study, device: torch.device) -> list[dict[str, Tensor]]:
+    """Copied from pinned memory on CUDA, so that the next step's batches are made while this one runs."""
+    pinned = device.type == "cuda"
+    return [
+        {name: (t.pin_memory() if pinned else t).to(device, non_blocking=pinned) for name, t in batch.items()}
+        for batch in batches(examples, study.micro_tokens, study.max_length)
+    ]
 
 
 def task_sum(
-    base: nn.Module, examples: Sequence[Encoded], study: Study, rate: float, scratch: Path
+    base: nn.Module, examples: Sequence[Encoded], study: Study, rate: float, scratch: Path, *, graphs: bool = False
 ) -> tuple[nn.Module, Training]:
     """Task arithmetic: a LoRA per task, trained on its part of ``examples``, as the branches of one MultiLoRA model of
     the study's total rank. :func:`set_task_weight` sets the weight of the LoRAs."""
     tasks = list(dict.fromkeys(example.task for example in examples))
-    done, folders = Training([], 0, 0.0), []
+    done, folders = Training([], 0, 0.0, 0), []
     for task in tasks:
         model = adapted(base, "lora", max(study.total_rank // len(tasks), 1))
-        done += train(model, [example for example in examples if example.task == task], study, rate)
+        done += train(model, [example for example in examples if example.task == task], study, rate, graphs=graphs)
         folders.append(scratch / task)
         model.save_pretrained(str(folders[-1]))
     model = copy.deepcopy(base).requires_grad_(False)
@@ -133,16 +142,15 @@ def memory(model: nn.Module, examples: Sequence[Encoded], study: Study) -> dict[
     """Counted bytes: the optimizer's state, and the peak of a step beyond weights and optimizer state; for MultiLoRA
     also the peak of the loop over branches. Takes steps with the model."""
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+    batch = _on_device(examples[: study.batch_size], study, device)
+    steps = Steps(model, partial(autocast, study, device))
 
     def step() -> None:
-        _backward(model, examples[: study.batch_size], study, device)
-        optimizer.step()
-        optimizer.zero_grad()
+        steps(batch, 1e-5)
 
     step()
     counted = {"step": peak_bytes(step, device)}
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
+    tensors = [t for state in steps.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     counted["optimizer"] = sum(t.numel() * t.element_size() for t in tensors)
     if unfuse(model):
         counted["step_as_loop"] = peak_bytes(step, device)

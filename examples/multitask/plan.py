@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
@@ -74,10 +74,11 @@ class Study:
     micro_tokens: int | None = None
     least_items: int | None = None
     first_tested: int | None = None
+    guess: float = 600.0  # seconds of a run, until one is finished
 
     def settings(self) -> dict:
         """The settings that all runs of one results folder share, as in JSON."""
-        free = {"seeds", "rates", "compared_rounds"}
+        free = {"seeds", "rates", "compared_rounds", "guess"}
         kept = {key: value for key, value in asdict(self).items() if key not in free and value is not None}
         return kept | {"task_weights": list(self.task_weights)}
 
@@ -89,8 +90,8 @@ class Study:
         return next((m for m in self.rates if METHODS[m].kind == "lora" and not METHODS[m].task
                      and self.rank(m) == self.rank(method)), "lora")  # fmt: skip
 
-    def is_tested(self, run: Run) -> bool:
-        return run.seed >= (self.first_tested or 0)
+    def is_tested(self, seed: int) -> bool:
+        return seed >= (self.first_tested or 0)
 
 
 def quick(study: Study) -> Study:
@@ -100,6 +101,7 @@ def quick(study: Study) -> Study:
     return replace(
         study, steps=5, batch_size=8, max_length=128, validation_items=4, test_items=6, seeds=1 + first, rates=rates,
         task_weights=(0.5, 1.0), compared_rounds=min(study.compared_rounds, 1), least_items=study.least_items and 1,
+        guess=20.0,
     )  # fmt: skip
 
 
@@ -124,24 +126,17 @@ def next_run(study: Study, done: Results, running: Collection[str] = ()) -> Run 
 
 
 def runs(study: Study, done: Results) -> Iterator[Run]:
-    """All runs in order, the main comparison first. Runs of further seeds follow once their method's sweep is
-    complete."""
-
-    def seeds(methods: Iterable[str], numbers: Iterable[int]) -> Iterator[Run]:
-        swept = {m: chosen(study, m, done) for m in methods if is_swept(study, m, done)}
-        yield from (Run(method, rate, seed) for seed in numbers for method, rate in swept.items())
-
-    first = [method for method in FIRST if method in study.rates]
+    """All runs in order, the main comparison with all its seeds first. Further seeds of a method follow once its sweep
+    is complete; until then they are left out."""
     yield Run(ZERO_SHOT)
-    for method in first:
-        yield from (Run(method, rate) for rate in sweep(study, method, done))
+    for group in (MAIN, FIRST, study.rates):
+        methods = [method for method in group if method in study.rates]
+        for method in methods:
+            yield from (Run(method, rate) for rate in sweep(study, method, done))
+        swept = {method: chosen(study, method, done) for method in methods if is_swept(study, method, done)}
+        yield from (Run(method, rate, seed) for seed in range(1, study.seeds) for method, rate in swept.items())
     if study.compared_rounds:
         yield Run(COST)
-    yield from seeds(first, range(1, min(2, study.seeds)))
-    yield from seeds(MAIN, range(2, study.seeds if study.first_tested else 0))
-    for method in study.rates:
-        yield from (Run(method, rate) for rate in sweep(study, method, done))
-    yield from seeds(study.rates, range(1, study.seeds))
 
 
 def is_swept(study: Study, method: str, done: Results) -> bool:

@@ -18,5 +18,5 @@ def gpu(dtype: str) -> Study:
             "multilora-3-scalar": few, "multilora-3-zero": few, "multilora-3-scalar-zero": few,
         },
         compared_rounds=0, dtype=dtype, ranks={"lora-160": 160, "multilora-5": 160}, micro_tokens=16_384,
-        least_items=600, first_tested=1,
+        least_items=600, first_tested=1, guess=60.0,
     )  # fmt: skip

@@ -3,15 +3,40 @@
 import gc
 import itertools
 import multiprocessing
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from examples.multitask.execute import Bench, execute, write_record
-from examples.multitask.plan import Run, Study, next_run, validation_score
+from examples.multitask.plan import Results, Run, Study, next_run, validation_score
 
 Load = Callable[[], Bench]
+
+
+class Clock:
+    """How long a run will take, and whether it ends within ``minutes`` of now, if a limit is given."""
+
+    def __init__(self, study: Study, minutes: float | None, now: Callable[[], float] = time.monotonic):
+        self.study, self.now = study, now
+        self.end = None if minutes is None else now() + 60 * minutes
+
+    def expected(self, run: Run, done: Results) -> float:
+        """The longest finished run like ``run``: of its method and tested as it is, else tested as it is, else any;
+        without one the study's guess."""
+        tested = self.study.is_tested
+        trained = [record for record in done.values() if record["learning_rate"] is not None]
+        alike = [record for record in trained if tested(record["seed"]) == tested(run.seed)]
+        same = [record for record in alike if record["method"] == run.method]
+        return max((record["seconds"] for record in same or alike or trained), default=self.study.guess)
+
+    def begins(self, done: Results, running: Collection[str] = ()) -> Run | None:
+        """The next run to begin, or None if there is none or it would not end in time."""
+        run = next_run(self.study, done, running)
+        late = run is not None and self.end is not None and self.now() + self.expected(run, done) > self.end
+        return None if late else run
 
 
 def run_missing(
@@ -19,14 +44,14 @@ def run_missing(
     minutes: float | None = None,
 ) -> None:  # fmt: skip
     """Run what is not in ``done``, at most ``limit`` runs. Each is added to ``done`` and written to ``folder``. No run
-    begins if the longest run so far would exceed what is left of ``minutes``."""
-    clock = Clock(minutes)
+    begins that is expected to exceed ``minutes``."""
+    clock = Clock(study, minutes)
     for _ in itertools.count() if limit is None else range(limit):
-        run = next_run(study, done)
-        if run is None or not clock.has_time():
+        run = clock.begins(done)
+        if run is None:
             return
-        print(f"{time.strftime('%H:%M:%S')}  {run.name} ...", flush=True)
-        _keep(folder, run, execute(run, study, bench), done, clock)
+        _say(f"{run.name} ...")
+        _keep(folder, run, execute(run, study, bench), done)
         gc.collect()  # models are reference cycles
 
 
@@ -34,51 +59,66 @@ def run_side_by_side(
     folder: Path, study: Study, load: Load, done: dict[str, dict], limit: int | None = None,
     minutes: float | None = None, *, workers: int,
 ) -> None:  # fmt: skip
-    """:func:`run_missing` in ``workers`` processes, each with its own ``load()``. ``load`` must be picklable."""
-    clock, left = Clock(minutes), itertools.count() if limit is None else iter(range(limit))
+    """:func:`run_missing` in ``workers`` processes, each with its own ``load()``. ``load`` must be picklable. A run
+    that fails, such as for lack of memory, does not stop the others.
+
+    Raises:
+        ValueError: a run failed, or a worker was killed.
+    """
+    clock, left = Clock(study, minutes), itertools.count() if limit is None else iter(range(limit))
     context = multiprocessing.get_context("forkserver")  # imports the libraries once, and leaves CUDA to the workers
     context.set_forkserver_preload(["examples.multitask.loading"])
+    running: dict[Future, Run] = {}
+    failed: dict[str, str] = {}
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(study, load)) as pool:
-        running: dict[Future, Run] = {}
-        while True:
-            names = {run.name for run in running.values()}
-            run = next_run(study, done, names) if len(running) < workers and clock.has_time() else None
-            if run is not None and next(left, None) is not None:
-                print(f"{time.strftime('%H:%M:%S')}  {run.name} ...", flush=True)
-                running[pool.submit(_execute, run)] = run
-                continue
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                _keep(folder, running.pop(future), future.result(), done, clock)
+        try:
+            while True:
+                names = {run.name for run in running.values()} | failed.keys()
+                run = clock.begins(done, names) if len(running) < workers else None
+                if run is not None and next(left, None) is not None:
+                    _say(f"{run.name} ...")
+                    running[pool.submit(_execute, run)] = run
+                    continue
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    try:
+                        _keep(folder, run, future.result(), done)
+                    except RuntimeError as error:  # CUDA's errors among them; a mistake of the user is a ValueError
+                        if isinstance(error, BrokenProcessPool):
+                            raise ValueError("a worker was killed; finished runs are kept.") from None
+                        failed[run.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                        _say(f"{run.name} failed, {failed[run.name]}")
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+    for name, reason in failed.items():
+        raise ValueError(f"{len(failed)} runs failed, the first of them {name}, {reason}")
 
 
-class Clock:
-    """The time left, and the longest run so far."""
-
-    def __init__(self, minutes: float | None):
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
-        self.longest = 0.0
-
-    def has_time(self) -> bool:
-        return self.end is None or time.monotonic() + self.longest < self.end
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)
 
 
-def _keep(folder: Path, run: Run, record: dict, done: dict[str, dict], clock: Clock) -> None:
+def _keep(folder: Path, run: Run, record: dict, done: dict[str, dict]) -> None:
     write_record(folder / f"{run.name}.json", record)
     done[run.name] = record
-    clock.longest = max(clock.longest, record["seconds"])
     said = f", validation {validation_score(record)[0]:.3f}" if "validation" in record else ""
-    print(f"{time.strftime('%H:%M:%S')}  {run.name}: {record['seconds']:.0f} s{said}", flush=True)
+    _say(f"{run.name}: {record['seconds']:.0f} s{said}")
 
 
 def _begin(study: Study, load: Load) -> None:
-    global _at_work
-    _at_work = (study, load())
+    global _study, _load, _bench
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler ends its workers
+    _study, _load, _bench = study, load, None
 
 
 def _execute(run: Run) -> dict:
-    study, bench = _at_work
-    record = execute(run, study, bench)
+    global _bench
+    if _bench is None:
+        _bench = _load()
+    record = execute(run, _study, _bench)
     gc.collect()
     return record

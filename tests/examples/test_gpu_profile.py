@@ -1,9 +1,11 @@
 """The GPU profile of examples/multitask at toy size on a CPU: prepared folder, bins, workers, runs of every kind."""
 
 import dataclasses
+import gzip
 import json
 import random
 import re
+import shutil
 import sys
 
 import pytest
@@ -14,7 +16,7 @@ from tiny_training import make_tokenizer
 
 from examples.multitask import __main__ as command
 from examples.multitask import methods, prepare, schedule
-from examples.multitask.batches import batches, binned, tokens
+from examples.multitask.batches import batches, loss, tokens
 from examples.multitask.data import drawn
 from examples.multitask.execute import Bench, read_results
 from examples.multitask.page import report
@@ -99,22 +101,6 @@ def test_workers_run_side_by_side_and_leave_the_same_records(folder, tmp_path, m
             assert records[1][name][key] == one[key]
 
 
-def test_runs_that_wait_for_a_sweep_are_not_begun():
-    study = dataclasses.replace(gpu("float32"), rates={"lora": (1e-4, 1e-3), "multilora-3": (1e-3,)})
-    done = {"zero-shot": {}}
-    running = {"lora-lr1e-04-seed0", "lora-lr1e-03-seed0", "multilora-3-lr1e-03-seed0"}
-    assert next_run(study, done, running) is None
-    done["multilora-3-lr1e-03-seed0"] = {"validation": {"a": {"accuracy": 0.5, "nll": 1.0}}}
-    assert next_run(study, done, running).name == "multilora-3-lr1e-03-seed1"
-
-
-def test_no_run_is_begun_that_time_is_too_short_for(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(schedule, "execute", lambda *_: {"seconds": 90.0})
-    done = {}
-    schedule.run_missing(tmp_path, STUDY, bench, done, minutes=1)
-    assert list(done) == ["zero-shot"]
-
-
 def test_a_prepared_folder_keeps_its_parts_apart(folder, bench):
     for name in bench.items.train:
         parts = [{tuple(row.prompt) for row in getattr(bench.items, part)[name]} for part in PARTS]
@@ -127,30 +113,28 @@ def test_a_prepared_folder_keeps_its_parts_apart(folder, bench):
 
 
 def test_a_test_item_in_training_is_refused(folder, tmp_path):
-    (tmp_path / "prepared.json").write_text((folder / "prepared.json").read_text())
-    for part in PARTS:
-        (tmp_path / part).mkdir()
-        for path in (folder / part).iterdir():
-            (tmp_path / part / path.name).write_text(path.read_text())
-    with (tmp_path / "train/thing.jsonl").open("a") as rows:
-        rows.write((folder / "test/thing.jsonl").read_text().splitlines()[0] + "\n")
+    shutil.copytree(folder, tmp_path / "copy")
+    held_out = gzip.decompress((folder / "test/thing.jsonl.gz").read_bytes()).splitlines(keepends=True)
+    with gzip.open(tmp_path / "copy/train/thing.jsonl.gz", "ab") as rows:
+        rows.write(held_out[0])
     with pytest.raises(ValueError, match=r"--prepared .*thing"):
-        prepare.read(tmp_path, STUDY)
+        prepare.read(tmp_path / "copy", STUDY)
 
 
 def test_bins_have_the_gradients_of_one_packed_row(bench):
     examples = drawn(bench.items, STUDY, None, 0)[:7]
-    assert len(list(binned(examples, 16))) > 1
+    assert len(list(batches(examples, 20, 20))) > 1
     model = llama(torch.float64)
     model.config.use_cache = False  # with a cache, transformers does not keep packed rows apart
-    found = []
-    for limit in (None, 16, 40):
+    model.zero_grad()
+    expected = model(**pack(examples)).loss
+    expected.backward()
+    wanted = [expected, *(p.grad for p in model.parameters())]
+    for limit, length in ((None, 20), (20, 20), (40, 20), (400, 20)):
         model.zero_grad()
-        loss = sum(model(**batch).loss for batch in batches(examples, limit, torch.device("cpu")))
-        loss.backward()
-        found.append([loss, *(p.grad for p in model.parameters())])
-    for others in found[1:]:
-        torch.testing.assert_close(others, found[0])
+        found = sum(loss(model, batch) for batch in batches(examples, limit, length))
+        found.backward()
+        torch.testing.assert_close([found, *(p.grad for p in model.parameters())], wanted)
     assert tokens(examples) == pack(examples)["input_ids"].numel()
 
 
@@ -159,9 +143,9 @@ def test_padding_stays_below_a_quarter():
     for _ in range(5):  # steps of 64 examples, most of them short: of 12 to 400 tokens
         sizes = [int(rng.lognormvariate(3.9, 0.8)) % 390 + 12 for _ in range(64)]
         examples = [Encoded("t", [1] * size, [[2, 3], [4]], 0) for size in sizes]
-        made = list(binned(examples, 16_384))
-        assert all(batch["input_ids"].numel() <= 16_384 for batch in made)
-        assert sum(batch["input_ids"].numel() for batch in made) < 1.25 * tokens(examples)
+        made = list(batches(examples, 16_384, 512))
+        assert all(batch["ids"].numel() <= 16_384 for batch in made)
+        assert sum(batch["ids"].numel() for batch in made) < 1.25 * tokens(examples)
 
 
 def test_scales_and_starts(bench):
