@@ -2,6 +2,9 @@
 # Test and measure on a GPU, in stages of less than 3 minutes. Works from a bare checkout without network.
 #
 #   bench/gpu.sh tests|layers|tune|steps|memory|experts|all [OUT]      PYTHON=python3 by default; JSON goes to OUT
+#   bench/gpu.sh study [OUT [FOLDER]]        the runs of examples/multitask that LIMIT seconds (240 by default) allow, on
+#                                            a FOLDER (or PREPARED) of examples.multitask.prepare, resumed in OUT/study;
+#                                            WORKERS at once (4 by default); ARGS are further arguments of the study
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -18,9 +21,9 @@ bench() { # name, seconds to start cases in, seconds in total
 }
 
 case $stage in
-tests | layers | tune | steps | memory | experts | all) ;;
+tests | layers | tune | steps | memory | experts | study | all) ;;
 *)
-    echo "bench/gpu.sh: the stage must be tests, layers, tune, steps, memory, experts or all, not '$stage'." >&2
+    echo "bench/gpu.sh: the stage must be tests, layers, tune, steps, memory, experts, study or all, not '$stage'." >&2
     exit 2
     ;;
 esac
@@ -51,6 +54,27 @@ memory)
     run 65 "$python" -m bench.memory_profile --out "$out" --tokens 2048
     ;;
 experts) bench experts 100 150 ;;
+study) # whole runs and a page of them, within LIMIT; what came back is resumed by the next call
+    limit=${LIMIT:-240}
+    prepared=${3:-${PREPARED:?names a folder of examples.multitask.prepare}}
+    # shellcheck disable=SC2206  # ARGS are words
+    study=("$python" -u -m examples.multitask --profile gpu --prepared "$prepared" --output "$out/study" ${ARGS:-})
+    runs() { # seconds for whole runs, further arguments; 15 seconds more end what was begun
+        local minutes
+        minutes=$(printf '%d.%02d' $(($1 / 60)) $(($1 % 60 * 100 / 60)))
+        timeout --signal=INT --kill-after=10 "$(($1 + 15))" "${study[@]}" --minutes "$minutes" \
+            --workers "${WORKERS:-4}" --threads 2 "${@:2}"
+    }
+    mkdir -p "$out/study"
+    runs $((limit - 45)) || status=$?
+    if [ $status = 3 ]; then # a step could not be captured
+        status=0
+        runs $((limit - SECONDS - 45)) --eager || status=$?
+    fi
+    run 30 "${study[@]}" --report-only
+    tar -czf "$out/study.tar.gz" -C "$out" study || status=1
+    ls -l "$out/study.tar.gz"
+    ;;
 all)
     for each in tests layers tune steps memory experts; do
         bash bench/gpu.sh "$each" "$out" || status=1

@@ -1,11 +1,14 @@
 """Run the missing runs of the study, then write the report: ``python -m examples.multitask``."""
 
 import argparse
+import multiprocessing
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PRELOADED = ["examples.multitask.loading", "peft", "transformers.models.llama.modeling_llama"]  # once for all workers
 
 
 def main() -> None:
@@ -33,11 +36,14 @@ def main() -> None:
     default = ("quick-" if options.quick else "") + ("gpu-" if options.profile == "gpu" else "") + "results"
     folder = options.output or HERE / default
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if options.workers > 1 and not (options.list or options.report_only):
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()  # its imports go on beside those here
     try:
         _study(options, folder)
     except ValueError as error:
         print(f"multitask: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "status", 2))
     except KeyboardInterrupt:
         print("\nInterrupted: finished runs are kept, the same command goes on.", file=sys.stderr)
         sys.exit(130)

@@ -103,8 +103,11 @@ def train(
         for step, part in enumerate(tqdm(parts, desc="training", unit="step", disable=None, leave=False)):
             now = rate * min((step + 1) / warmup, (count - step) / max(count - warmup, 1))
             losses.append(steps(_on_device(part, study, device), now))
-        found = torch.stack(losses).tolist()
-    return Training(found, tokens(examples), time.perf_counter() - started, steps.replayed)
+        found, replayed = torch.stack(losses).tolist(), steps.replayed
+        del steps
+    if graphs:
+        torch.cuda.empty_cache()  # the memory of graphs serves nothing else
+    return Training(found, tokens(examples), time.perf_counter() - started, replayed)
 
 
 def _on_device(examples: Sequence[Encoded], study: Study, device: torch.device) -> list[dict[str, Tensor]]:

@@ -30,7 +30,7 @@ def report(folder: Path, study: Study, done: Results) -> dict:
     if study.test_items < TELLING:
         parts.insert(0, "**A trial run:** too short for its figures to mean anything.")
     if unfinished is not None:
-        parts.insert(0, f"**Unfinished:** the next run is `{unfinished.name}`.")
+        parts.insert(0, f"**Unfinished:** the next run is `{unfinished.name}`. {_decided(summary)}")
     body = "\n\n".join(parts)
     between(folder / "README.md", "results", body)
     return summary
@@ -74,8 +74,22 @@ def _sections(summary: Mapping):
     if methods:
         yield f"## Spectrum of ΔW\n\n{_spectra(methods, summary['settings']['total_rank'])}"
     if summary["claims"]:
-        rows = [[c["claim"], f"**{c['verdict']}**", c["figures"]] for c in summary["claims"]]
-        yield f"## The paper's claims at this size\n\n{table(['claim', 'verdict', 'figures'], rows)}\n\n{RULES}"
+        rows = [
+            [c["claim"], f"**{c['verdict']}**" if c["final"] else f"so far: {c['verdict']}", c["figures"]]
+            for c in summary["claims"]
+        ]
+        note = "" if all(c["final"] for c in summary["claims"]) else "So far: no verdict, more seeds follow. "
+        yield f"## The paper's claims at this size\n\n{table(['claim', 'verdict', 'figures'], rows)}\n\n{note}{RULES}"
+
+
+def _decided(summary: Mapping) -> str:
+    """Which differences have all their seeds, some, or none."""
+    parts: dict[str, list[str]] = {"Decided": [], "Not decided yet": [], "Not tested yet": []}
+    for name, one in summary["progress"].items():
+        part = "Decided" if one["complete"] else "Not decided yet" if one["seeds"] else "Not tested yet"
+        count = f" ({one['seeds']} of {one['of']} seeds)" if one["seeds"] else ""
+        parts[part].append(f"{_pair_name(name)}{count}")
+    return " ".join(f"{part}: {'; '.join(names) or 'nothing'}." for part, names in parts.items())
 
 
 def _conditions(summary: Mapping) -> str:

@@ -10,8 +10,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import torch
+
 from examples.multitask.execute import Bench, execute, write_record
 from examples.multitask.plan import Results, Run, Study, next_run, validation_score
+from multilora_fast.console import quiet
 
 Load = Callable[[], Bench]
 
@@ -66,8 +69,7 @@ def run_side_by_side(
         ValueError: a run failed, or a worker was killed.
     """
     clock, left = Clock(study, minutes), itertools.count() if limit is None else iter(range(limit))
-    context = multiprocessing.get_context("forkserver")  # imports the libraries once, and leaves CUDA to the workers
-    context.set_forkserver_preload(["examples.multitask.loading"])
+    context = multiprocessing.get_context("forkserver")
     running: dict[Future, Run] = {}
     failed: dict[str, str] = {}
     with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(study, load)) as pool:
@@ -112,6 +114,7 @@ def _keep(folder: Path, run: Run, record: dict, done: dict[str, dict]) -> None:
 def _begin(study: Study, load: Load) -> None:
     global _study, _load, _bench
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler ends its workers
+    quiet()
     _study, _load, _bench = study, load, None
 
 
@@ -121,4 +124,5 @@ def _execute(run: Run) -> dict:
         _bench = _load()
     record = execute(run, _study, _bench)
     gc.collect()
+    torch.cuda.empty_cache()  # for the other workers
     return record

@@ -14,6 +14,8 @@ Batch = dict[str, Tensor]
 class CannotCapture(ValueError):
     """A step holds what a CUDA graph cannot; the process should not go on."""
 
+    status = 3  # of the command
+
 
 class Steps:
     """AdamW without weight decay on the mean loss over a step's answer tokens, with gradients clipped to norm 1.

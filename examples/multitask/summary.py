@@ -8,8 +8,21 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from examples.multitask.claims import BRANCHES, VARIANTS, claims
-from examples.multitask.plan import COST, METHODS, ZERO_SHOT, Results, Run, Study, chosen, sweep, validation_score
+from examples.multitask.plan import (
+    COST,
+    METHODS,
+    ZERO_SHOT,
+    Results,
+    Run,
+    Study,
+    chosen,
+    is_swept,
+    sweep,
+    validation_score,
+)
 from examples.multitask.significance import Marks, compare, sign_flip_p
+
+PAIRED = ("pairs", "spectrum_pairs")
 
 
 def pairs(study: Study) -> list[tuple[str, str]]:
@@ -36,12 +49,24 @@ def summarise(study: Study, done: Results) -> dict:
         found["majority"] = record["majority"]
         found["in_mean"] = in_mean(study, record)
     found["methods"] = {method: _method(study, method, records, done) for method, records in found_by.items()}
-    there = [(a, b) for a, b in pairs(study) if a in found_by and b in found_by]
+    there = [(a, b) for a, b in pairs(study) if found_by.get(a, {}).keys() & found_by.get(b, {}).keys()]
     found["pairs"] = {f"{a} - {b}": _pair(study, found_by[a], found_by[b]) for a, b in there}
     found["spectrum_pairs"] = {f"{a} - {b}": _spectrum_pair(found_by[a], found_by[b]) for a, b in there}
     if COST in done:
         found["cost"] = {key: done[COST][key] for key in ("batch_tokens", "rounds", "costs", "environment")}
-    return found | {"claims": claims(found, study)}
+    found["progress"] = {f"{a} - {b}": _progress(study, a, b, found_by, done) for a, b in pairs(study)}
+    complete = {name for name, one in found["progress"].items() if one["complete"]}
+    kept = {key: {name: one for name, one in found[key].items() if name in complete} for key in PAIRED}
+    final = {claim["claim"] for claim in claims(found | kept, study)}
+    return found | {"claims": [claim | {"final": claim["claim"] in final} for claim in claims(found, study)]}
+
+
+def _progress(study: Study, first: str, second: str, found_by: Mapping[str, Mapping], done: Results) -> dict:
+    """How many seeds of both methods are finished, and whether all are and no sweep goes on."""
+    finished = found_by.get(first, {}).keys() & found_by.get(second, {}).keys()
+    wanted = {seed for seed in range(study.seeds) if study.is_tested(seed)}
+    swept = all(is_swept(study, method, done) for method in (first, second))
+    return {"seeds": len(finished), "of": len(wanted), "complete": swept and finished == wanted}
 
 
 def finals(study: Study, method: str, done: Results) -> dict[int, Mapping]:

@@ -13,6 +13,8 @@ from transformers import DynamicCache
 
 from multilora_fast.demo.tasks import Example
 
+ROWS = 64  # options whose probabilities are taken at a time: those of a batch may take gigabytes
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -129,8 +131,9 @@ def option_scores(model: nn.Module, batch: Sequence[Encoded]) -> list[Tensor]:
             position_ids=seen.sum(-1, keepdim=True) + torch.arange(inputs.shape[1], device=device),
             **caching,
         ).logits
-        logprobs = logits.float().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        scores = scores + (logprobs * valid).sum(-1)
+        rows = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+        logprobs = [part.float().log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1) for part, ids in rows]
+        scores = scores + (torch.cat(logprobs) * valid).sum(-1)
     return list(scores.cpu().split(counts))
 
 
