@@ -27,6 +27,11 @@ tests | layers | tune | steps | memory | experts | study | all) ;;
     exit 2
     ;;
 esac
+prepared=${3:-${PREPARED:-}}
+if [ "$stage" = study ] && [ ! -f "$prepared/prepared.json" ]; then
+    echo "bench/gpu.sh: study takes the folder of python -m examples.multitask.prepare, not '$prepared'." >&2
+    exit 2
+fi
 out=${2:-bench/results/$("$python" -m bench.environment)}
 mkdir -p "$out"
 
@@ -56,7 +61,6 @@ memory)
 experts) bench experts 100 150 ;;
 study) # whole runs and a page of them, within LIMIT; what came back is resumed by the next call
     limit=${LIMIT:-240}
-    prepared=${3:-${PREPARED:?names a folder of examples.multitask.prepare}}
     # shellcheck disable=SC2206  # ARGS are words
     study=("$python" -u -m examples.multitask --profile gpu --prepared "$prepared" --output "$out/study" ${ARGS:-})
     runs() { # seconds for whole runs, further arguments; 15 seconds more end what was begun

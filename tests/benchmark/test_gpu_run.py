@@ -39,7 +39,7 @@ def test_it_is_a_shell_script():
 def test_an_unknown_stage_is_named_and_nothing_runs(arguments, tmp_path):
     done = gpu(*arguments)
     assert done.returncode == 2
-    assert "must be tests, layers, tune, steps, memory, experts or all" in done.stderr
+    assert "must be tests, layers, tune, steps, memory, experts, study or all" in done.stderr
     assert f"'{(*arguments, '')[0]}'" in done.stderr
 
 
@@ -71,6 +71,30 @@ def test_all_runs_every_stage_in_order_and_goes_on_after_a_failure(tmp_path, stu
     at = [next(i for i, command in enumerate(first) if start in command) for start in starts]
     assert at == sorted(at)
     assert gpu("all", tmp_path / "out", python="false").returncode == 1
+
+
+def test_the_study_takes_a_prepared_folder(tmp_path):
+    done = gpu("study", tmp_path / "out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "examples.multitask.prepare" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("status", [0, 2, 3])
+def test_the_study_stops_in_time_packs_its_records_and_steps_back_from_captures(status, tmp_path, stub, monkeypatch):
+    (tmp_path / "prepared.json").touch()
+    stub.write_text(f'{stub.read_text()}case "$*" in *--eager* | *--report-only*) ;; *) exit {status};; esac\n')
+    monkeypatch.setenv("LIMIT", "200")
+    done = gpu("study", tmp_path / "out", tmp_path, python=stub)
+    assert done.returncode == (2 if status == 2 else 0), done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if " | " in line]
+    assert ["--eager" in command for _, command in lines] == ([False, True, False] if status == 3 else [False, False])
+    limits = [int(parent.split("--kill-after=1")[1].split()[1]) for parent, _ in lines]
+    assert limits[0] + limits[-1] == 200
+    assert "--minutes 2.58" in lines[0][1]  # 155 s, then 15 s to end what was begun, and 30 s for the page
+    assert "--report-only" in lines[-1][1]
+    assert (tmp_path / "out/study.tar.gz").stat().st_size > 0
 
 
 def test_a_run_of_tests_is_kept_as_json(tmp_path):
