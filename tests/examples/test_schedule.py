@@ -2,12 +2,16 @@
 
 import dataclasses
 import heapq
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
+from examples.multitask import schedule
 from examples.multitask.plan import MAIN, Run, Study, is_swept, next_run
 from examples.multitask.profile import gpu
 from examples.multitask.schedule import Clock
+from examples.multitask.steps import CannotCapture
 
 STUDY = gpu("bfloat16")
 
@@ -110,3 +114,48 @@ def test_a_run_begins_only_if_it_can_end():
     assert clock.expected(tested, done) == 30.0
     assert clock.expected(swept, done) == 20.0
     assert clock.begins(done) is None
+
+
+class Threads(ThreadPoolExecutor):
+    def __init__(self, workers, context, **_):
+        super().__init__(workers)
+
+
+def side_by_side(folder, monkeypatch, outcome, **options) -> dict:
+    """The records of scheduled runs, whose outcome is a record, or an exception that is raised."""
+
+    def executed(run):
+        found = outcome(run)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    monkeypatch.setattr(schedule, "ProcessPoolExecutor", Threads)
+    monkeypatch.setattr(schedule, "_execute", executed)
+    done: dict[str, dict] = {}
+    try:
+        schedule.run_side_by_side(folder, STUDY, None, done, workers=3, **options)
+    finally:
+        assert {path.stem for path in folder.glob("*.json")} == done.keys()
+    return done
+
+
+def test_a_run_without_memory_does_not_stop_the_others(tmp_path, monkeypatch):
+    def outcome(run):
+        return torch.OutOfMemoryError("CUDA out of memory.\nMore") if run.method == "lora" else record(run, STUDY, 1.0)
+
+    with pytest.raises(
+        ValueError, match=r"3 runs failed, the first of them lora-.*OutOfMemoryError: CUDA out of memory.$"
+    ):
+        side_by_side(tmp_path, monkeypatch, outcome, limit=12)
+    assert len(list(tmp_path.iterdir())) == 9
+
+
+@pytest.mark.parametrize("error", [CannotCapture("no: give --eager."), ValueError("--prepared"), KeyboardInterrupt()])
+def test_other_errors_end_the_study_and_keep_what_is_finished(error, tmp_path, monkeypatch):
+    def outcome(run):
+        return error if run.method == "multilora-3" else record(run, STUDY, 1.0)
+
+    with pytest.raises(type(error)):
+        side_by_side(tmp_path, monkeypatch, outcome)
+    assert (tmp_path / "zero-shot.json").exists()

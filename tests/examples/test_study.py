@@ -23,7 +23,7 @@ from examples.multitask import methods, schedule
 from examples.multitask.data import mixture, real_tasks, split
 from examples.multitask.execute import Bench, read_results, write_record
 from examples.multitask.page import between, report
-from examples.multitask.plan import Run, Study, chosen, next_run
+from examples.multitask.plan import MAIN, Run, Study, chosen, next_run
 from examples.multitask.schedule import run_missing
 from multilora_fast.adapters.branches import collect
 
@@ -247,6 +247,35 @@ def test_a_part_of_the_study_has_a_report(records, tmp_path, count):
     assert f"**Unfinished:** the next run is `{next_run(STUDY, done).name}`." in page
     assert ("is incomplete: its row is provisional" in page) == (count == 2)
     assert len(re.findall(r"^\| LoRA \|", page, re.M)) == (6 if count >= 2 else 0)  # tables
+
+
+def test_the_page_says_what_is_decided(records, tmp_path):
+    pytest.importorskip("matplotlib")
+    seeds = {name: record for name, record in records.items() if record["seed"] == 0 or record["method"] in MAIN}
+    report(tmp_path, STUDY, seeds)
+    page = (tmp_path / "README.md").read_text()
+    assert "Decided: MultiLoRA, n = 3 − LoRA (2 of 2 seeds)." in page  # noqa: RUF001
+    assert "Not decided yet: MultiLoRA, n = 5 − LoRA (1 of 2 seeds);" in page  # noqa: RUF001
+    assert re.search(r"MultiLoRA \(n = 3\) learns the mixture better than LoRA \| \*\*[a-z ]+\*\* \|", page)
+    assert re.search(r"MultiLoRA \(n = 5\) learns the mixture better than LoRA \| so far: [a-z ]+ \|", page)
+    assert "Not decided yet" not in page_of(records, tmp_path / "all")
+
+
+def page_of(records, folder) -> str:
+    report(folder, STUDY, records)
+    return (folder / "README.md").read_text()
+
+
+def test_methods_without_a_common_seed_are_not_compared(records, tmp_path):
+    pytest.importorskip("matplotlib")
+    rates = {method: chosen(STUDY, method, records) for method in MAIN}
+    names = {(method, seed): Run(method, rates[method], seed).name for method in MAIN for seed in (0, 1)}
+    some = {name: record for name, record in records.items() if record["seed"] == 0}
+    some[names["lora", 1]] = records[names["lora", 1]]
+    some[names["lora", 0]] = {key: value for key, value in some[names["lora", 0]].items() if key != "test"}
+    page = page_of(some, tmp_path)
+    assert "Not tested yet: MultiLoRA, n = 3 − LoRA;" in page  # noqa: RUF001
+    assert "| MultiLoRA, n = 3 − LoRA |" not in page  # noqa: RUF001
 
 
 def test_records_of_another_study_are_refused(records, tmp_path):
