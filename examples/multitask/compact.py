@@ -31,17 +31,24 @@ def write(model: Path, folder: Path, shard_size: int) -> dict[str, int]:
 
 
 def load(folder: Path) -> nn.Module:
-    """The causal LM that :func:`write` wrote, in float32 and eval mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The causal LM that :func:`write` wrote, in float32 and eval mode.
+
+    Raises:
+        ValueError: a file of the weights is missing.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     found = _weights(folder)
     weights = {name: tensor for name, tensor in found.items() if not name.endswith((CODES, SCALE, LEAST))}
     for name in (key.removesuffix(CODES) for key in found if key.endswith(CODES)):
         weights[name] = restored(found[name + CODES], found[name + SCALE], found.get(name + LEAST))
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    missing = model.load_state_dict(weights, strict=False).missing_keys
-    if missing and not (missing == ["lm_head.weight"] and model.config.tie_word_embeddings):
-        raise ValueError(f"--prepared: {folder} lacks {len(missing)} weights, the first of them {missing[0]}.")
+    config = AutoConfig.from_pretrained(folder)
+    options: dict[str, Any] = {"config": config, "state_dict": weights, "output_loading_info": True}
+    loads = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained
+    model, info = loads(None, dtype=torch.float32, **options)
+    if info["missing_keys"]:
+        some = min(info["missing_keys"])
+        raise ValueError(f"--prepared: {folder} lacks {len(info['missing_keys'])} weights, the first of them {some}.")
     model.config.use_cache = False
     return model.eval()
 

@@ -14,6 +14,7 @@ import torch
 
 from examples.multitask.execute import Bench, execute, write_record
 from examples.multitask.plan import Results, Run, Study, next_run, validation_score
+from examples.multitask.steps import CannotCapture
 from multilora_fast.console import quiet
 
 Load = Callable[[], Bench]
@@ -63,7 +64,8 @@ def run_side_by_side(
     minutes: float | None = None, *, workers: int,
 ) -> None:  # fmt: skip
     """:func:`run_missing` in ``workers`` processes, each with its own ``load()``. ``load`` must be picklable. A run
-    that fails, such as for lack of memory, does not stop the others.
+    that fails, such as for lack of memory, does not stop the others. Nor does one that cannot be captured, once
+    another was.
 
     Raises:
         ValueError: a run failed, or a worker was killed.
@@ -87,9 +89,11 @@ def run_side_by_side(
                     run = running.pop(future)
                     try:
                         _keep(folder, run, future.result(), done)
-                    except RuntimeError as error:  # CUDA's errors among them; a mistake of the user is a ValueError
-                        if isinstance(error, BrokenProcessPool):
-                            raise ValueError("a worker was killed; finished runs are kept.") from None
+                    except BrokenProcessPool:
+                        raise ValueError("a worker was killed; finished runs are kept.") from None
+                    except (RuntimeError, CannotCapture) as error:  # CUDA's errors are RuntimeErrors
+                        if isinstance(error, CannotCapture) and not any(one.get("replayed") for one in done.values()):
+                            raise  # as all others would
                         failed[run.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                         _say(f"{run.name} failed, {failed[run.name]}")
         except BaseException:

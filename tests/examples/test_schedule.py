@@ -151,6 +151,16 @@ def test_a_run_without_memory_does_not_stop_the_others(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 9
 
 
+def test_a_method_that_cannot_be_captured_does_not_stop_those_that_can(tmp_path, monkeypatch):
+    def outcome(run):
+        cannot = CannotCapture("a training step cannot be captured (why): give --eager.")
+        return cannot if run.method == "multilora-3" else record(run, STUDY, 1.0) | {"replayed": 490}
+
+    with pytest.raises(ValueError, match=r"^3 runs failed, .*multilora-3.*--eager"):
+        side_by_side(tmp_path, monkeypatch, outcome, limit=14)
+    assert len(list(tmp_path.iterdir())) == 11
+
+
 @pytest.mark.parametrize("error", [CannotCapture("no: give --eager."), ValueError("--prepared"), KeyboardInterrupt()])
 def test_other_errors_end_the_study_and_keep_what_is_finished(error, tmp_path, monkeypatch):
     def outcome(run):
