@@ -4,7 +4,8 @@
 #   bench/gpu.sh tests|layers|tune|steps|memory|experts|all [OUT]      PYTHON=python3 by default; JSON goes to OUT
 #   bench/gpu.sh study [OUT [FOLDER]]        the runs of examples/multitask that LIMIT seconds (240 by default) allow, on
 #                                            a FOLDER (or PREPARED) of examples.multitask.prepare, resumed in OUT/study;
-#                                            WORKERS at once (4 by default); ARGS are further arguments of the study
+#                                            WORKERS at once (4 by default); ARGS are further arguments of the study;
+#                                            PAGE=0 leaves its page, which needs no GPU, for later
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -67,15 +68,16 @@ study) # whole runs and a page of them, within LIMIT; what came back is resumed 
         local minutes
         minutes=$(printf '%d.%02d' $(($1 / 60)) $(($1 % 60 * 100 / 60)))
         timeout --signal=INT --kill-after=10 "$(($1 + 15))" "${study[@]}" --minutes "$minutes" \
-            --workers "${WORKERS:-4}" --threads 2 "${@:2}"
+            --workers "${WORKERS:-4}" --threads 2 --no-report "${@:2}"
     }
     mkdir -p "$out/study"
-    runs $((limit - 45)) || status=$?
+    last=$((${PAGE:-1} ? 55 : 20)) # seconds of what follows the runs, 15 of them to end those that are late
+    runs $((limit - last)) || status=$?
     if [ $status = 3 ]; then # a step could not be captured
         status=0
-        runs $((limit - SECONDS - 45)) --eager || status=$?
+        runs $((limit - SECONDS - last)) --eager || status=$?
     fi
-    run 30 "${study[@]}" --report-only
+    if ((${PAGE:-1})); then run 35 "${study[@]}" --report-only; fi
     tar -czf "$out/study.tar.gz" -C "$out" study || status=1
     ls -l "$out/study.tar.gz"
     ;;

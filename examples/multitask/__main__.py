@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--prepared", type=Path, help="output of python -m examples.multitask.prepare, for gpu")
     parser.add_argument("--quick", action="store_true", help="a small run of every part; under 10 minutes on a CPU")
     parser.add_argument("--report-only", action="store_true", help="write the report of the finished runs only")
+    parser.add_argument("--no-report", action="store_true", help="execute runs only; the report takes a minute or two")
     parser.add_argument("--list", action="store_true", help="list the finished runs and the next one only")
     parser.add_argument("--max-runs", type=int, help="maximum number of runs")
     parser.add_argument("--minutes", type=float, help="time limit; no run begins that is expected to exceed it")
@@ -28,6 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     if (options.profile == "gpu") != (options.prepared is not None):
         parser.error("--profile gpu, and no other, takes --prepared FOLDER.")
+    if options.report_only and options.no_report:
+        parser.error("--report-only and --no-report exclude each other.")
     if options.minutes is not None and options.minutes <= 0:
         parser.error(f"--minutes must be above 0, not {options.minutes:g}.")
     for name in ("threads", "max_runs", "workers"):
@@ -36,6 +39,8 @@ def main() -> None:
     default = ("quick-" if options.quick else "") + ("gpu-" if options.profile == "gpu" else "") + "results"
     folder = options.output or HERE / default
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if options.prepared:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a prepared folder has all that a run reads
     if options.workers > 1 and not (options.list or options.report_only):
         multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
         forkserver.ensure_running()  # its imports go on beside those here
@@ -80,7 +85,7 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
             run_missing(folder / "runs", study, load(), done, **limits)
         else:
             run_side_by_side(folder / "runs", study, load, done, workers=options.workers, **limits)
-    if not options.list:
+    if not (options.list or options.no_report):
         report(folder, study, done)
         print(f"Wrote {folder / 'README.md'}.")
     missing = next_run(study, done)
