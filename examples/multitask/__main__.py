@@ -1,14 +1,14 @@
 """Run the missing runs of the study, then write the report: ``python -m examples.multitask``."""
 
 import argparse
-import multiprocessing
 import os
 import sys
-from multiprocessing import forkserver
+from contextlib import nullcontext
 from pathlib import Path
 
+from examples.multitask import workers
+
 HERE = Path(__file__).parent
-PRELOADED = ["examples.multitask.loading", "peft", "transformers.models.llama.modeling_llama"]  # once for all workers
 
 
 def main() -> None:
@@ -41,11 +41,14 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if options.prepared:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a prepared folder has all that a run reads
-    if options.workers > 1 and not (options.list or options.report_only):
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-        forkserver.ensure_running()  # its imports go on beside those here
+    several = options.workers > 1 and not (options.list or options.report_only)
     try:
-        _study(options, folder)
+        with workers.started(options.workers) if several else nullcontext() as pool:
+            try:
+                _study(options, folder, pool)
+            except BaseException:
+                workers.ended()
+                raise
     except ValueError as error:
         print(f"multitask: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(getattr(error, "status", 2))
@@ -54,7 +57,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def _study(options: argparse.Namespace, folder: Path) -> None:
+def _study(options: argparse.Namespace, folder: Path, pool) -> None:
     from functools import partial
 
     from examples.multitask.execute import read_results
@@ -81,10 +84,10 @@ def _study(options: argparse.Namespace, folder: Path) -> None:
     elif not options.report_only and next_run(study, done) is not None:
         limits = {"limit": options.max_runs, "minutes": options.minutes}
         print("Loading the model and the tasks ...", flush=True)
-        if options.workers == 1:
+        if pool is None:
             run_missing(folder / "runs", study, load(), done, **limits)
         else:
-            run_side_by_side(folder / "runs", study, load, done, workers=options.workers, **limits)
+            run_side_by_side(folder / "runs", study, load, done, workers=options.workers, pool=pool, **limits)
     if not (options.list or options.no_report):
         report(folder, study, done)
         print(f"Wrote {folder / 'README.md'}.")

@@ -2,11 +2,9 @@
 
 import gc
 import itertools
-import multiprocessing
-import signal
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -61,45 +59,38 @@ def run_missing(
 
 def run_side_by_side(
     folder: Path, study: Study, load: Load, done: dict[str, dict], limit: int | None = None,
-    minutes: float | None = None, *, workers: int,
+    minutes: float | None = None, *, workers: int, pool: Executor,
 ) -> None:  # fmt: skip
-    """:func:`run_missing` in ``workers`` processes, each with its own ``load()``. ``load`` must be picklable. A run
-    that fails, such as for lack of memory, does not stop the others. Nor does one that cannot be captured, once
-    another was.
+    """:func:`run_missing` in the ``workers`` processes of ``pool``, each with its own ``load()``. ``load`` must be
+    picklable. A run that fails, such as for lack of memory, does not stop the others. Nor does one that cannot be
+    captured, once another was.
 
     Raises:
         ValueError: a run failed, or a worker was killed.
     """
     clock, left = Clock(study, minutes), itertools.count() if limit is None else iter(range(limit))
-    context = multiprocessing.get_context("forkserver")
     running: dict[Future, Run] = {}
     failed: dict[str, str] = {}
-    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(study, load)) as pool:
-        try:
-            while True:
-                names = {run.name for run in running.values()} | failed.keys()
-                run = clock.begins(done, names) if len(running) < workers else None
-                if run is not None and next(left, None) is not None:
-                    _say(f"{run.name} ...")
-                    running[pool.submit(_execute, run)] = run
-                    continue
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    run = running.pop(future)
-                    try:
-                        _keep(folder, run, future.result(), done)
-                    except BrokenProcessPool:
-                        raise ValueError("a worker was killed; finished runs are kept.") from None
-                    except (RuntimeError, CannotCapture) as error:  # CUDA's errors are RuntimeErrors
-                        if isinstance(error, CannotCapture) and not any(one.get("replayed") for one in done.values()):
-                            raise  # as all others would
-                        failed[run.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-                        _say(f"{run.name} failed, {failed[run.name]}")
-        except BaseException:
-            for worker in multiprocessing.active_children():
-                worker.terminate()
-            raise
+    while True:
+        names = {run.name for run in running.values()} | failed.keys()
+        run = clock.begins(done, names) if len(running) < workers else None
+        if run is not None and next(left, None) is not None:
+            _say(f"{run.name} ...")
+            running[pool.submit(_execute, run, study, load)] = run
+            continue
+        if not running:
+            break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            run = running.pop(future)
+            try:
+                _keep(folder, run, future.result(), done)
+            except BrokenProcessPool:
+                raise ValueError("a worker was killed; finished runs are kept.") from None
+            except (RuntimeError, CannotCapture) as error:  # CUDA's errors are RuntimeErrors
+                if isinstance(error, CannotCapture) and not any(one.get("replayed") for one in done.values()):
+                    raise  # as all others would
+                failed[run.name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                _say(f"{run.name} failed, {failed[run.name]}")
     for name, reason in failed.items():
         raise ValueError(f"{len(failed)} runs failed, the first of them {name}, {reason}")
 
@@ -115,18 +106,15 @@ def _keep(folder: Path, run: Run, record: dict, done: dict[str, dict]) -> None:
     _say(f"{run.name}: {record['seconds']:.0f} s{said}")
 
 
-def _begin(study: Study, load: Load) -> None:
-    global _study, _load, _bench
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the scheduler ends its workers
-    quiet()
-    _study, _load, _bench = study, load, None
+_bench: Bench | None = None  # of a worker
 
 
-def _execute(run: Run) -> dict:
+def _execute(run: Run, study: Study, load: Load) -> dict:
     global _bench
     if _bench is None:
-        _bench = _load()
-    record = execute(run, _study, _bench)
+        quiet()
+        _bench = load()
+    record = execute(run, study, _bench)
     gc.collect()
     torch.cuda.empty_cache()  # for the other workers
     return record

@@ -2,12 +2,13 @@
 
 import dataclasses
 import heapq
+import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from examples.multitask import schedule
+from examples.multitask import schedule, workers
 from examples.multitask.plan import MAIN, Run, Study, is_swept, next_run
 from examples.multitask.profile import gpu
 from examples.multitask.schedule import Clock
@@ -116,25 +117,20 @@ def test_a_run_begins_only_if_it_can_end():
     assert clock.begins(done) is None
 
 
-class Threads(ThreadPoolExecutor):
-    def __init__(self, workers, context, **_):
-        super().__init__(workers)
-
-
 def side_by_side(folder, monkeypatch, outcome, **options) -> dict:
     """The records of scheduled runs, whose outcome is a record, or an exception that is raised."""
 
-    def executed(run):
+    def executed(run, *_):
         found = outcome(run)
         if isinstance(found, BaseException):
             raise found
         return found
 
-    monkeypatch.setattr(schedule, "ProcessPoolExecutor", Threads)
     monkeypatch.setattr(schedule, "_execute", executed)
     done: dict[str, dict] = {}
     try:
-        schedule.run_side_by_side(folder, STUDY, None, done, workers=3, **options)
+        with ThreadPoolExecutor(3) as pool:
+            schedule.run_side_by_side(folder, STUDY, None, done, workers=3, pool=pool, **options)
     finally:
         assert {path.stem for path in folder.glob("*.json")} == done.keys()
     return done
@@ -169,3 +165,11 @@ def test_other_errors_end_the_study_and_keep_what_is_finished(error, tmp_path, m
     with pytest.raises(type(error)):
         side_by_side(tmp_path, monkeypatch, outcome)
     assert (tmp_path / "zero-shot.json").exists()
+
+
+def test_workers_are_spawned_and_ended_at_once():
+    with workers.started(2):
+        made = multiprocessing.active_children()
+        assert {type(process).__name__ for process in made} == {"SpawnProcess"}
+        workers.ended()
+    assert not any(process.is_alive() for process in made)
