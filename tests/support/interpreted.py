@@ -3,12 +3,15 @@
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from bench import simulated
 from bench.simulated import Compiled, simulated_gpu
+from multilora_fast.kernels.configs import device_of
 
 REACH = 2**20  # bytes from an address that a kernel of these tests may touch
 
@@ -45,7 +48,8 @@ def interpreted_gpu() -> Iterator[Ran]:
             kernel[blocks](**arguments)
         return Addressed(run, kernel, ran)
 
-    with simulated_gpu(compile_and_run, arch="interpreter"):
+    processors = device_of(torch.empty(0))[1]  # as without the simulation: sums are split by them
+    with mock.patch.object(simulated, "PROCESSORS", processors), simulated_gpu(compile_and_run, arch="interpreter"):
         yield ran
 
 
