@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -139,7 +140,8 @@ def option_scores(model: nn.Module, batch: Sequence[Encoded]) -> list[Tensor]:
 
 def _cache_argument(model: nn.Module) -> str:
     """``cache`` in newer transformers, ``past_key_values`` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    base = model.get_base_model() if isinstance(model, PeftModel) else model  # PEFT's forward names neither
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 def _padded(rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:

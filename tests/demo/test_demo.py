@@ -1,12 +1,14 @@
 """The demo on a tiny random Llama and made-up tasks, and the parsing of the real data where it is installed."""
 
 import json
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import llama
 from tiny_training import make_tokenizer
 from torch import nn
@@ -86,6 +88,13 @@ def test_whole_run(settings, tasks, capsys):
     assert all(name in shown for name in ("majority class", "saved for backward", "s/step", OURS))
     assert max(map(len, shown.splitlines())) <= 120
     report.check_output_dir(settings.output)  # its own output may be replaced
+
+
+def test_an_adapted_model_takes_its_cache_by_the_name_of_its_transformers(examples):
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        option_scores(model, examples[:2])
 
 
 def test_option_scores_are_those_of_plain_forwards(examples):
