@@ -118,8 +118,9 @@ def _replace(stage: Path, aside: Path, folder: Path, last: str | None) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Remove what an interrupted :func:`atomic_dir` left."""
-    for path in folder.glob(f"{UNFINISHED}*/"):
-        shutil.rmtree(path)
+    for path in folder.glob(f"{UNFINISHED}*"):
+        if path.is_dir():
+            shutil.rmtree(path)
 
 
 @contextmanager
