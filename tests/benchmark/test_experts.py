@@ -23,5 +23,6 @@ def test_experts_of_qwen3_30b_a3b():
     assert peak <= 0.75
     assert saved < counted(FROZEN)[0] + 17
     lora = counted(LORA)
-    assert (round(lora[0]), round(lora[1] / 2**20), round(lora[2])) == (112, 1152, 2)
+    assert (round(lora[0]), round(lora[1] / 2**20)) == (112, 1152)
+    assert round(lora[2]) in (2, 3)  # 3 with PEFT 0.19
     assert counted(AUTOGRAD)[0] > 5 * saved

@@ -66,6 +66,8 @@ NAMES = ("x", "lora_A", "lora_B", "lora_scaling")
     [*product(("torch",), (0.0, 0.3), CASES), ("triton", 0.0, "even"), *product(("triton",), (0.3,), CASES)],
 )
 def test_equals_a_loop_over_tokens_and_slots(backend, p, case):
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("float64 needs the interpreter")
     transposed, scalar = case == "skewed", case == "even"
     one = problem(case, transposed, scalar)
     perm, ends = route(one["index"], E)
