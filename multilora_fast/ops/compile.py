@@ -92,6 +92,9 @@ class _Compiled(torch.autograd.Function):
 
 
 def _autograd(*inputs):
+    if not torch.is_grad_enabled() or not any(isinstance(t, Tensor) and t.requires_grad for t in inputs):
+        with torch._C._AutoDispatchBelowAutograd():  # itself, so that an exported graph can still be trained
+            return compiled(*inputs)
     return _Compiled.apply(*inputs, *[False][len(inputs) - 12 :])  # a default may be left out
 
 

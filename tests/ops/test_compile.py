@@ -92,6 +92,20 @@ def test_a_constant_scaling_factor_is_no_product(c, device):
     assert called
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_exported_program_can_be_trained_after_its_decompositions(backend, device):
+    layer = FusedMultiLoRALinear(nn.Linear(24, 16), r=4, lora_num=2).to(device)
+    layer.backend = backend
+    nn.init.normal_(layer.lora_scaling)
+    case = random_case((3, 24), 16, 2, 4, device=device)
+    exported = torch.export.export(layer, (case.x,)).run_decompositions().module()
+    wanted, found = [
+        torch.autograd.grad(module(case.x), [module.get_parameter(f"lora_{name}") for name in ("A", "B")], case.dy)
+        for module in (layer, exported)
+    ]
+    torch.testing.assert_close(found, wanted)
+
+
 def test_compiled_add_in_one_graph(device):
     case = random_case((2, 9, 24), 16, 2, 4, device=device)
 
