@@ -59,7 +59,7 @@ class SharedInput:
         self.members = members
         self.disabled_reason: str | None = None
         self._stopped = False  # whether the members run alone; follows ``disabled_reason`` where it may change
-        self._open = False  # whether something ran under hooks since the last recomputation
+        self._open = False  # whether something ran in a checkpointed region since the last recomputation
         self._abandoned = 0
         self._thread = _Thread()
 
@@ -74,9 +74,10 @@ class SharedInput:
         if not member.training or x.is_inference():
             return None
         recomputing = torch._C._current_graph_task_id() != -1
-        # A recomputation must save what its forward saved: nothing changes from a forward under hooks until it is over.
+        # A recomputation must save what its forward saved: nothing changes from a checkpointed forward until a
+        # recomputation is over. Forwards that interleave with backwards of others (1F1B) are not told apart.
         may_change = not (recomputing or self._open)
-        self._open = not recomputing and (self._open or _region() is not None)
+        self._open = not recomputing and (self._open or _is_checkpointed())
         if may_change:
             self._stopped = self.disabled_reason is not None
         if self._stopped:
@@ -231,3 +232,9 @@ def _region() -> int | None:
     By id, because they hold the region's inputs."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else id(hooks[0])
+
+
+def _is_checkpointed() -> bool:
+    """Whether the saved-tensor hooks are checkpointing's, which recompute, and not offloading's or a profiler's."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")

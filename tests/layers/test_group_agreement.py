@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -177,3 +178,20 @@ def test_parameters_that_zero_gathers_are_not_shared(served):
         p.ds_id = 7
     forward(model, torch.randn(3, 8))
     assert served == [3]
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_hooks_that_recompute_nothing_let_a_group_end(every, served):
+    """As of offloading or a profiler of memory, once or at every step."""
+    model = projections()
+
+    def step():
+        sum(layer(torch.randn(3, 8, requires_grad=True)).sum() for layer in model.values()).backward()
+
+    with torch.autograd.graph.save_on_cpu():
+        forward(model, torch.randn(3, 8)).sum().backward()
+    for _ in range(5):
+        with torch.autograd.graph.save_on_cpu() if every else nullcontext():
+            step()
+    assert group_of(model).disabled_reason
+    assert len(served) == 2
