@@ -21,7 +21,7 @@ def linear(
 ) -> None:  # fmt: skip
     """Writes y (M, N) = x Wᵀ (`transposed`, weight (N, K)) or x W (weight (K, N)), plus bias (N,) and the branches that
     `expand` adds for h, w, scale, scaling, bits and p. With `exact` the base product is torch's; with `config`, the
-    joint kernel's tile, it is the joint kernel's."""
+    joint kernel's tile, it is the joint kernel's where it can describe h."""
     config = config or joint_config(y, x, weight, h.shape[1], transposed, exact)
     if config is not None and describable(h):
         product(x, weight, bias, h, w, scale, scaling, bits, p, transposed=transposed, out=y, config=config)

@@ -213,6 +213,8 @@ def reduce_all(
     n = w.shape[0]
     h, dy = _check_b(h, dy, w, scale)
     dh, x = check_pair(dh, x, "x", h.shape[1], n=n)
+    if x.shape[0] != dy.shape[0] or x.dtype != dy.dtype:
+        raise ValueError(f"x has {x.shape[0]} rows of {x.dtype}, wanted {dy.shape[0]} of {dy.dtype} as dy has.")
     (db, ds), da = _empty_b(dy, w), _empty_a(dh, x, n, dtype)
     parts_b, parts_a = _sum_tokens(h, dy, dh, x, bits, p, config)
     finish(parts_b, w, scale, scaling, db, ds, parts_a, da)

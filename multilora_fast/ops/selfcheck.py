@@ -1,6 +1,6 @@
 """Self-check on first use: before the Triton kernels serve a device, dtype and adapter shape, those that the call
-launches run on a small input there and are compared with torch in float64. It takes milliseconds, beside the kernels'
-compilation."""
+launches run on an input of few features there and are compared with torch in float64. It takes milliseconds, beside the
+kernels' compilation."""
 
 import math
 from collections.abc import Callable

@@ -234,6 +234,7 @@ def test_mistakes_are_named():
         ("n is 4", reduce, (h, x, 4, x.dtype)),
         ("h has 5 columns", reduce_scaled, (h[:, :5], dy, b, scale)),
         ("h has 4 columns", reduce_all, (h, dy, b, scale, 1.0, h[:, :4], x, x.dtype)),
+        ("x has 2 rows", reduce_all, (h, dy, b, scale, 1.0, h[:2], x[:2], x.dtype)),
     ]
     for bits in (draw(seed_of(0), 4, 40, P), draw(seed_of(0), 3, 16, P), torch.zeros(4, 1, device=DEVICE)):
         mistakes += [("bits has shape", shrink, (x, a, None, 1.0, bits, P))]
