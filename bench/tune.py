@@ -236,6 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=480.0, help="total time in seconds (default 480)")
     parser.add_argument("--out", type=Path, default=Path("bench/results") / slug(), help="directory for tune.json")
     args = parser.parse_args(argv)
+    todo = schedule(args.kernel, args.size)
+    if not todo:
+        parser.error(f"--kernel {args.kernel} has no stage of --size {args.size}.")
     if not torch.cuda.is_available():
         print("bench.tune needs a GPU: it times kernels, and torch.cuda.is_available() is False here.", file=sys.stderr)
         return 1
@@ -243,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     arch, _ = device_of(torch.empty(0, device="cuda"))
     out, about = args.out / "tune.json", {"arch": arch, "dtype": str(DTYPE), **conditions()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    todo, results, won = schedule(args.kernel, args.size), [], {}
+    results, won = [], {}
     with Precompiler() as ahead:
         begin(ahead, todo[:2], arch)
         ahead.wait(todo[0], min(30.0, args.seconds / 6))  # start the worker processes

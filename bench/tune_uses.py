@@ -21,7 +21,7 @@ KERNELS = (
 )  # fmt: skip
 LAYER = 160  # the widest rank of one layer; wider ones are those of layers that share x
 DTYPE = torch.bfloat16
-Launch = Callable[[KernelConfig], torch.Tensor]
+Launch = Callable[[KernelConfig], torch.Tensor | tuple[torch.Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def launches(kernel: str, t: Inputs) -> dict[str, Launch]:
     def reduced(c):
         if n * r > LAYER:
             return reduce(t.h, t.large, n, dtype, config=c, **dropout)
-        return reduce_all(t.h, t.other, t.b, t.scale, 1.0, t.h, t.large, dtype, config=c, **dropout)[2]
+        return reduce_all(t.h, t.other, t.b, t.scale, 1.0, t.h, t.large, dtype, config=c, **dropout)
 
     match kernel:
         case "shrink":
@@ -93,9 +93,9 @@ def launches(kernel: str, t: Inputs) -> dict[str, Launch]:
 
 
 def truths(kernel: str, t: Inputs) -> dict[str, torch.Tensor]:
-    """The results of :func:`launches` on the same inputs, by torch in float32."""
+    """The results of :func:`launches` on the same inputs, by torch in float32; reduce's one after the other, flat."""
     (n, r, D), M = t.a.shape, t.large.shape[0]
-    large, h, a, b, scale = (x.float() for x in (t.large, t.h, t.a.flatten(0, 1), t.b, t.scale))
+    large, other, h, a, b, scale = (x.float() for x in (t.large, t.other, t.h, t.a.flatten(0, 1), t.b, t.scale))
     packed, keep = (scale[:, None] * b).flatten(0, 1), 1.0
     if "dropout" in kernel:
         seed = torch.tensor([1], device=large.device)
@@ -106,7 +106,9 @@ def truths(kernel: str, t: Inputs) -> dict[str, torch.Tensor]:
         case "expand":
             return {"forward": h @ packed, "backward": keep * (h @ a)}
         case _:
-            return {"backward": (h.T @ (keep * large)).reshape(n, r, D)}
+            dA, summed = h.T @ (keep * large), (h.T @ other).reshape(n, r, D)
+            parts = (dA,) if n * r > LAYER else (scale[:, :, None] * summed.mT, (b * summed).sum(1), dA)  # dB, ds, dA
+            return {"backward": torch.cat([part.flatten() for part in parts])}
 
 
 def correct(kernel: str, launch: Launch, config: KernelConfig, truth: torch.Tensor) -> bool:
@@ -116,6 +118,11 @@ def correct(kernel: str, launch: Launch, config: KernelConfig, truth: torch.Tens
     return near(launch(config), truth)
 
 
-def near(found: torch.Tensor, truth: torch.Tensor) -> bool:
-    """Whether ‖found − truth‖ is within 1 % of ‖truth‖."""
+def near(found: torch.Tensor | tuple[torch.Tensor, ...], truth: torch.Tensor) -> bool:
+    """Whether ‖found − truth‖ is within 1 % of ‖truth‖, for each of several results in a flat truth."""
+    if truth.dim() == 1:
+        several = found if isinstance(found, tuple) else (found,)
+        parts = truth.split([part.numel() for part in several])
+        return all(near(part, one.view(part.shape)) for part, one in zip(several, parts, strict=True))
+    assert isinstance(found, torch.Tensor)
     return bool((found.float() - truth).norm() <= 0.01 * truth.norm())
