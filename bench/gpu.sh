@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Test and measure on a GPU, in stages of less than 3 minutes. Works from a bare checkout without network.
+# Test and measure on a GPU, in stages of less than 3 minutes but for the study. Works from a bare checkout without
+# network.
 #
 #   bench/gpu.sh tests|layers|tune|steps|memory|experts|all [OUT]      PYTHON=python3 by default; JSON goes to OUT
 #   bench/gpu.sh study [OUT [FOLDER]]        the runs of examples/multitask that LIMIT seconds (240 by default) allow, on
 #                                            a FOLDER (or PREPARED) of examples.multitask.prepare, resumed in OUT/study;
-#                                            WORKERS at once (4 by default, 6 eager); ARGS are further arguments of the study;
+#                                            WORKERS at once (4 by default, 6 after a failed capture); ARGS go to the study;
 #                                            PAGE=0 leaves its page, which needs no GPU, for later
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -74,8 +75,11 @@ study) # whole runs and a page of them, within LIMIT; what came back is resumed 
     last=$((${PAGE:-1} ? 55 : 20)) # seconds of what follows the runs, 15 of them to end those that are late
     runs $((limit - last)) || status=$?
     if [ $status = 3 ]; then # a step could not be captured
-        status=0
-        runs $((limit - SECONDS - last)) --eager --workers "${WORKERS:-6}" || status=$? # each waits for Python
+        left=$((limit - SECONDS - last))
+        if ((left > 0)); then
+            status=0
+            runs $left --eager --workers "${WORKERS:-6}" || status=$? # each waits for Python
+        fi
     fi
     if ((${PAGE:-1})); then run 35 "${study[@]}" --report-only; fi
     tar -czf "$out/study.tar.gz" -C "$out" study || status=1

@@ -75,9 +75,9 @@ def builders(base: nn.Module, n: int, r: int, p: float) -> dict[str, Callable[[]
 
 
 def builders_alone(base: nn.Module, n: int, r: int, p: float, compiled: bool) -> dict[str, Callable[[], nn.Module]]:
-    """The candidates measured one at a time, most important first: the frozen model and those of :func:`builders` but
-    the compiled loop, ours on torch matmuls, and with ``compiled`` LoRA's and our model compiled whole, on a GPU also
-    as CUDA graphs.
+    """The candidates measured one at a time, most important first: the frozen model, LoRA's and ours, with ``compiled``
+    both compiled whole, on a GPU also as CUDA graphs, then ours on torch matmuls and the others of :func:`builders` but
+    the compiled loop.
     """
     eager = builders(base, n, r, p)
     found = {FROZEN: lambda: frozen(base), LORA: eager[LORA], OURS: eager[OURS]}

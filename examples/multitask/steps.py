@@ -12,7 +12,7 @@ Batch = dict[str, Tensor]
 
 
 class CannotCapture(ValueError):
-    """A step holds what a CUDA graph cannot; the process should not go on."""
+    """A step holds what a CUDA graph cannot. Later runs of the same process may fail too."""
 
     status = 3  # of the command
 
@@ -75,6 +75,8 @@ class Steps:
         try:
             with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
                 found = self._step([batch])
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise CannotCapture(
                 f"a training step cannot be captured ({str(error).partition(chr(10))[0]}): give --eager."

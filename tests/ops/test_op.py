@@ -161,7 +161,7 @@ def test_layers_without_inputs_or_outputs(K, N, backend, p, device):
     parameters = {name: full.parameters[name][tuple(map(slice, size))] for name, size in sizes.items()}
     case = Case(full.x[:, :K], full.dy[:, :N], parameters)
     ours = run(partial(multilora_linear, dropout_p=p, seed=11, backend=backend), case)
-    for name, exact in truth(case).items() if p == 0.0 or K == 0 else ():
+    for name, exact in truth(case).items():  # no x or no branch is left to drop
         torch.testing.assert_close(ours[name], exact, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
