@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from bench.causal_lms import LEFT_OUT, TYPES, config
-from multilora_fast.memory import fsdp, peak_bytes
+from multilora_fast.memory import peak_bytes
 from multilora_fast.memory.methods import FULL, LORA, METHODS, OURS, adapt
 from multilora_fast.memory.plan import plan_memory
 from multilora_fast.memory.report import MethodPlan
@@ -130,13 +130,16 @@ def refusal(kind: str, dtype: str = "float32") -> dict[str, str]:
 def measure_sharded(rank: int, folder: str, kind: str, setting: tuple, accumulation: int, ranks: int = 2) -> None:
     """Run one of ``ranks`` gloo processes: write the peak of a step under FSDP2, by method, into ``folder``."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     found = {}
     for method in METHODS:
         model = model_of(kind, method, *setting)
-        fsdp.shard(model, decoder_layers(model, config(kind)), init_device_mesh("cpu", (ranks,)))
+        mesh = init_device_mesh("cpu", (ranks,))
+        for module in (*decoder_layers(model, config(kind)), model):
+            fully_shard(module, mesh=mesh)
         found[method] = measure(model, BATCH, LENGTH, "cpu", accumulation)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
