@@ -41,16 +41,26 @@ LAYOUTS = ["contiguous", "transposed", "every other", "padded", "offset"]
 LORA = ("lora_A", "lora_B", "lora_scaling")
 
 
+def reads_padding() -> bool:
+    """Whether torch's own bfloat16 product reads beyond its rows, as oneDNN's does on some processors."""
+    rows = F.pad(torch.ones(17, 11, dtype=torch.bfloat16), (0, 5), value=torch.nan)[:, :11]
+    return bool((rows @ torch.ones(11, 24, dtype=torch.bfloat16)).isnan().any())
+
+
+READS_PADDING = reads_padding()
+
+
 def laid(t: Tensor, layout: str) -> Tensor:
-    """The same values at other strides, among NaN; "expanded" repeats the first along an axis."""
+    """The same values at other strides, among NaN where torch bears it; "expanded" repeats the first along an axis."""
+    among = 1000.0 if READS_PADDING and t.dtype == torch.bfloat16 else torch.nan
     if layout == "transposed" and t.dim() > 1:
         return t.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "every other":
-        return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+        return torch.stack([t, torch.full_like(t, among)], -1)[..., 0]
     if layout == "padded":
-        return F.pad(t, (3, 2), value=torch.nan)[..., 3:-2]
+        return F.pad(t, (3, 2), value=among)[..., 3:-2]
     if layout == "offset":
-        return torch.cat([t.new_full((1,), torch.nan), t.flatten()])[1:].view(t.shape)
+        return torch.cat([t.new_full((1,), among), t.flatten()])[1:].view(t.shape)
     if layout == "expanded rows":
         return t[:1].expand(t.shape)
     if layout == "expanded columns":
