@@ -230,11 +230,16 @@ def _state(x: Tensor) -> tuple:
 def _region() -> int | None:
     """The saved-tensor hooks, which differ by region of checkpointing: each must save the same when it is recomputed.
     By id, because they hold the region's inputs."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return None if hooks is None else id(hooks[0])
+    pack = _pack_hook()
+    return None if pack is None else id(pack)
 
 
 def _is_checkpointed() -> bool:
     """Whether the saved-tensor hooks are checkpointing's, which recompute, and not offloading's or a profiler's."""
+    return "checkpoint" in (getattr(_pack_hook(), "__module__", None) or "")
+
+
+def _pack_hook() -> Any:
+    """What the innermost saved-tensor hooks call on a tensor that is saved, or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is not None and "checkpoint" in getattr(hooks[0], "__module__", "")
+    return None if hooks is None else hooks[0]

@@ -180,6 +180,15 @@ def test_parameters_that_zero_gathers_are_not_shared(served):
     assert served == [3]
 
 
+def test_hooks_may_be_builtins(served):
+    """Which belong to no module."""
+    model, x = projections(), torch.randn(3, 8)
+    with torch.autograd.graph.saved_tensors_hooks(torch.ones(()).mul, torch.clone):
+        out = forward(model, x)
+    out.sum().backward()
+    assert served == [3]
+
+
 @pytest.mark.parametrize("every", [False, True])
 def test_hooks_that_recompute_nothing_let_a_group_end(every, served):
     """As of offloading or a profiler of memory, once or at every step."""
