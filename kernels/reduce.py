@@ -161,19 +161,19 @@ def _pitch(t: Tensor | None) -> int:
     return 0 if t is None else t.stride(0)
 
 
-def _empty_a(h, x, n, dtype) -> Tensor:
-    return torch.empty((n, h.shape[1] // n, x.shape[1]), dtype=dtype, device=x.device)
+def _pair_a(h, x, n, dtype, R=None):
+    """h and x, checked, and where dA goes."""
+    h, x = check_pair(h, x, "x", R, n=n)
+    return h, x, torch.empty((n, h.shape[1] // n, x.shape[1]), dtype=dtype, device=x.device)
 
 
-def _empty_b(dy, w) -> tuple[Tensor, Tensor]:
-    n, r, N = w.shape
-    db = torch.empty((n, N, r), dtype=w.dtype, device=dy.device)
-    return db, torch.empty((n, N), dtype=sum_dtype(dy.dtype), device=dy.device)
-
-
-def _check_b(h, dy, w, scale):
+def _pair_b(h, dy, w, scale):
+    """h and dy, checked, and where dB and ds go."""
     check_weight(w, scale, dy.shape[1])
-    return check_pair(h, dy, "dy", w.shape[0] * w.shape[1])
+    n, r, N = w.shape
+    h, dy = check_pair(h, dy, "dy", n * r)
+    db = torch.empty((n, N, r), dtype=w.dtype, device=dy.device)
+    return h, dy, db, torch.empty((n, N), dtype=sum_dtype(dy.dtype), device=dy.device)
 
 
 def reduce(
@@ -184,8 +184,7 @@ def reduce(
 
     Raises ValueError for shapes or dtypes that do not agree or p outside [0, 1).
     """
-    h, x = check_pair(h, x, "x", n=n)
-    da = _empty_a(h, x, n, dtype)
+    h, x, da = _pair_a(h, x, n, dtype)
     finish(parts_a=_sum_tokens(None, None, h, x, bits, p, config)[1], da=da)
     return da
 
@@ -198,8 +197,7 @@ def reduce_scaled(
     dB is (n, N, r) in w's dtype. ds is (n, N) in float32 (float64 for float64 dy), for a scalar scale still to be
     summed over N. Raises ValueError for shapes or dtypes that do not agree.
     """
-    h, dy = _check_b(h, dy, w, scale)
-    db, ds = _empty_b(dy, w)
+    h, dy, db, ds = _pair_b(h, dy, w, scale)
     finish(_sum_tokens(h, dy, None, None, None, 0.0, config)[0], w, scale, scaling, db, ds)
     return db, ds
 
@@ -210,12 +208,10 @@ def reduce_all(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dB, ds, dA) of `reduce_scaled(h, dy, w, scale, scaling)` and `reduce(dh, x, n, dtype, bits, p)`, by one launch
     of each kernel for both. The sums are split otherwise, so the last bits differ where they are split."""
-    n = w.shape[0]
-    h, dy = _check_b(h, dy, w, scale)
-    dh, x = check_pair(dh, x, "x", h.shape[1], n=n)
+    h, dy, db, ds = _pair_b(h, dy, w, scale)
+    dh, x, da = _pair_a(dh, x, w.shape[0], dtype, h.shape[1])
     if x.shape[0] != dy.shape[0] or x.dtype != dy.dtype:
         raise ValueError(f"x has {x.shape[0]} rows of {x.dtype}, wanted {dy.shape[0]} of {dy.dtype} as dy has.")
-    (db, ds), da = _empty_b(dy, w), _empty_a(dh, x, n, dtype)
     parts_b, parts_a = _sum_tokens(h, dy, dh, x, bits, p, config)
     finish(parts_b, w, scale, scaling, db, ds, parts_a, da)
     return db, ds, da
